@@ -1,0 +1,36 @@
+# Every option of the build. One whose code is not in this version stops the configuration: it must not look as if it worked.
+option(TY_MPI "MPI collectives: the collective exchange, the benchmark's baseline" OFF)
+option(TY_TESTS "Tests" ON)
+option(TY_WERROR "Warnings are errors" OFF)
+option(TY_FUZZ "Fuzz targets with libFuzzer (needs clang); without it they run with the driver of tests/fuzz" OFF)
+option(TY_CUDA "Device code; in this version: compiles the arithmetic shared with the host, for every supported architecture" OFF)
+set(TY_SANITIZE "" CACHE STRING "Sanitizers, as in -fsanitize=: 'address,undefined' or 'thread'")
+
+function(ty_not_available option enables)
+  option(${option} "${enables} (not available in this version)" OFF)
+  if(${option})
+    message(FATAL_ERROR "${option}=ON: it will enable ${enables}, which is not available in tokenyard ${PROJECT_VERSION}. Configure with -D${option}=OFF.")
+  endif()
+endfunction()
+
+ty_not_available(TY_NCCL "NCCL collectives and windows")
+ty_not_available(TY_LIBFABRIC "the libfabric network port")
+ty_not_available(TY_PYTHON "the Python module")
+ty_not_available(TY_BENCH "microbenchmarks of single kernels ('tokenyard bench' needs no option)")
+
+if(TY_FUZZ AND NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+  message(FATAL_ERROR "TY_FUZZ=ON needs clang, for its libFuzzer; the compiler is ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER}. "
+    "Configure with --preset cpu-fuzz, or leave TY_FUZZ off: the targets then run with their own driver.")
+endif()
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 11)
+  message(FATAL_ERROR "g++ ${CMAKE_CXX_COMPILER_VERSION} is too old for C++20: 11 or newer is needed. Configure with -DCMAKE_CXX_COMPILER=g++-12.")
+endif()
+if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
+  set(CMAKE_BUILD_TYPE Release CACHE STRING "Release, RelWithDebInfo or Debug" FORCE)
+endif()
+
+set(CMAKE_CXX_STANDARD 20)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
