@@ -10,13 +10,13 @@ namespace tokenyard {
 
 struct LaunchOptions {
   int ranks = 1;
-  std::vector<std::string> argv;                          // program and arguments, the same for every rank
-  std::vector<std::pair<std::string, std::string>> env;   // added to this process's environment
-  bool prefix_output = true;                              // "[rank 2] " before every line of a rank
-  int timeout_ms = 100'000;                               // deadline of the ranks' waits (TOKENYARD_TIMEOUT_MS)
-  int run_timeout_ms = 0;                                 // kill all ranks after this time; 0: never
-  int grace_ms = 5'000;                                   // after a rank died, time for the others to report before they are killed
-  std::function<void(int rank, int pid)> on_start;        // called once per rank, e.g. by tests that kill one
+  std::vector<std::string> argv{};                         // program and arguments, the same for every rank
+  std::vector<std::pair<std::string, std::string>> env{};  // added to this process's environment
+  bool prefix_output = true;                               // "[rank 2] " before every line of a rank
+  int timeout_ms = 100'000;                                // deadline of the ranks' waits (TOKENYARD_TIMEOUT_MS)
+  int run_timeout_ms = 0;                                  // kill all ranks after this time; 0: never
+  int grace_ms = 5'000;                                    // after a rank died, time for the others to report before they are killed
+  std::function<void(int rank, int pid)> on_start{};       // called once per rank, e.g. by tests that kill one
 };
 
 struct RankExit {

@@ -44,48 +44,48 @@ struct ExchangeOptions {
   int depth = 2;                         // receive buffers, so dispatches whose rows may be alive at once
   bool expert_rows = false;              // also owns memory from which combine pulls without a copy (Exchange::expert_rows)
   bool unfolded = false;                 // staging for combine with fold = false
-  std::vector<int> reduction_groups;     // group of each rank, ascending from 0; empty: one flat group
+  std::vector<int> reduction_groups{};   // group of each rank, ascending from 0; empty: one flat group
   Mode mode = Mode::throughput;          // default of dispatch
   Transport transport = Transport::automatic;
-  int num_threads = 1;                   // threads that move rows on this rank; may differ between ranks
-  bool validate = true;                  // check ids and weights by value; off: an id >= E counts as no expert
-  bool trace = false;                    // keep phase spans for Exchange::take_spans
+  int num_threads = 1;   // threads that move rows on this rank; may differ between ranks
+  bool validate = true;  // check ids and weights by value; off: an id >= E counts as no expert
+  bool trace = false;    // keep phase spans for Exchange::take_spans
   int timeout_ms = 100'000;
 };
 
 struct DispatchInput {
-  ConstTensorView rows;          // [T,H]: any dtype, or [T,row_bytes] uint8; rows contiguous, row stride free
-  ConstTensorView scales;        // [T,S], optional, any strides
-  ConstTensorView topk_ids;      // [T,K] int64 or int32, or [T] when K = 1; negative: no expert
-  ConstTensorView topk_weights;  // [T,K] float32, optional (absent: weights 1)
+  ConstTensorView rows{};          // [T,H]: any dtype, or [T,row_bytes] uint8; rows contiguous, row stride free
+  ConstTensorView scales{};        // [T,S], optional, any strides
+  ConstTensorView topk_ids{};      // [T,K] int64 or int32, or [T] when K = 1; negative: no expert
+  ConstTensorView topk_weights{};  // [T,K] float32, optional (absent: weights 1)
 };
 
 struct DispatchOptions {
-  std::optional<int> placement;       // what Exchange::add returned; default: the first one added
+  std::optional<int> placement{};  // what Exchange::add returned; default: the first one added
   Layout layout = Layout::token_major;
   Sizing sizing = Sizing::exact;
-  std::optional<Mode> mode;           // default: the exchange's
-  bool gather_map = false;            // token_major: also expert_rows and expert_offsets
-  int alignment = 1;                  // expert_major: each group starts at a multiple; power of two <= 256
-  bool zero_padding = false;          // expert layouts: padding rows are zeroed (else unspecified)
-  std::int64_t expert_capacity = 0;   // C of expert_padded (0: receive_rows); a limit per expert for expert_major (0: none)
-  bool drop = false;                  // rows beyond expert_capacity are dropped and counted instead of an overflow
-  bool copy_out = false;              // rows go to memory of the caller (out_rows) or of the Received, not a lease
-  TensorView out_rows;                // with copy_out, optional: where rows go
-  TensorView out_scales;
-  std::int64_t token_base = 0;        // shifts the replica choice, see Placement::replica_for
-  std::optional<ScaleFormat> quantise;  // rows bfloat16/float16/float32 in, fp8 and scales out
+  std::optional<Mode> mode{};        // default: the exchange's
+  bool gather_map = false;           // token_major: also expert_rows and expert_offsets
+  int alignment = 1;                 // expert_major: each group starts at a multiple; power of two <= 256
+  bool zero_padding = false;         // expert layouts: padding rows are zeroed (else unspecified)
+  std::int64_t expert_capacity = 0;  // C of expert_padded (0: receive_rows); a limit per expert for expert_major (0: none)
+  bool drop = false;                 // rows beyond expert_capacity are dropped and counted instead of an overflow
+  bool copy_out = false;             // rows go to memory of the caller (out_rows) or of the Received, not a lease
+  TensorView out_rows{};             // with copy_out, optional: where rows go
+  TensorView out_scales{};
+  std::int64_t token_base = 0;            // shifts the replica choice, see Placement::replica_for
+  std::optional<ScaleFormat> quantise{};  // rows bfloat16/float16/float32 in, fp8 and scales out
 };
 
 struct CombineOptions {
   Weighting weighting = Weighting::none;
   Order order = Order::rank_ascending;
-  bool fold = true;                // false: every (token, k) row crosses on its own, summed k ascending
-  ConstTensorView source_weights;  // [T,K] float32, with Weighting::at_source
-  ConstTensorView row_weights;     // float32: [N,K] (token_major), [R,M,K] (rank_slots), [N'] / [L,C] (expert layouts)
-  ConstTensorView bias0;           // [T,H] in y's dtype
-  ConstTensorView bias1;
-  TensorView out;                  // [T,H]: where sums go, and their dtype; absent: memory of the result, y's dtype
+  bool fold = true;                  // false: every (token, k) row crosses on its own, summed k ascending
+  ConstTensorView source_weights{};  // [T,K] float32, with Weighting::at_source
+  ConstTensorView row_weights{};     // float32: [N,K] (token_major), [R,M,K] (rank_slots), [N'] / [L,C] (expert layouts)
+  ConstTensorView bias0{};           // [T,H] in y's dtype
+  ConstTensorView bias1{};
+  TensorView out{};  // [T,H]: where sums go, and their dtype; absent: memory of the result, y's dtype
 };
 
 }  // namespace tokenyard

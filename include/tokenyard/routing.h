@@ -21,10 +21,10 @@ struct Gate {
   Score score = Score::softmax;  // bias_corrected and per_group: what turns logits into scores
   int top_k = 1;
   bool renormalise = false;
-  float epsilon = 0.0F;   // added to the sum that renormalisation divides by (sigmoid)
-  float scale = 1.0F;     // multiplies the weights at the end
-  int num_groups = 1;     // groups of E / num_groups consecutive experts
-  int topk_groups = 1;    // groups that stay eligible (grouped_max, bias_corrected)
+  float epsilon = 0.0F;  // added to the sum that renormalisation divides by (sigmoid)
+  float scale = 1.0F;    // multiplies the weights at the end
+  int num_groups = 1;    // groups of E / num_groups consecutive experts
+  int topk_groups = 1;   // groups that stay eligible (grouped_max, bias_corrected)
 
   static Gate softmax(int top_k, bool renormalise, float scale = 1.0F);
   static Gate sigmoid(int top_k, bool renormalise, float scale = 1.0F, float epsilon = 0.0F);
@@ -34,17 +34,17 @@ struct Gate {
 };
 
 struct RoutingInput {
-  ConstTensorView logits;     // [T,E] float32, bfloat16 or float16
-  ConstTensorView bias;       // [E] float32, bias_corrected only
-  ConstTensorView mask;       // [T] uint8, optional: 0 gives ids -1 and weights 0
-  ConstTensorView given_ids;  // [T,K] int64 or int32, optional: replay; weights by the gate's rule at those ids (negative: none)
+  ConstTensorView logits{};     // [T,E] float32, bfloat16 or float16
+  ConstTensorView bias{};       // [E] float32, bias_corrected only
+  ConstTensorView mask{};       // [T] uint8, optional: 0 gives ids -1 and weights 0
+  ConstTensorView given_ids{};  // [T,K] int64 or int32, optional: replay; weights by the gate's rule at those ids (negative: none)
 };
 
 struct Routing {
   int top_k = 0;
-  std::vector<std::int64_t> topk_ids;    // [T,K]
-  std::vector<float> topk_weights;       // [T,K]
-  std::vector<std::int64_t> load;        // [E]: tokens per expert of this batch
+  std::vector<std::int64_t> topk_ids;  // [T,K]
+  std::vector<float> topk_weights;     // [T,K]
+  std::vector<std::int64_t> load;      // [E]: tokens per expert of this batch
   std::int64_t num_tokens() const { return top_k == 0 ? 0 : static_cast<std::int64_t>(topk_ids.size()) / top_k; }
   ConstTensorView ids_view() const { return {topk_ids.data(), Dtype::int64, {num_tokens(), top_k}}; }
   ConstTensorView weights_view() const { return {topk_weights.data(), Dtype::float32, {num_tokens(), top_k}}; }
@@ -62,7 +62,7 @@ struct ModelPreset {
   int expert_width = 0;         // intermediate size of one expert
   int shared_expert_width = 0;  // 0: no shared expert
   Gate gate;
-  bool has_gate_bias = false;   // bias_corrected's bias[E]
+  bool has_gate_bias = false;  // bias_corrected's bias[E]
 };
 std::span<const ModelPreset> model_presets();
 // UsageError lists the known names.

@@ -24,7 +24,7 @@ struct WorldOptions {
   std::string address = "127.0.0.1";  // of the store
   int port = 0;                       // of the store; rank 0 listens there unless `store_elsewhere`
   bool store_elsewhere = false;       // a launcher already listens on `port`
-  std::string token;                  // shared secret; required when `address` is not loopback
+  std::string token{};                // shared secret; required when `address` is not loopback
   int timeout_ms = 100'000;
 };
 
