@@ -16,6 +16,7 @@ class Deadline {
     return left > 0 ? static_cast<int>(left) : 0;
   }
   int timeout_ms() const { return timeout_ms_; }
+  Clock::time_point at() const { return at_; }
 
  private:
   Deadline(Clock::time_point at, int timeout_ms) : at_(at), timeout_ms_(timeout_ms) {}

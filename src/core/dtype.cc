@@ -22,12 +22,6 @@ constexpr std::uint32_t kFloatQuietNan = 0x7fc00000;
 constexpr int kFloatMantissaBits = 23;
 constexpr int kFloatBias = 127;
 
-// value / 2^shift, nearest, ties to even. shift in [1, 31].
-constexpr std::uint32_t shift_right_rounding(std::uint32_t value, int shift) {
-  const std::uint32_t odd = (value >> shift) & 1;
-  return (value + (1u << (shift - 1)) - 1 + odd) >> shift;
-}
-
 // Small binary formats: sign, exponent with bias kBias, kMantissaBits, subnormals.
 template <int kMantissaBits, int kBias>
 struct SmallFloat {
@@ -37,13 +31,14 @@ struct SmallFloat {
   // The magnitude of a float32 that is finite and not too large for the exponent; rounding may carry into it.
   static constexpr std::uint32_t from_magnitude(std::uint32_t bits) {
     constexpr std::uint32_t kMinNormal = kRebias + (1u << kFloatMantissaBits);
-    if (bits >= kMinNormal) return shift_right_rounding(bits - kRebias, kDropped);
-    // Subnormal: in units of 2^(1 - kBias - kMantissaBits), the float32 mantissa shifts out by one more per binade.
-    const int exponent = static_cast<int>(bits >> kFloatMantissaBits);
-    const int shift = kDropped + kFloatBias - kBias + 1 - exponent;
-    if (shift > kFloatMantissaBits + 1) return 0;  // below half of the smallest subnormal
-    const std::uint32_t mantissa = (bits & ((1u << kFloatMantissaBits) - 1)) | (1u << kFloatMantissaBits);
-    return shift_right_rounding(mantissa, shift);
+    if (bits >= kMinNormal) {
+      const std::uint32_t odd = (bits >> kDropped) & 1;
+      return (bits - kRebias + (1u << (kDropped - 1)) - 1 + odd) >> kDropped;
+    }
+    // Next to kAligner float32 has the spacing of the subnormals: the addition rounds, nearest even.
+    constexpr std::uint32_t kAlignerBits = kRebias + (static_cast<std::uint32_t>(kDropped + 1) << kFloatMantissaBits);
+    constexpr auto kAligner = std::bit_cast<float>(kAlignerBits);
+    return std::bit_cast<std::uint32_t>(std::bit_cast<float>(bits) + kAligner) - kAlignerBits;
   }
 
   // Exact, for any magnitude that is a number.

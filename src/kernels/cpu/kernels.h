@@ -1,16 +1,20 @@
 #pragma once
 // Row movers of the CPU: SIMD with run-time dispatch (Highway). Every function is pure over its arguments and gives the
-// same bits on every instruction set: true fused multiply-add everywhere, no flush to zero.
+// same bits on every instruction set: true fused multiply-add everywhere, no flush to zero, and a NaN result is always
+// the positive NaN with all mantissa bits set. Inside a row, rows, partials, x and out may have any alignment.
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
 
 #include "tokenyard/dtype.h"
 #include "tokenyard/quantise.h"
 
 namespace tokenyard::cpu {
 
-// bytes % 16 == 0, both 16-byte aligned or not. Uses non-temporal stores when `stream`: the caller runs stream_fence() before it publishes.
+// Any length and alignment. Uses non-temporal stores when `stream`: the caller runs stream_fence() before it publishes.
 void copy_row(void* to, const void* from, std::size_t bytes, bool stream);
 // One read of `from`, `count` writes.
 void copy_row_to_many(void* const* to, int count, const void* from, std::size_t bytes, bool stream);
@@ -45,7 +49,7 @@ struct ReduceArgs {
 };
 void reduce(const ReduceArgs& args);
 
-// out = round(w * x), one rounding to float32 then one to dtype.
+// out = round(w * x), one rounding to float32 (float64: to float64), then one to dtype. out may be x.
 void scale_row(void* out, const void* x, float weight, Dtype dtype, std::int64_t elements);
 
 // sum of a[i] * b[i] in a fixed order: 16 float32 lanes, lane i % 16 takes acc = fma(a[i], b[i], acc), i ascending from +0;
@@ -76,5 +80,8 @@ void dequantise_row(const DequantiseArgs& args);
 
 // The instruction set in use, e.g. "AVX2".
 const char* target_name();
+// What this machine can run, best first; tests go through all. An unknown name ("") goes back to the best.
+std::vector<std::string> supported_targets();
+void use_target(std::string_view name);
 
 }  // namespace tokenyard::cpu

@@ -1,0 +1,78 @@
+// Copies of rows, past the caches where the caller asks for it.
+
+#include <cstring>
+
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/move.cc"
+#include <hwy/cache_control.h>
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace tokenyard::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Non-temporal stores pay when they fill whole cache lines, so ordinary ones reach the first line and end the last.
+void stream_row(void* to, const void* from, std::size_t bytes) {
+  constexpr std::size_t kLine = 64;
+  const hn::CappedTag<std::uint8_t, kLine> d;
+  auto* out = static_cast<std::uint8_t*>(to);
+  const auto* in = static_cast<const std::uint8_t*>(from);
+  std::size_t i = -reinterpret_cast<std::uintptr_t>(out) % kLine;
+  if (bytes < i + kLine) {
+    std::memcpy(out, in, bytes);
+    return;
+  }
+  std::memcpy(out, in, i);
+  for (; i + kLine <= bytes; i += kLine) {
+    for (std::size_t j = 0; j < kLine; j += hn::Lanes(d)) hn::Stream(hn::LoadU(d, in + i + j), d, out + i + j);
+  }
+  std::memcpy(out + i, in + i, bytes - i);
+}
+
+const char* target_name() { return hwy::TargetName(HWY_TARGET); }
+
+}  // namespace tokenyard::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace tokenyard::cpu {
+
+HWY_EXPORT(stream_row);
+HWY_EXPORT(target_name);
+
+void copy_row(void* to, const void* from, std::size_t bytes, bool stream) {
+  if (stream) {
+    HWY_DYNAMIC_DISPATCH(stream_row)(to, from, bytes);
+  } else {
+    std::memcpy(to, from, bytes);
+  }
+}
+
+void copy_row_to_many(void* const* to, int count, const void* from, std::size_t bytes, bool stream) {
+  // The first copy brings the row into the cache, where the others find it: streamed stores leave it there.
+  for (int i = 0; i < count; ++i) copy_row(to[i], from, bytes, stream);
+}
+
+void stream_fence() { hwy::FlushStream(); }
+
+const char* target_name() { return HWY_DYNAMIC_DISPATCH(target_name)(); }
+
+std::vector<std::string> supported_targets() {
+  std::vector<std::string> names;
+  for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) names.emplace_back(hwy::TargetName(target));
+  return names;
+}
+
+void use_target(std::string_view name) {
+  hwy::SetSupportedTargetsForTest(0);
+  for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    if (name == hwy::TargetName(target)) hwy::SetSupportedTargetsForTest(target);
+  }
+}
+
+}  // namespace tokenyard::cpu
+#endif  // HWY_ONCE
