@@ -36,8 +36,8 @@ void check_index(const char* what, int value, int count) {
 Placement Placement::uniform(int num_experts, int ranks, const UniformOptions& options) {
   placement_internal::check_sizes(num_experts, ranks);
   if (options.require_equal_windows && num_experts % ranks != 0) {
-    usage_error("num_experts = {} is not a multiple of ranks = {}, so windows would hold {} or {} experts, and require_equal_windows is set; "
-                "change either number or clear the option",
+    usage_error("num_experts = {} is not a multiple of ranks = {}: windows would hold {} or {} experts, and require_equal_windows is set; "
+                "change a number or clear the option",
                 num_experts, ranks, num_experts / ranks, num_experts / ranks + 1);
   }
   return custom(ranks, sharded_windows(num_experts, ranks, 1));
