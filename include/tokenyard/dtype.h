@@ -1,9 +1,10 @@
 #pragma once
 // Element types and their exact conversions to and from float32.
 //
-// Every conversion is defined for every bit pattern: round to nearest even, NaN stays NaN (payloads are not kept),
-// subnormals are kept. Sources: IEEE 754-2019 (binary16), the bfloat16 definition of the same rounding, and
-// "FP8 Formats for Deep Learning" (arXiv 2209.05433) for e4m3, "OCP Microscaling Formats 1.0" for UE8M0.
+// Every conversion is defined for every bit pattern: round to nearest even, subnormals are kept, NaN stays NaN. Payloads
+// are not kept: a float becomes the NaN with all bits set but the sign, as on GPUs. Sources: IEEE 754-2019 (binary16),
+// the bfloat16 definition of the same rounding, "FP8 Formats for Deep Learning" (arXiv 2209.05433) for e4m3, and
+// "OCP Microscaling Formats 1.0" for UE8M0.
 
 #include <cstdint>
 #include <string_view>
@@ -30,7 +31,7 @@ float float8_e4m3_to_float(std::uint8_t bits);
 std::uint8_t float_to_float8_e4m3(float value);
 // A UE8M0 scale is a bare biased exponent: 2^(bits - 127); 0xff is NaN.
 float ue8m0_to_float(std::uint8_t bits);
-// The smallest power of two >= value, as its biased exponent; value must be finite and > 0, anything else gives 0xff (NaN).
+// The smallest power of two >= value, as its biased exponent; 0xff (NaN) unless 0 < value <= 2^127.
 std::uint8_t float_to_ue8m0_ceil(float value);
 
 }  // namespace tokenyard

@@ -56,7 +56,8 @@ void scale_row(void* out, const void* x, float weight, Dtype dtype, std::int64_t
 // then lanes are added pairwise: (l, l+8), (l, l+4), (l, l+2), (l, l+1). float64: the same in float64, rounded to float32.
 float dot(const void* a, const void* b, Dtype dtype, std::int64_t elements);
 
-// One row of `elements`; scales is [ceil(elements / 128)] of float32 or packed bytes (ue8m0), written with `scale_stride` bytes between words.
+// One row of `elements`; scales is [ceil(elements / 128)] of float32, or of bytes packed four to a word (ue8m0), with
+// `scale_stride` bytes from one float32 or word to the next. Arithmetic as in tokenyard/quantise.h.
 struct QuantiseArgs {
   const void* x = nullptr;
   Dtype dtype = Dtype::float32;   // bfloat16, float16, float32

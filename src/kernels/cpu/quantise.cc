@@ -116,7 +116,9 @@ void quantise_row(const QuantiseArgs& args) {
 }
 
 HWY_INLINE float read_scale(const DequantiseArgs& args, std::int64_t b) {
-  if (args.format == ScaleFormat::ue8m0) return ue8m0_to_float(std::to_integer<std::uint8_t>(args.scales[b / 4 * args.scale_stride + b % 4]));
+  if (args.format == ScaleFormat::ue8m0) {
+    return ue8m0_to_float(std::to_integer<std::uint8_t>(args.scales[b / 4 * args.scale_stride + b % 4]));
+  }
   float scale;
   std::memcpy(&scale, args.scales + b * args.scale_stride, sizeof(scale));
   return scale;
@@ -134,7 +136,9 @@ void dequantise_elements(const DequantiseArgs& args) {
     if (!full) std::memcpy(padded_q, args.q + begin, static_cast<std::size_t>(count));
     const std::uint8_t* q = full ? args.q + begin : padded_q;
     Element<kDtype>* x = full ? row : padded_x;
-    for (int i = 0; i < kQuantiseBlock; i += kLanes) store<kDtype>(DF(), hn::Mul(e4m3_to_float(hn::LoadU(D8(), q + i)), scale), x + i);
+    for (int i = 0; i < kQuantiseBlock; i += kLanes) {
+      store<kDtype>(DF(), hn::Mul(e4m3_to_float(hn::LoadU(D8(), q + i)), scale), x + i);
+    }
     if (!full) std::memcpy(row, padded_x, static_cast<std::size_t>(count) * sizeof(row[0]));
   }
 }

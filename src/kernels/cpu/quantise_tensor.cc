@@ -13,7 +13,8 @@ void require(bool ok, const char* name, const ConstTensorView& given, const std:
 // What the three tensors of either direction have in common. `x` has the wide elements.
 void check(const ConstTensorView& x, const ConstTensorView& q, const ConstTensorView& scales, ScaleFormat format) {
   const bool is_float = x.dtype == Dtype::bfloat16 || x.dtype == Dtype::float16 || x.dtype == Dtype::float32;
-  require(x.ndim == 2 && is_float && x.rows_contiguous(), "x", x, "[tokens, hidden_size] bfloat16, float16 or float32 with contiguous rows");
+  require(x.ndim == 2 && is_float && x.rows_contiguous(), "x", x,
+          "[tokens, hidden_size] bfloat16, float16 or float32 with contiguous rows");
   const bool same = q.ndim == 2 && q.shape[0] == x.shape[0] && q.shape[1] == x.shape[1];
   require(same && q.dtype == Dtype::float8_e4m3 && q.rows_contiguous(), "q", q,
           fmt::format("[{}, {}] float8_e4m3 with contiguous rows", x.shape[0], x.shape[1]));

@@ -38,7 +38,8 @@ struct Block {
       const auto high = load_halves(from + 2 * kLanes);
       return {even(low), odd(low), even(high), odd(high)};
     } else {
-      return {load<kDtype>(d, from), load<kDtype>(d, from + kLanes), load<kDtype>(d, from + 2 * kLanes), load<kDtype>(d, from + 3 * kLanes)};
+      const auto at = [&](std::int64_t v) HWY_ATTR { return load<kDtype>(d, from + v * kLanes); };
+      return {at(0), at(1), at(2), at(3)};
     }
   }
   // Elements [begin, begin + count) of a row; nothing outside them is touched. kFull: count == kElements.
