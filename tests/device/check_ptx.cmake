@@ -1,0 +1,10 @@
+# The kernel is there, for the architecture asked for, and calls nothing that only the host has.
+file(READ ${PTX} text)
+foreach(wanted "\\.target sm_90" "\\.entry shared_arithmetic")
+  if(NOT text MATCHES "${wanted}")
+    message(FATAL_ERROR "${PTX}: no '${wanted}'")
+  endif()
+endforeach()
+if(text MATCHES "\\.extern \\.func[^\n]*\n?[^\n]*")
+  message(FATAL_ERROR "${PTX}: calls a function without device code: ${CMAKE_MATCH_0}")
+endif()

@@ -1,0 +1,32 @@
+// Calls everything that is marked TY_HOST_DEVICE from a kernel: what compiles on the CPU must compile for a GPU. Never run.
+// The CPU's unit tests say that the numbers are right.
+
+#include "shared_headers.h"
+
+namespace {
+
+using namespace tokenyard;
+
+__device__ std::int64_t placement_arithmetic(const placement_internal::TableView& table, std::uint32_t source_rank, std::uint32_t token) {
+  const std::uint32_t packed = placement_internal::pack_instance(source_rank, token);
+  const int replica = table.replica_for(0, source_rank, token);
+  return placement_internal::instance_rank(packed) + placement_internal::instance_local(packed) + table.shards_of(0, replica)[0];
+}
+
+__device__ std::int64_t arena_arithmetic(const protocol::ArenaShape& shape) {
+  return protocol::align_up(shape.record_bytes(), 16) + shape.partials_per_token() + shape.staging_rows() + shape.count_words() +
+         shape.instance_word(1, 2);
+}
+
+__device__ float record_arithmetic(const protocol::Record& record) {
+  return record.weights()[0] + static_cast<float>(record.source_token() + record.partial_slot() + record.local_ids()[0]);
+}
+
+}  // namespace
+
+extern "C" __global__ void shared_arithmetic(placement_internal::TableView table, protocol::ArenaShape shape, protocol::Record record,
+                                             std::int64_t* out) {
+  out[0] = placement_arithmetic(table, blockIdx.x, threadIdx.x);
+  out[1] = arena_arithmetic(shape);
+  out[2] = static_cast<std::int64_t>(record_arithmetic(record));
+}
