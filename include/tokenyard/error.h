@@ -59,7 +59,7 @@ struct Failure {
   std::uint64_t epoch = 0;   // the call number on this exchange
   std::int64_t expected = 0;
   std::int64_t seen = 0;
-  std::string detail;        // free text: reason, remedy
+  std::string detail{};      // free text: reason, remedy
   // One line with every field that applies.
   std::string message() const;
 };

@@ -41,6 +41,7 @@ struct ExchangeOptions {
   int max_local_experts = 1;             // L of the fullest rank, over all placements
   int max_fanout = 1;                    // most TP shards of a replica, over all placements
   std::int64_t receive_rows = 0;         // rows a rank can receive at once; 0: ranks x max_tokens_per_rank, the bound
+  std::int64_t max_expert_rows = 0;      // rows of expert_major with Sizing::capacity; 0: receive_rows x top_k + padding, the bound
   int depth = 2;                         // receive buffers, so dispatches whose rows may be alive at once
   bool expert_rows = false;              // also owns memory from which combine pulls without a copy (Exchange::expert_rows)
   bool unfolded = false;                 // staging for combine with fold = false

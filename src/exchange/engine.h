@@ -1,0 +1,180 @@
+#pragma once
+// The exchange without its transport: numbering and order of calls, plans, layouts, folds and sums, and what happens
+// when something fails.
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <future>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+#include "core/thread_pool.h"
+#include "exchange/handle_state.h"
+#include "exchange/layout.h"
+#include "exchange/lease_board.h"
+#include "exchange/row_memory.h"
+#include "exchange/row_transport.h"
+#include "tokenyard/exchange.h"
+
+namespace tokenyard::exchange_internal {
+
+struct ReceivedState {
+  Handle handle;
+  TensorView rows;
+  TensorView scales;
+  std::shared_ptr<void> lease;  // of a receive buffer, of expert memory, or the memory itself
+};
+
+template <class Result>
+struct PendingState {
+  std::future<Result> future;
+};
+
+// A placement as this rank sees it.
+struct RegisteredPlacement {
+  Placement placement;
+  std::vector<std::int32_t> shard_ordinals;  // [L]: this rank's place, ascending, among the shards of the replica it serves
+};
+
+struct DispatchJob {
+  DispatchInput input;
+  DispatchOptions options;
+  std::shared_ptr<const HandleState> cached;
+  protocol::CallHeader header;
+  std::optional<RowSource> source;
+  int placement = 0;
+  bool holds_receive_buffer = false;  // promised and not yet leased
+  bool holds_expert_buffer = false;
+
+  Layout layout() const { return static_cast<Layout>(header.layout); }
+  Mode mode() const { return static_cast<Mode>(header.mode); }
+  // Whether rows can be used where they landed.
+  bool in_place() const {
+    return !options.copy_out && (layout() == Layout::rank_slots || (layout() == Layout::token_major && mode() == Mode::throughput));
+  }
+};
+
+// What a combine without rows brings back (Exchange::combine_backward).
+struct WeightGradient {
+  TensorView grad_rows;  // in: the gradient of every row; out: times its weight
+  ConstTensorView y;
+};
+
+struct CombineJob {
+  ConstTensorView y;  // absent: only weights travel
+  std::shared_ptr<const HandleState> handle;
+  CombineOptions options;
+  protocol::CallHeader header;
+  std::optional<WeightGradient> gradient;
+};
+
+class Engine {
+ public:
+  Engine(const World& world, const ExchangeOptions& options);
+  ~Engine();
+
+  int add(const Placement& placement);
+  Received dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached);
+  Combined combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options);
+  Pending<Received> start_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached);
+  Pending<Combined> start_combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options);
+  CombineGradient combine_backward(const Handle& handle, const ConstTensorView& grad_out, const ConstTensorView& y,
+                                   const CombineOptions& options);
+  TensorView expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size);
+
+  void check() const;
+  void clear();
+  const World& world() const { return world_; }
+  const ExchangeOptions& options() const { return options_; }
+  const protocol::ArenaShape& shape() const { return shape_; }
+  std::uint64_t id() const { return id_; }
+  const std::vector<RegisteredPlacement>& placements() const { return placements_; }
+  const RowTransport& transport() const { return *transport_; }
+  std::vector<PhaseSpan> take_spans();
+
+ private:
+  // Records one span from construction to destruction.
+  class Span {
+   public:
+    Span(Engine& engine, const char* phase, std::uint64_t call);
+    ~Span();
+
+   private:
+    Engine& engine_;
+    PhaseSpan span_;
+  };
+
+  void agree_on_options();
+  // Numbers a new call and makes its job; a call that is rejected with UsageError is told to the peers.
+  template <class Make>
+  auto admit(Make&& make);
+  template <class Result, class Job>
+  Pending<Result> start(Job job);
+  void enqueue(std::function<void()> task);
+  bool is_idle();
+  void wait_idle();
+  void work();
+
+  DispatchJob make_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached, std::uint64_t call);
+  void reserve_buffers(DispatchJob& job);
+  CombineJob make_combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options, std::uint64_t call);
+  Received execute(DispatchJob& job);
+  Combined execute(CombineJob& job);
+  // Runs the steps of a call; a failure becomes sticky (unless the call was aborted) and is thrown.
+  template <class Result, class Steps>
+  Result guarded(const protocol::CallHeader& header, Steps&& steps);
+
+  Expected<Received> dispatch_steps(DispatchJob& job);
+  Expected<std::shared_ptr<HandleState>> plan_dispatch(const DispatchJob& job);
+  Expected<void> decide_overflow(const DispatchJob& job, std::span<const std::int32_t> counts) const;
+  LayoutOptions layout_options(const DispatchJob& job) const;
+  void collect(HandleState& handle, const Landing& landing) const;
+  Expected<Received> assemble(DispatchJob& job, const std::shared_ptr<const HandleState>& handle, Landing landing);
+  Expected<void> place_output(DispatchJob& job, const HandleState& handle, ReceivedState& state);
+  void fill_output(const DispatchJob& job, const HandleState& handle, const Landing& landing, const ReceivedState& state);
+
+  Expected<Combined> combine_steps(CombineJob& job);
+  Expected<std::vector<float>> fold_weights(const CombineJob& job, const CombineCall& call);
+  void fold_remote(const CombineJob& job, const CombineCall& call, const RowTransport::PartialTargets& targets, const std::vector<float>& weights);
+  void return_weights(const CombineJob& job, const RowTransport::PartialTargets& targets) const;
+  void sum_tokens(const CombineJob& job, const CombineCall& call, const RowTransport::PartialSources& sources, const std::vector<float>& weights,
+                  const TensorView& out);
+  // The caller's weight for received row i (from `source`) and k; 0 where the row was dropped.
+  float row_weight(const CombineJob& job, std::int64_t i, int source, int k) const;
+  void sum_weights(const CombineJob& job, const RowTransport::PartialSources& sources, const TensorView& out) const;
+  void differentiate(CombineJob& job, const std::vector<float>& weights, std::vector<float>& row_gradient);
+
+  World world_;
+  ExchangeOptions options_;
+  protocol::ArenaShape shape_;
+  std::uint64_t id_;
+  ThreadPool pool_;
+  std::unique_ptr<RowTransport> transport_;
+  std::vector<RegisteredPlacement> placements_;
+  std::uint64_t last_call_ = 0;
+  std::shared_ptr<LeaseBoard> expert_board_;
+  std::vector<RowMemory> expert_memory_;  // [depth], of the expert layouts
+
+  mutable std::mutex mutex_;  // guards what follows: the caller's thread and the worker share it
+  std::condition_variable changed_;
+  std::optional<Failure> failure_;
+  std::deque<std::function<void()>> tasks_;
+  bool running_ = false;
+  bool closing_ = false;
+  std::vector<PhaseSpan> spans_;
+  std::thread worker_;
+};
+
+// Checks of arguments; UsageError with the value, the expectation and the remedy.
+void check_dispatch(const Engine& engine, const DispatchInput& input, const DispatchOptions& options, const HandleState* cached);
+void check_values(const Engine& engine, const DispatchInput& input, int placement);
+void check_combine(const Engine& engine, const ConstTensorView& y, const HandleState& handle, const CombineOptions& options);
+void check_handle(const Engine& engine, const Handle& handle);
+// Columns of topk_ids.
+int top_k_of(const ConstTensorView& topk_ids);
+
+}  // namespace tokenyard::exchange_internal

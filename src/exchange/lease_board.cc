@@ -1,0 +1,57 @@
+#include "exchange/lease_board.h"
+
+#include "core/usage.h"
+
+namespace tokenyard::exchange_internal {
+
+LeaseBoard::LeaseBoard(int buffers, std::function<void(int)> on_free) : buffers_(buffers), on_free_(std::move(on_free)) {
+  for (int buffer = 0; buffer < buffers; ++buffer) free_.push_back(buffer);
+}
+
+void LeaseBoard::reserve(const char* what) {
+  const std::lock_guard lock(mutex_);
+  if (reserved_ < static_cast<int>(free_.size())) {
+    ++reserved_;
+    return;
+  }
+  std::string text;
+  for (const auto& [buffer, holder] : holders_) text += fmt::format("{}buffer {}: {}", text.empty() ? "" : "; ", buffer, holder);
+  if (reserved_ > 0) text += fmt::format("{}{} promised to dispatches that were started", text.empty() ? "" : "; ", reserved_);
+  usage_error("all {} {} are held ({}); release a Received, or raise depth", buffers_, what, text);
+}
+
+void LeaseBoard::unreserve() {
+  const std::lock_guard lock(mutex_);
+  --reserved_;
+}
+
+int LeaseBoard::front() const {
+  const std::lock_guard lock(mutex_);
+  TY_ASSERT(!free_.empty());
+  return free_.front();
+}
+
+std::shared_ptr<void> LeaseBoard::lease(std::string holder) {
+  const std::lock_guard lock(mutex_);
+  TY_ASSERT(!free_.empty() && reserved_ > 0);
+  const int buffer = free_.front();
+  free_.pop_front();
+  --reserved_;
+  holders_[buffer] = std::move(holder);
+  return {nullptr, [board = shared_from_this(), buffer](void*) { board->give_back(buffer); }};
+}
+
+void LeaseBoard::restart(const std::function<void()>& begin, const std::function<void(int)>& announce) const {
+  const std::lock_guard lock(mutex_);
+  begin();
+  for (const int buffer : free_) announce(buffer);
+}
+
+void LeaseBoard::give_back(int buffer) {
+  const std::lock_guard lock(mutex_);
+  holders_.erase(buffer);
+  free_.push_back(buffer);
+  on_free_(buffer);
+}
+
+}  // namespace tokenyard::exchange_internal

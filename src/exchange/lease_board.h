@@ -1,0 +1,41 @@
+#pragma once
+// Who holds which of a few buffers. Buffers are handed out in the order in which they became free; a lease is a
+// shared_ptr whose last owner gives the buffer back, from any thread, also after the exchange is gone.
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+
+namespace tokenyard::exchange_internal {
+
+class LeaseBoard : public std::enable_shared_from_this<LeaseBoard> {
+ public:
+  // on_free(buffer) runs when a buffer comes back, under the board's lock.
+  LeaseBoard(int buffers, std::function<void(int buffer)> on_free);
+
+  // Claims a buffer for a call that is started and has not run yet. UsageError that names the holders when all are held.
+  void reserve(const char* what);
+  void unreserve();
+  // The buffer of the oldest free grant, which the running call has reserved.
+  int front() const;
+  // Takes front(); `holder` describes the lease for error texts.
+  std::shared_ptr<void> lease(std::string holder);
+  // Under the lock, so that no lease comes back in between: begin(), then announce(buffer) for every free one in order.
+  void restart(const std::function<void()>& begin, const std::function<void(int)>& announce) const;
+
+ private:
+  void give_back(int buffer);
+
+  mutable std::mutex mutex_;
+  int buffers_;
+  int reserved_ = 0;
+  std::deque<int> free_;
+  std::map<int, std::string> holders_;
+  std::function<void(int)> on_free_;
+};
+
+}  // namespace tokenyard::exchange_internal

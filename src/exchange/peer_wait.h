@@ -1,0 +1,73 @@
+#pragma once
+// Waiting for peers: with a deadline, noticing their death, abort, failure or disagreement, and blaming the right one.
+
+#include <atomic>
+#include <functional>
+#include <string>
+
+#include "core/deadline.h"
+#include "core/expected.h"
+#include "exchange/direct_arena.h"
+#include "protocol/call.h"
+#include "tokenyard/world.h"
+
+namespace tokenyard::exchange_internal {
+
+class PeerWait {
+ public:
+  PeerWait(World world, const DirectArena& arena, int timeout_ms) : world_(std::move(world)), arena_(arena), timeout_ms_(timeout_ms) {}
+
+  // Waits until arrived(peer) holds for every peer. `arrived` reads flags with acquire.
+  template <class Arrived>
+  Expected<void> for_all(Phase phase, const protocol::CallHeader& header, Arrived&& arrived) {
+    const int ranks = arena_.ranks();
+    int next = 0;  // everybody before it has arrived
+    auto all_arrived = [&] {
+      while (next < ranks && arrived(next)) ++next;
+      return next == ranks;
+    };
+    if (all_arrived()) return {};
+    const std::function<bool(int)> pending = [&](int peer) { return peer >= next && !arrived(peer); };
+    Watch watch(*this, phase, header);
+    if (wait_on(arena_.doorbell(arena_.rank()), all_arrived, [&] { return watch.gave_up(pending); })) return {};
+    return unexpected(watch.failure());
+  }
+
+  // What this rank tells its peers about itself.
+  void publish_failure(const protocol::CallHeader& header, const Failure& failure);
+  void clear_failure();
+  void publish_abort(std::uint64_t call, const std::string& reason);
+  void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
+
+ private:
+  // One wait that lasts: publishes whom this rank waits for, and looks about every millisecond whether that makes sense.
+  class Watch {
+   public:
+    Watch(PeerWait& owner, Phase phase, const protocol::CallHeader& header);
+    ~Watch();
+    bool gave_up(const std::function<bool(int)>& pending);
+    const Failure& failure() const { return failure_; }
+
+   private:
+    bool fail(FailureKind kind, int peer, std::string detail);
+    bool check_peer(int peer);
+    PeerWait& owner_;
+    Phase phase_;
+    const protocol::CallHeader& header_;
+    Deadline deadline_;
+    Failure failure_;
+  };
+
+  bool check_abort(int peer, std::uint64_t call, std::string& reason) const;
+  int end_of_chain(int peer) const;
+
+  World world_;
+  const DirectArena& arena_;
+  int timeout_ms_;
+  std::atomic<bool> cancelled_{false};
+};
+
+// "dispatch call 7 (token_major, throughput, 14336-byte rows, top_k 8, placement 1f00c0ffee)", for mismatches.
+std::string describe(const protocol::CallHeader& header);
+
+}  // namespace tokenyard::exchange_internal
