@@ -9,6 +9,7 @@ OPEN, CLOSE = "([{", ")]}"
 # What may stand between a function's ')' and its '{'.
 QUALIFIERS = {"const", "noexcept", "override", "final", "mutable", "try", "volatile", "&", "&&"}
 CONTAINER = re.compile(r"\b(namespace|class|struct|union)\b|\bextern\s*\"")
+MACRO_CALL = re.compile(r"[A-Z][A-Z0-9_]+")
 CONTROL = {"if", "for", "while", "switch", "catch", "return", "sizeof", "decltype", "requires", "noexcept", "alignas", "static_assert"}
 
 
@@ -159,7 +160,9 @@ def scan(text):
         while i < end:
             c = code[i]
             if c in "([":
-                i = match(code, i)
+                head, i = code[start:i].strip(), match(code, i)
+                if MACRO_CALL.fullmatch(head) and not re.match(r"\s*[{;:]", code[i:i + 200]):
+                    start = i  # a macro call that needs no semicolon
                 continue
             if c in ";}":
                 found = signature(code[start:i]) if c == ";" else None
