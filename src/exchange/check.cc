@@ -19,12 +19,14 @@ void check_ids(const Engine& engine, const DispatchInput& input) {
     usage_error("topk_ids is {}, so top_k = {}; the exchange was made for top_k 1 to {}", describe(ids), top_k, engine.options().top_k);
   }
   if (ids.shape[0] > engine.options().max_tokens_per_rank) {
-    usage_error("topk_ids has {} tokens; the exchange was made for max_tokens_per_rank = {}", ids.shape[0], engine.options().max_tokens_per_rank);
+    usage_error("topk_ids has {} tokens; the exchange was made for max_tokens_per_rank = {}", ids.shape[0],
+                engine.options().max_tokens_per_rank);
   }
   if (ids.shape[0] > 0 && ids.data == nullptr) usage_error("topk_ids is {} but its data is null", describe(ids));
   const ConstTensorView& weights = input.topk_weights;
   if (!weights) return;
-  const bool same_shape = weights.shape[0] == ids.shape[0] && (weights.ndim == 2 ? weights.shape[1] == top_k : weights.ndim == 1 && top_k == 1);
+  const bool same_shape =
+      weights.shape[0] == ids.shape[0] && (weights.ndim == 2 ? weights.shape[1] == top_k : weights.ndim == 1 && top_k == 1);
   if (!same_shape || weights.dtype != Dtype::float32) {
     usage_error("topk_weights is {}; expected [{}, {}] float32 like topk_ids", describe(weights), ids.shape[0], top_k);
   }
@@ -35,7 +37,8 @@ void check_rows(const Engine& engine, const DispatchInput& input, const Dispatch
   const ConstTensorView& rows = input.rows;
   if (rows.ndim != 2 || rows.shape[0] != tokens) usage_error("rows is {}; expected [{}, H], one row per token", describe(rows), tokens);
   if (tokens > 0 && rows.data == nullptr) usage_error("rows is {} but its data is null", describe(rows));
-  if (!rows.rows_contiguous()) usage_error("rows is {} with strides [{}, {}]; elements of a row must be contiguous", describe(rows), rows.strides[0], rows.strides[1]);
+  if (!rows.rows_contiguous())
+    usage_error("rows is {} with strides [{}, {}]; elements of a row must be contiguous", describe(rows), rows.strides[0], rows.strides[1]);
   const std::int64_t max_row = engine.options().max_row_bytes;
   if (options.quantise) {
     const bool is_float = rows.dtype == Dtype::bfloat16 || rows.dtype == Dtype::float16 || rows.dtype == Dtype::float32;
@@ -44,15 +47,18 @@ void check_rows(const Engine& engine, const DispatchInput& input, const Dispatch
   }
   const RowSource source(input, options.quantise);
   if (source.row_bytes() < 16 || source.row_bytes() % 16 != 0) {
-    usage_error("rows of {} {} are {} bytes; expected a positive multiple of 16: pad the hidden size", rows.shape[1], name(source.row_dtype()), source.row_bytes());
+    usage_error("rows of {} {} are {} bytes; expected a positive multiple of 16: pad the hidden size", rows.shape[1],
+                name(source.row_dtype()), source.row_bytes());
   }
-  if (source.row_bytes() > max_row) usage_error("rows are {} bytes each; the exchange was made for max_row_bytes = {}", source.row_bytes(), max_row);
+  if (source.row_bytes() > max_row)
+    usage_error("rows are {} bytes each; the exchange was made for max_row_bytes = {}", source.row_bytes(), max_row);
   if (input.scales && (input.scales.ndim != 2 || input.scales.shape[0] != tokens)) {
     usage_error("scales is {}; expected [{}, S], one row per token", describe(input.scales), tokens);
   }
   if (input.scales && tokens > 0 && input.scales.data == nullptr) usage_error("scales is {} but its data is null", describe(input.scales));
   if (source.scale_bytes() > engine.options().max_scale_bytes) {
-    usage_error("scales are {} bytes per row; the exchange was made for max_scale_bytes = {}", source.scale_bytes(), engine.options().max_scale_bytes);
+    usage_error("scales are {} bytes per row; the exchange was made for max_scale_bytes = {}", source.scale_bytes(),
+                engine.options().max_scale_bytes);
   }
 }
 
@@ -63,28 +69,36 @@ void check_layout(const Engine& engine, const DispatchOptions& options) {
     usage_error("sizing = exact with mode = latency; latency mode never waits for counts: use sizing = capacity");
   }
   if (mode == Mode::latency && shape.receive_rows < shape.ranks * shape.max_tokens_per_rank) {
-    usage_error("mode = latency needs receive_rows >= ranks x max_tokens_per_rank = {}; it is {}", shape.ranks * shape.max_tokens_per_rank, shape.receive_rows);
+    usage_error("mode = latency needs receive_rows >= ranks x max_tokens_per_rank = {}; it is {}", shape.ranks * shape.max_tokens_per_rank,
+                shape.receive_rows);
   }
-  if (mode != Mode::latency && options.layout == Layout::rank_slots) usage_error("layout = rank_slots needs mode = latency; it is {}", name(mode));
+  if (mode != Mode::latency && options.layout == Layout::rank_slots)
+    usage_error("layout = rank_slots needs mode = latency; it is {}", name(mode));
   if (options.alignment < 1 || options.alignment > 256 || (options.alignment & (options.alignment - 1)) != 0) {
     usage_error("alignment = {}; expected a power of two, 1 to 256", options.alignment);
   }
-  if (options.alignment != 1 && options.layout != Layout::expert_major) usage_error("alignment = {} with layout = {}; only expert_major has it", options.alignment, name(options.layout));
-  if (options.gather_map && options.layout != Layout::token_major) usage_error("gather_map with layout = {}; only token_major has it", name(options.layout));
+  if (options.alignment != 1 && options.layout != Layout::expert_major)
+    usage_error("alignment = {} with layout = {}; only expert_major has it", options.alignment, name(options.layout));
+  if (options.gather_map && options.layout != Layout::token_major)
+    usage_error("gather_map with layout = {}; only token_major has it", name(options.layout));
   if (options.expert_capacity < 0) usage_error("expert_capacity = {}; expected 0 (none) or more", options.expert_capacity);
   const bool is_expert_layout = options.layout == Layout::expert_major || options.layout == Layout::expert_padded;
-  if (options.expert_capacity > 0 && !is_expert_layout) usage_error("expert_capacity = {} with layout = {}; only the expert layouts have it", options.expert_capacity, name(options.layout));
-  if (options.drop && (options.expert_capacity == 0 || !is_expert_layout)) usage_error("drop without expert_capacity on an expert layout drops nothing; set both");
+  if (options.expert_capacity > 0 && !is_expert_layout)
+    usage_error("expert_capacity = {} with layout = {}; only the expert layouts have it", options.expert_capacity, name(options.layout));
+  if (options.drop && (options.expert_capacity == 0 || !is_expert_layout))
+    usage_error("drop without expert_capacity on an expert layout drops nothing; set both");
   constexpr std::int64_t kMaxRows = std::int64_t{1} << 31;
   const std::int64_t padded = shape.max_local_experts * (options.expert_capacity == 0 ? shape.receive_rows : options.expert_capacity);
   if (options.layout == Layout::expert_padded && padded >= kMaxRows) {
-    usage_error("expert_padded of {} local experts x {} rows exceeds 2^31 rows; set expert_capacity", shape.max_local_experts, padded / shape.max_local_experts);
+    usage_error("expert_padded of {} local experts x {} rows exceeds 2^31 rows; set expert_capacity", shape.max_local_experts,
+                padded / shape.max_local_experts);
   }
 }
 
 void check_output(const DispatchInput& input, const DispatchOptions& options) {
   if (!options.copy_out) {
-    if (options.out_rows || options.out_scales) usage_error("out_rows is {} but copy_out is false; set copy_out", describe(options.out_rows));
+    if (options.out_rows || options.out_scales)
+      usage_error("out_rows is {} but copy_out is false; set copy_out", describe(options.out_rows));
     return;
   }
   const RowSource source(input, options.quantise);
@@ -96,7 +110,8 @@ void check_output(const DispatchInput& input, const DispatchOptions& options) {
   };
   check("out_rows", options.out_rows, source.row_dtype(), source.hidden_size());
   check("out_scales", options.out_scales, source.scale_dtype(), source.scale_columns());
-  if (options.out_rows && source.scale_bytes() > 0 && !options.out_scales) usage_error("out_rows without out_scales, but the rows have scales; give both");
+  if (options.out_rows && source.scale_bytes() > 0 && !options.out_scales)
+    usage_error("out_rows without out_scales, but the rows have scales; give both");
 }
 
 // What the shape of y must be for a layout; a dimension of y may name the received rows or their capacity.
@@ -106,11 +121,13 @@ void check_y(const Engine& engine, const ConstTensorView& y, const HandleState& 
   bool fits = y.ndim == dims + 1;
   for (int d = 0; fits && d < dims; ++d) fits = y.shape[d] == rows_shape[d] || (dims == 1 && y.shape[0] == handle.metadata.num_rows);
   if (!fits) {
-    usage_error("y is {}; expected the rows of the dispatch: [{}, H] in layout {}", describe(y), fmt::join(rows_shape, ", "), name(handle.layout));
+    usage_error("y is {}; expected the rows of the dispatch: [{}, H] in layout {}", describe(y), fmt::join(rows_shape, ", "),
+                name(handle.layout));
   }
   if (!is_summable(y.dtype)) usage_error("y is {}; combine adds float64, float32, bfloat16 and float16", describe(y));
   for (int d = dims - 1; fits && d >= 1; --d) fits = y.shape[d - 1] <= 1 || y.strides[d - 1] == y.strides[d] * y.shape[d];
-  if (!fits || (y.strides[dims] != 1 && y.shape[dims] > 1)) usage_error("y is {} with a gap inside; rows must be contiguous and evenly spaced", describe(y));
+  if (!fits || (y.strides[dims] != 1 && y.shape[dims] > 1))
+    usage_error("y is {} with a gap inside; rows must be contiguous and evenly spaced", describe(y));
   const std::int64_t row_bytes = y.shape[dims] * size_of(y.dtype);
   if (row_bytes < 16 || row_bytes % 16 != 0 || row_bytes > engine.options().max_row_bytes) {
     usage_error("rows of y are {} bytes; expected a multiple of 16 up to max_row_bytes = {}", row_bytes, engine.options().max_row_bytes);
@@ -121,7 +138,8 @@ void check_y(const Engine& engine, const ConstTensorView& y, const HandleState& 
 void check_weighting(const HandleState& handle, const CombineOptions& options) {
   const bool weighs = options.weighting == Weighting::at_expert || options.weighting == Weighting::at_source;
   if (weighs && !handle.is_expert_layout()) {
-    usage_error("weighting = {} with layout = {}; its rows are already folded: use none, or weigh before folding", name(options.weighting), name(handle.layout));
+    usage_error("weighting = {} with layout = {}; its rows are already folded: use none, or weigh before folding", name(options.weighting),
+                name(handle.layout));
   }
   if (options.weighting != Weighting::at_source) {
     if (options.source_weights) usage_error("source_weights with weighting = {}; use at_source", name(options.weighting));
@@ -140,7 +158,8 @@ void check_row_weights(const HandleState& handle, const ConstTensorView& weights
   const bool flat = handle.metadata.rows_shape.size() == 1;
   const bool fits = weights.num_elements() == expected || (flat && weights.num_elements() == received);
   if (!fits || weights.dtype != Dtype::float32) {
-    usage_error("row_weights is {}; expected {} float32 values, shaped as row_weights of layout {}", describe(weights), expected, name(handle.layout));
+    usage_error("row_weights is {}; expected {} float32 values, shaped as row_weights of layout {}", describe(weights), expected,
+                name(handle.layout));
   }
   if (!weights.rows_contiguous() || weights.strides[0] * weights.shape[0] != weights.num_elements()) {
     if (weights.num_elements() > 0) usage_error("row_weights is {} with gaps; expected a dense tensor", describe(weights));
@@ -166,7 +185,8 @@ void check_dispatch(const Engine& engine, const DispatchInput& input, const Disp
     check_rows(engine, input, options, input.topk_ids.shape[0]);
     check_layout(engine, options);
   } else {
-    if (input.topk_ids || input.topk_weights) usage_error("topk_ids or topk_weights with a handle; a cached dispatch follows the handle's routing and weights");
+    if (input.topk_ids || input.topk_weights)
+      usage_error("topk_ids or topk_weights with a handle; a cached dispatch follows the handle's routing and weights");
     check_rows(engine, input, options, cached->sent.num_tokens);
   }
   check_output(input, options);
@@ -180,8 +200,8 @@ void check_values(const Engine& engine, const DispatchInput& input, int placemen
     for (int k = 0; k < top_k; ++k) {
       const std::int64_t expert = id_at(input.topk_ids, token, k);
       if (expert >= num_experts) {
-        usage_error("topk_ids[{}, {}] = {} but the placement has {} experts; use ids 0 to {}, or a negative one for no expert", token, k, expert,
-                    num_experts, num_experts - 1);
+        usage_error("topk_ids[{}, {}] = {} but the placement has {} experts; use ids 0 to {}, or a negative one for no expert", token, k,
+                    expert, num_experts, num_experts - 1);
       }
       if (input.topk_weights && !std::isfinite(weight_at(input.topk_weights, token, k))) {
         usage_error("topk_weights[{}, {}] = {}; expected a finite weight", token, k, weight_at(input.topk_weights, token, k));
@@ -192,7 +212,8 @@ void check_values(const Engine& engine, const DispatchInput& input, int placemen
 
 void check_handle(const Engine& engine, const Handle& handle) {
   if (!handle) usage_error("the handle is empty (never filled, or moved from); use the one that dispatch returned");
-  if (handle.state()->exchange_id != engine.id()) usage_error("the handle of call {} belongs to another exchange; a handle works on the exchange that made it", handle.state()->call);
+  if (handle.state()->exchange_id != engine.id())
+    usage_error("the handle of call {} belongs to another exchange; a handle works on the exchange that made it", handle.state()->call);
 }
 
 void check_combine(const Engine& engine, const ConstTensorView& y, const HandleState& handle, const CombineOptions& options) {
@@ -206,12 +227,16 @@ void check_combine(const Engine& engine, const ConstTensorView& y, const HandleS
   for (const ConstTensorView& bias : {options.bias0, options.bias1}) {
     if (bias && bias.dtype != y.dtype) usage_error("a bias is {}; expected y's dtype {}", describe(bias), name(y.dtype));
   }
-  if (options.out && !is_summable(options.out.dtype)) usage_error("out is {}; expected float64, float32, bfloat16 or float16", describe(options.out));
-  if (options.out && handle.sent.num_tokens > 0 && options.out.data == nullptr) usage_error("out is {} but its data is null", describe(options.out));
+  if (options.out && !is_summable(options.out.dtype))
+    usage_error("out is {}; expected float64, float32, bfloat16 or float16", describe(options.out));
+  if (options.out && handle.sent.num_tokens > 0 && options.out.data == nullptr)
+    usage_error("out is {} but its data is null", describe(options.out));
   if (options.fold) return;
-  if (!handle.is_expert_layout()) usage_error("fold = false with layout = {}; its rows are already folded: use an expert layout", name(handle.layout));
+  if (!handle.is_expert_layout())
+    usage_error("fold = false with layout = {}; its rows are already folded: use an expert layout", name(handle.layout));
   if (!engine.options().unfolded) usage_error("fold = false needs staging for every (token, k): make the exchange with unfolded = true");
-  if (!engine.options().reduction_groups.empty()) usage_error("fold = false sums in order of k; it cannot keep reduction_groups: make the exchange without them");
+  if (!engine.options().reduction_groups.empty())
+    usage_error("fold = false sums in order of k; it cannot keep reduction_groups: make the exchange without them");
 }
 
 }  // namespace tokenyard::exchange_internal

@@ -57,9 +57,8 @@ Expected<RowTransport::PartialTargets> DirectTransport::begin_partials(const Com
   const HandleState& handle = *call.handle;
   const protocol::ArenaShape& shape = arena_->shape();
   const std::uint64_t credit = last_combine_;
-  auto credited = wait_.for_all(Phase::combine_credit, call.header, [&](int peer) {
-    return load_acquire(arena_->mailbox(arena_->rank(), peer).staging_free) >= credit;
-  });
+  auto credited = wait_.for_all(Phase::combine_credit, call.header,
+                                [&](int peer) { return load_acquire(arena_->mailbox(arena_->rank(), peer).staging_free) >= credit; });
   if (!credited) return unexpected(credited.error());
   PartialTargets targets;
   const int k = handle.top_k();
@@ -152,9 +151,8 @@ void DirectTransport::release_partials(const CombineCall& call) {
 Expected<std::byte*> DirectTransport::expert_rows() {
   protocol::CallHeader header{.call = last_pull_, .operation = protocol::Operation::combine};
   const std::uint64_t last = last_pull_;
-  auto read = wait_.for_all(Phase::combine_read, header, [&](int peer) {
-    return load_acquire(arena_->mailbox(arena_->rank(), peer).read_done) >= last;
-  });
+  auto read = wait_.for_all(Phase::combine_read, header,
+                            [&](int peer) { return load_acquire(arena_->mailbox(arena_->rank(), peer).read_done) >= last; });
   if (!read) return unexpected(read.error());
   return arena_->expert_rows(arena_->rank());
 }

@@ -29,7 +29,8 @@ Expected<void> DirectTransport::exchange_counts(const CallHeader& header, std::s
   if (auto arrived = await(Phase::dispatch_counts, MessageKind::counts, header); !arrived) return arrived;
   all.resize(ranks * mine.size());
   for (int source = 0; source < ranks; ++source) {
-    std::copy_n(arena_->counts(arena_->rank(), source, header.call), mine.size(), all.begin() + static_cast<std::ptrdiff_t>(source * mine.size()));
+    std::copy_n(arena_->counts(arena_->rank(), source, header.call), mine.size(),
+                all.begin() + static_cast<std::ptrdiff_t>(source * mine.size()));
   }
   return {};
 }
@@ -46,7 +47,8 @@ Expected<Landing> DirectTransport::exchange_rows(const RowsCall& call) {
   const int ranks = arena_->ranks();
   std::vector<int> buffers(ranks);
   for (int peer = 0; peer < ranks; ++peer) {
-    buffers[peer] = protocol::granted_buffer(load_acquire(arena_->mailbox(arena_->rank(), peer).grants[dispatch_epoch_ % protocol::kMaxDepth]));
+    buffers[peer] =
+        protocol::granted_buffer(load_acquire(arena_->mailbox(arena_->rank(), peer).grants[dispatch_epoch_ % protocol::kMaxDepth]));
   }
   move_rows(call, buffers);
   for (int i = 0; i < ranks; ++i) {
@@ -74,7 +76,8 @@ void DirectTransport::move_rows(const RowsCall& call, std::span<const int> buffe
   });
 }
 
-void DirectTransport::move_token(const RowsCall& call, std::span<const int> buffers, std::int64_t token, std::byte* scratch, bool stream) const {
+void DirectTransport::move_token(const RowsCall& call, std::span<const int> buffers, std::int64_t token, std::byte* scratch,
+                                 bool stream) const {
   const SendPlan& plan = *call.plan;
   const std::span<const SendEntry> entries = plan.entries_of(token);
   if (entries.empty()) return;

@@ -57,9 +57,8 @@ void DirectTransport::send(int peer, MessageKind kind, const CallHeader& header,
 
 Expected<void> DirectTransport::await(Phase phase, MessageKind kind, const CallHeader& header) {
   const int rank = arena_->rank();
-  auto arrived = wait_.for_all(phase, header, [&](int peer) {
-    return load_acquire(arena_->message(rank, peer, kind, header.call).sequence) == header.call;
-  });
+  auto arrived = wait_.for_all(
+      phase, header, [&](int peer) { return load_acquire(arena_->message(rank, peer, kind, header.call).sequence) == header.call; });
   if (!arrived) return arrived;
   for (int peer = 0; peer < arena_->ranks(); ++peer) {
     const CallHeader& theirs = arena_->message(rank, peer, kind, header.call).header;
@@ -74,9 +73,8 @@ Expected<void> DirectTransport::await(Phase phase, MessageKind kind, const CallH
 Expected<void> DirectTransport::begin_call(const CallHeader& header) {
   if (unsettled_call_ == 0) return {};
   // Until every rank has left the rejected call, one that came late may still write what it was about.
-  auto settled = wait_.for_all(Phase::dispatch_credit, header, [&](int peer) {
-    return load_acquire(arena_->mailbox(arena_->rank(), peer).left) >= unsettled_call_;
-  });
+  auto settled = wait_.for_all(Phase::dispatch_credit, header,
+                               [&](int peer) { return load_acquire(arena_->mailbox(arena_->rank(), peer).left) >= unsettled_call_; });
   if (settled) unsettled_call_ = 0;
   return settled;
 }

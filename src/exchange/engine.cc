@@ -18,10 +18,11 @@ std::int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch
 // Every option that ranks must share, as text: a mismatch is shown as it stands.
 std::string shared_options(const ExchangeOptions& o) {
   std::string text = fmt::format(
-      "max_tokens_per_rank = {}, max_row_bytes = {}, max_scale_bytes = {}, top_k = {}, max_local_experts = {}, max_fanout = {}, receive_rows = {}, "
+      "max_tokens_per_rank = {}, max_row_bytes = {}, max_scale_bytes = {}, top_k = {}, max_local_experts = {}, max_fanout = {}, "
+      "receive_rows = {}, "
       "max_expert_rows = {}, depth = {}, expert_rows = {}, unfolded = {}, transport = {}, timeout_ms = {}",
-      o.max_tokens_per_rank, o.max_row_bytes, o.max_scale_bytes, o.top_k, o.max_local_experts, o.max_fanout, o.receive_rows, o.max_expert_rows, o.depth,
-      o.expert_rows, o.unfolded, name(o.transport), o.timeout_ms);
+      o.max_tokens_per_rank, o.max_row_bytes, o.max_scale_bytes, o.top_k, o.max_local_experts, o.max_fanout, o.receive_rows,
+      o.max_expert_rows, o.depth, o.expert_rows, o.unfolded, name(o.transport), o.timeout_ms);
   text += ", reduction_groups = [";
   for (const int group : o.reduction_groups) text += fmt::format("{} ", group);
   return text + "]";
@@ -92,19 +93,22 @@ void Engine::agree_on_options() {
     if (theirs == mine) continue;
     const auto [ours, other] = first_difference(mine, theirs);
     Failure failure{.kind = FailureKind::mismatch, .phase = Phase::gather, .rank = world_.rank(), .peer = peer};
-    failure.detail = fmt::format("exchange options differ: rank {} has {}, rank {} has {}; give all ranks the same", world_.rank(), ours, peer, other);
+    failure.detail =
+        fmt::format("exchange options differ: rank {} has {}, rank {} has {}; give all ranks the same", world_.rank(), ours, peer, other);
     throw TransportError(std::move(failure));
   }
 }
 
 int Engine::add(const Placement& placement) {
-  if (placement.ranks() != world_.size()) usage_error("the placement is for {} ranks; this exchange has {}", placement.ranks(), world_.size());
+  if (placement.ranks() != world_.size())
+    usage_error("the placement is for {} ranks; this exchange has {}", placement.ranks(), world_.size());
   if (placement.max_local_experts() > options_.max_local_experts) {
-    usage_error("the placement puts {} experts on one rank; the exchange was made for max_local_experts = {}", placement.max_local_experts(),
-                options_.max_local_experts);
+    usage_error("the placement puts {} experts on one rank; the exchange was made for max_local_experts = {}",
+                placement.max_local_experts(), options_.max_local_experts);
   }
   if (placement.max_fanout() > options_.max_fanout) {
-    usage_error("the placement cuts an expert into {} shards; the exchange was made for max_fanout = {}", placement.max_fanout(), options_.max_fanout);
+    usage_error("the placement cuts an expert into {} shards; the exchange was made for max_fanout = {}", placement.max_fanout(),
+                options_.max_fanout);
   }
   const std::uint64_t mine[2] = {placement.hash(), placements_.size()};
   const auto all = world_.all_gather(std::as_bytes(std::span(mine)));
@@ -113,8 +117,8 @@ int Engine::add(const Placement& placement) {
     std::memcpy(theirs, all[peer].data(), sizeof theirs);
     if (theirs[0] == mine[0] && theirs[1] == mine[1]) continue;
     Failure failure{.kind = FailureKind::mismatch, .phase = Phase::gather, .rank = world_.rank(), .peer = peer};
-    failure.detail = fmt::format("rank {} adds placement {:x} as number {}, rank {} adds {:x} as number {}", world_.rank(), mine[0], mine[1], peer,
-                                 theirs[0], theirs[1]);
+    failure.detail = fmt::format("rank {} adds placement {:x} as number {}, rank {} adds {:x} as number {}", world_.rank(), mine[0],
+                                 mine[1], peer, theirs[0], theirs[1]);
     throw TransportError(std::move(failure));
   }
   wait_idle();
@@ -136,7 +140,8 @@ auto Engine::admit(Make&& make) {
 
 template <class Result, class Job>
 Pending<Result> Engine::start(Job job) {
-  auto task = std::make_shared<std::packaged_task<Result()>>([this, shared = std::make_shared<Job>(std::move(job))] { return execute(*shared); });
+  auto task =
+      std::make_shared<std::packaged_task<Result()>>([this, shared = std::make_shared<Job>(std::move(job))] { return execute(*shared); });
   auto pending = std::make_shared<PendingState<Result>>();
   pending->future = task->get_future();
   {
@@ -275,10 +280,12 @@ TensorView Engine::expert_rows(const Handle& handle, Dtype dtype, std::int64_t h
   check_handle(*this, handle);
   if (!options_.expert_rows) usage_error("expert_rows() needs memory for them: make the exchange with expert_rows = true");
   const HandleState& state = *handle.state();
-  if (state.is_expert_layout()) usage_error("expert_rows() for layout = {}; its rows are folded anyway: pass your own memory to combine", name(state.layout));
+  if (state.is_expert_layout())
+    usage_error("expert_rows() for layout = {}; its rows are folded anyway: pass your own memory to combine", name(state.layout));
   const std::int64_t row_bytes = hidden_size * size_of(dtype);
   if (row_bytes < 16 || row_bytes % 16 != 0 || row_bytes > options_.max_row_bytes) {
-    usage_error("expert rows of {} {} are {} bytes; expected a multiple of 16 up to max_row_bytes = {}", hidden_size, name(dtype), row_bytes, options_.max_row_bytes);
+    usage_error("expert rows of {} {} are {} bytes; expected a multiple of 16 up to max_row_bytes = {}", hidden_size, name(dtype),
+                row_bytes, options_.max_row_bytes);
   }
   check();
   wait_idle();

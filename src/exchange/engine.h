@@ -139,10 +139,11 @@ class Engine {
 
   Expected<Combined> combine_steps(CombineJob& job);
   Expected<std::vector<float>> fold_weights(const CombineJob& job, const CombineCall& call);
-  void fold_remote(const CombineJob& job, const CombineCall& call, const RowTransport::PartialTargets& targets, const std::vector<float>& weights);
+  void fold_remote(const CombineJob& job, const CombineCall& call, const RowTransport::PartialTargets& targets,
+                   const std::vector<float>& weights);
   void return_weights(const CombineJob& job, const RowTransport::PartialTargets& targets) const;
-  void sum_tokens(const CombineJob& job, const CombineCall& call, const RowTransport::PartialSources& sources, const std::vector<float>& weights,
-                  const TensorView& out);
+  void sum_tokens(const CombineJob& job, const CombineCall& call, const RowTransport::PartialSources& sources,
+                  const std::vector<float>& weights, const TensorView& out);
   // The caller's weight for received row i (from `source`) and k; 0 where the row was dropped.
   float row_weight(const CombineJob& job, std::int64_t i, int source, int k) const;
   void sum_weights(const CombineJob& job, const RowTransport::PartialSources& sources, const TensorView& out) const;

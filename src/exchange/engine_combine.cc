@@ -43,7 +43,8 @@ class LocalRows {
       if (!weights.empty()) terms[count] = weights[i * handle_.top_k() + k];
       ++count;
     }
-    cpu::fold({.rows = rows, .weights = weights.empty() ? nullptr : terms, .count = count, .dtype = dtype_, .elements = elements_, .out = out});
+    cpu::fold(
+        {.rows = rows, .weights = weights.empty() ? nullptr : terms, .count = count, .dtype = dtype_, .elements = elements_, .out = out});
   }
 
  private:

@@ -94,8 +94,9 @@ Expected<std::shared_ptr<HandleState>> Engine::plan_dispatch(const DispatchJob& 
   handle->mode = job.mode();
   {
     const Span plan(*this, "dispatch plan", job.header.call);
-    handle->sent = make_send_plan({.topk_ids = job.input.topk_ids, .top_k = job.header.top_k, .rank = world_.rank(), .token_base = job.options.token_base},
-                                  placements_[job.placement].placement.table().view(), shape_);
+    handle->sent = make_send_plan(
+        {.topk_ids = job.input.topk_ids, .top_k = job.header.top_k, .rank = world_.rank(), .token_base = job.options.token_base},
+        placements_[job.placement].placement.table().view(), shape_);
   }
   if (job.mode() == Mode::latency) return handle;
   const Span span(*this, "dispatch counts", job.header.call);
@@ -126,11 +127,13 @@ Expected<void> Engine::decide_overflow(const DispatchJob& job, std::span<const s
   };
   const LayoutOptions layout = layout_options(job);
   const bool is_expert_layout = job.layout() == Layout::expert_major || job.layout() == Layout::expert_padded;
-  const std::int64_t capacity = job.layout() == Layout::expert_padded && layout.expert_capacity == 0 ? shape_.receive_rows : layout.expert_capacity;
+  const std::int64_t capacity =
+      job.layout() == Layout::expert_padded && layout.expert_capacity == 0 ? shape_.receive_rows : layout.expert_capacity;
   for (int rank = 0; rank < shape_.ranks; ++rank) {
     if (total[rank] > shape_.receive_rows) {
       return overflow(rank, shape_.receive_rows, total[rank],
-                      fmt::format("rank {} would receive {} rows, receive_rows is {}; raise it, or send fewer tokens, then clear()", rank, total[rank], shape_.receive_rows));
+                      fmt::format("rank {} would receive {} rows, receive_rows is {}; raise it, or send fewer tokens, then clear()", rank,
+                                  total[rank], shape_.receive_rows));
     }
     if (!is_expert_layout) continue;
     std::vector<std::int32_t> experts(shape_.max_local_experts);
@@ -138,14 +141,19 @@ Expected<void> Engine::decide_overflow(const DispatchJob& job, std::span<const s
       const std::int64_t rows = total[shape_.instance_word(rank, local)];
       experts[local] = static_cast<std::int32_t>(rows);
       if (capacity != 0 && !layout.drop && rows > capacity) {
-        return overflow(rank, capacity, rows,
-                        fmt::format("local expert {} of rank {} would receive {} rows, its capacity is {}; raise expert_capacity or set drop, then clear()",
-                                    local, rank, rows, capacity));
+        return overflow(
+            rank, capacity, rows,
+            fmt::format(
+                "local expert {} of rank {} would receive {} rows, its capacity is {}; raise expert_capacity or set drop, then clear()",
+                local, rank, rows, capacity));
       }
     }
     const std::int64_t needed = expert_rows_needed(experts, layout, job.layout());
-    if (job.layout() == Layout::expert_major && layout.sizing == Sizing::capacity && layout.max_expert_rows != 0 && needed > layout.max_expert_rows) {
-      return overflow(rank, layout.max_expert_rows, needed, fmt::format("rank {} would need {} expert rows, max_expert_rows is {}; raise it, then clear()", rank, needed, layout.max_expert_rows));
+    if (job.layout() == Layout::expert_major && layout.sizing == Sizing::capacity && layout.max_expert_rows != 0 &&
+        needed > layout.max_expert_rows) {
+      return overflow(rank, layout.max_expert_rows, needed,
+                      fmt::format("rank {} would need {} expert rows, max_expert_rows is {}; raise it, then clear()", rank, needed,
+                                  layout.max_expert_rows));
     }
   }
   return {};
@@ -212,8 +220,10 @@ Expected<void> Engine::place_output(DispatchJob& job, const HandleState& handle,
   const std::int64_t bytes = row_part + rows * job.source->scale_bytes();
   if (job.options.copy_out && job.options.out_rows) {
     if (job.options.out_rows.shape[0] < rows || (state.scales && job.options.out_scales.shape[0] < rows)) {
-      Failure failure{.kind = FailureKind::overflow, .phase = Phase::dispatch_rows, .expected = job.options.out_rows.shape[0], .seen = rows};
-      failure.detail = "out_rows or out_scales has fewer rows than arrived; give more, or use sizing = capacity to know before, then clear()";
+      Failure failure{
+          .kind = FailureKind::overflow, .phase = Phase::dispatch_rows, .expected = job.options.out_rows.shape[0], .seen = rows};
+      failure.detail =
+          "out_rows or out_scales has fewer rows than arrived; give more, or use sizing = capacity to know before, then clear()";
       return unexpected(std::move(failure));
     }
     state.rows.data = job.options.out_rows.data;

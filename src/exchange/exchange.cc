@@ -149,7 +149,9 @@ Exchange& Exchange::operator=(Exchange&&) noexcept = default;
 
 int Exchange::add(const Placement& placement) { return engine_->add(placement); }
 
-Received Exchange::dispatch(const DispatchInput& input, const DispatchOptions& options) { return engine_->dispatch(input, options, nullptr); }
+Received Exchange::dispatch(const DispatchInput& input, const DispatchOptions& options) {
+  return engine_->dispatch(input, options, nullptr);
+}
 
 Received Exchange::dispatch(const DispatchInput& input, const Handle& handle, const DispatchOptions& options) {
   return engine_->dispatch(input, options, &handle);
@@ -171,7 +173,8 @@ Pending<Combined> Exchange::start_combine(const ConstTensorView& y, const Handle
   return engine_->start_combine(y, handle, options);
 }
 
-DispatchGradient Exchange::dispatch_backward(const Handle& handle, const ConstTensorView& grad_rows, const ConstTensorView& grad_row_weights) {
+DispatchGradient Exchange::dispatch_backward(const Handle& handle, const ConstTensorView& grad_rows,
+                                             const ConstTensorView& grad_row_weights) {
   CombineOptions options;
   options.row_weights = grad_row_weights;
   Combined combined = engine_->combine(grad_rows, handle, options);

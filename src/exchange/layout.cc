@@ -100,7 +100,8 @@ Expected<Groups> group_experts(HandleState& handle, const LayoutOptions& options
   std::int64_t end = 0;
   for (std::int32_t& count : meta.expert_counts) {
     if (capacity != 0 && count > capacity) {
-      if (!options.drop) return unexpected(expert_overflow(count, capacity, "rows of one expert against expert_capacity; set drop or raise it"));
+      if (!options.drop)
+        return unexpected(expert_overflow(count, capacity, "rows of one expert against expert_capacity; set drop or raise it"));
       count = static_cast<std::int32_t>(capacity);
     }
     groups.begin.push_back(end);
@@ -182,10 +183,15 @@ Expected<void> lay_out(HandleState& handle, const LayoutOptions& options, const 
     meta.rank_counts[r] = static_cast<std::int32_t>(handle.received.source_begin[r + 1] - handle.received.source_begin[r]);
   }
   switch (handle.layout) {
-    case Layout::token_major: lay_out_token_major(handle, options, shape); return {};
-    case Layout::rank_slots: lay_out_rank_slots(handle, shape); return {};
+    case Layout::token_major:
+      lay_out_token_major(handle, options, shape);
+      return {};
+    case Layout::rank_slots:
+      lay_out_rank_slots(handle, shape);
+      return {};
     case Layout::expert_major:
-    case Layout::expert_padded: return lay_out_experts(handle, options, shape);
+    case Layout::expert_padded:
+      return lay_out_experts(handle, options, shape);
   }
   return {};
 }

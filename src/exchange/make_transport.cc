@@ -5,8 +5,8 @@
 
 namespace tokenyard::exchange_internal {
 
-Expected<std::unique_ptr<RowTransport>> make_transport(const World& world, const ExchangeOptions& options, const protocol::ArenaShape& shape,
-                                                       ThreadPool& pool) {
+Expected<std::unique_ptr<RowTransport>> make_transport(const World& world, const ExchangeOptions& options,
+                                                       const protocol::ArenaShape& shape, ThreadPool& pool) {
   if (options.transport == Transport::mpi) usage_error("transport = mpi is not part of this build");
   return DirectTransport::create(world, options, shape, pool);
 }

@@ -8,7 +8,7 @@
 namespace tokenyard::exchange_internal {
 
 // Collective.
-Expected<std::unique_ptr<RowTransport>> make_transport(const World& world, const ExchangeOptions& options, const protocol::ArenaShape& shape,
-                                                       ThreadPool& pool);
+Expected<std::unique_ptr<RowTransport>> make_transport(const World& world, const ExchangeOptions& options,
+                                                       const protocol::ArenaShape& shape, ThreadPool& pool);
 
 }  // namespace tokenyard::exchange_internal

@@ -48,7 +48,8 @@ ExchangeOptions checked_options(const ExchangeOptions& options, int ranks) {
   check_range("max_tokens_per_rank", checked.max_tokens_per_rank, 1, kMaxInt);
   check_range("max_row_bytes", checked.max_row_bytes, 16, std::int64_t{1} << 30);
   if (checked.max_row_bytes % 16 != 0) {
-    usage_error("max_row_bytes = {} is not a multiple of 16; choose {}", checked.max_row_bytes, protocol::align_up(checked.max_row_bytes, 16));
+    usage_error("max_row_bytes = {} is not a multiple of 16; choose {}", checked.max_row_bytes,
+                protocol::align_up(checked.max_row_bytes, 16));
   }
   check_range("max_scale_bytes", checked.max_scale_bytes, 0, std::int64_t{1} << 24);
   check_range("top_k", checked.top_k, 1, 64);
@@ -64,7 +65,8 @@ ExchangeOptions checked_options(const ExchangeOptions& options, int ranks) {
   check_range("receive_rows", checked.receive_rows, 1, std::min(bound, kMaxInt));
   check_range("receive_rows x top_k", checked.receive_rows * checked.top_k, 1, kMaxInt);
   check_range("max_tokens_per_rank x top_k x max_fanout", checked.max_tokens_per_rank * checked.top_k * checked.max_fanout, 1, kMaxInt);
-  const std::int64_t receive = checked_product("receive_rows x max_row_bytes", checked.receive_rows, checked.max_row_bytes + checked.max_scale_bytes);
+  const std::int64_t receive =
+      checked_product("receive_rows x max_row_bytes", checked.receive_rows, checked.max_row_bytes + checked.max_scale_bytes);
   checked_product("depth x receive_rows x max_row_bytes", checked.depth, receive);
   checked_product("staging rows x max_row_bytes", shape_of(checked, ranks).staging_rows(), checked.max_row_bytes);
   checked_product("expert rows x max_row_bytes", expert_major_rows(checked), checked.max_row_bytes);
@@ -107,7 +109,9 @@ MemoryPlan Exchange::memory_plan(const ExchangeOptions& options, int ranks) {
   const auto rows = checked.receive_rows;
   const auto k = checked.top_k;
   MemoryPlan plan;
-  auto add = [&plan](const char* purpose, std::int64_t bytes, std::string formula) { plan.items.push_back({purpose, bytes, std::move(formula)}); };
+  auto add = [&plan](const char* purpose, std::int64_t bytes, std::string formula) {
+    plan.items.push_back({purpose, bytes, std::move(formula)});
+  };
   add("receive", checked.depth * (layout.rows_bytes + layout.scales_bytes + layout.records_bytes),
       fmt::format("depth {} x receive_rows {} x (row {} + scale {} + metadata {})", checked.depth, rows, checked.max_row_bytes,
                   checked.max_scale_bytes, shape.record_bytes()));
@@ -119,8 +123,10 @@ MemoryPlan Exchange::memory_plan(const ExchangeOptions& options, int ranks) {
   add("weights", layout.weights_in_bytes + layout.weights_back_bytes,
       fmt::format("(receive_rows {} + max_tokens_per_rank {} x {}) x top_k {} x 4", rows, checked.max_tokens_per_rank,
                   shape.partials_per_token(), k));
-  if (checked.expert_rows) add("expert rows, pulled", layout.expert_rows_bytes, fmt::format("receive_rows {} x row {}", rows, checked.max_row_bytes));
-  add("counts", 2 * shape.ranks * layout.counts_bytes, fmt::format("2 x ranks {0} x (ranks {0} + ranks {0} x max_local_experts {1}) x 4", ranks, checked.max_local_experts));
+  if (checked.expert_rows)
+    add("expert rows, pulled", layout.expert_rows_bytes, fmt::format("receive_rows {} x row {}", rows, checked.max_row_bytes));
+  add("counts", 2 * shape.ranks * layout.counts_bytes,
+      fmt::format("2 x ranks {0} x (ranks {0} + ranks {0} x max_local_experts {1}) x 4", ranks, checked.max_local_experts));
   const std::int64_t flags = layout.total - plan.total();
   add("flags and alignment", flags, fmt::format("ranks {} x {} and page rounding", ranks, layout.mailbox_bytes));
   add("expert layouts, when first used", checked.depth * expert_major_rows(checked) * (checked.max_row_bytes + checked.max_scale_bytes),
@@ -128,7 +134,8 @@ MemoryPlan Exchange::memory_plan(const ExchangeOptions& options, int ranks) {
                   checked.max_row_bytes, checked.max_scale_bytes));
   const std::int64_t entries = checked.max_tokens_per_rank * std::min<std::int64_t>(ranks, std::int64_t{k} * checked.max_fanout);
   add("handle, each", entries * (static_cast<std::int64_t>(sizeof(SendEntry)) + 4 * k) + rows * (8 + 8 * k) * 2 + shape.count_words() * 4,
-      fmt::format("{} entries x ({} + 4 x top_k {}) + receive_rows {} x (8 + 8 x top_k) x 2, at most", entries, sizeof(SendEntry), k, rows));
+      fmt::format("{} entries x ({} + 4 x top_k {}) + receive_rows {} x (8 + 8 x top_k) x 2, at most", entries, sizeof(SendEntry), k,
+                  rows));
   return plan;
 }
 

@@ -84,14 +84,16 @@ bool PeerWait::Watch::check_peer(int peer) {
     const int blamed = static_cast<int>(beacon.failed_peer) - 1;
     const auto kind = static_cast<FailureKind>(beacon.failed_kind);
     if (blamed >= 0) peer = blamed;
-    return fail(kind, peer, fmt::format("another rank failed first, in {}: {}", name(static_cast<Phase>(beacon.failed_phase)), beacon.failed_detail));
+    return fail(kind, peer,
+                fmt::format("another rank failed first, in {}: {}", name(static_cast<Phase>(beacon.failed_phase)), beacon.failed_detail));
   }
   if (!owner_.world_.alive(peer)) return fail(FailureKind::peer_lost, peer, "its process ended, or its thread gave up");
   return false;
 }
 
 bool PeerWait::Watch::gave_up(const std::function<bool(int)>& pending) {
-  if (owner_.cancelled_.load(std::memory_order_relaxed)) return fail(FailureKind::system, owner_.arena_.rank(), "the exchange is being destroyed");
+  if (owner_.cancelled_.load(std::memory_order_relaxed))
+    return fail(FailureKind::system, owner_.arena_.rank(), "the exchange is being destroyed");
   int first = -1;
   for (int peer = 0; peer < owner_.arena_.ranks(); ++peer) {
     if (!pending(peer)) continue;
@@ -114,7 +116,8 @@ bool PeerWait::check_abort(int peer, std::uint64_t call, std::string& reason) co
   const AbortRecord& record = arena_.beacon(peer).aborts[call % protocol::kAborts];
   const std::uint64_t rejected = load_acquire(record.call);
   if (rejected < call) return false;
-  reason = rejected == call ? std::string(record.reason) : fmt::format("rejected this and later calls; of call {}: {}", rejected, record.reason);
+  reason =
+      rejected == call ? std::string(record.reason) : fmt::format("rejected this and later calls; of call {}: {}", rejected, record.reason);
   return true;
 }
 

@@ -17,7 +17,8 @@ constexpr std::align_val_t kAlignment{64};
 RowMemory allocate_rows(std::int64_t bytes) {
   const auto size = static_cast<std::size_t>(std::max<std::int64_t>(bytes, 64));
   if (bytes < kMapBytes) {
-    return {{static_cast<std::byte*>(::operator new(size, kAlignment)), [](std::byte* data) { ::operator delete(data, kAlignment); }}, bytes};
+    return {{static_cast<std::byte*>(::operator new(size, kAlignment)), [](std::byte* data) { ::operator delete(data, kAlignment); }},
+            bytes};
   }
   void* const data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();

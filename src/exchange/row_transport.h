@@ -48,20 +48,20 @@ class RowSource {
 struct Landing {
   std::byte* rows = nullptr;
   std::byte* scales = nullptr;
-  std::byte* records = nullptr;      // null when cached
-  std::vector<std::int64_t> begin;   // [R]
-  std::vector<std::int64_t> count;   // [R]
-  std::shared_ptr<void> lease;       // whoever holds it keeps the buffer; dropping the last one lets peers write again
+  std::byte* records = nullptr;     // null when cached
+  std::vector<std::int64_t> begin;  // [R]
+  std::vector<std::int64_t> count;  // [R]
+  std::shared_ptr<void> lease;      // whoever holds it keeps the buffer; dropping the last one lets peers write again
 };
 
 // A combine, seen by the transport.
 struct CombineCall {
   protocol::CallHeader header;
   const HandleState* handle = nullptr;
-  std::int64_t row_bytes = 0;   // of one partial sum
-  bool unfolded = false;        // one partial per (token, k, shard)
-  const void* y = nullptr;      // to recognise memory that peers can pull from
-  bool pullable = false;        // the partials are y's own rows
+  std::int64_t row_bytes = 0;                    // of one partial sum
+  bool unfolded = false;                         // one partial per (token, k, shard)
+  const void* y = nullptr;                       // to recognise memory that peers can pull from
+  bool pullable = false;                         // the partials are y's own rows
   const std::int32_t* shard_ordinals = nullptr;  // [L]: this rank's place, ascending, among those that serve the same replica
 };
 
@@ -77,7 +77,8 @@ class RowTransport {
   virtual void reject_call(std::uint64_t call, const std::string& reason) = 0;
 
   // mine: ArenaShape::count_words() of this rank; all: [R][count_words].
-  virtual Expected<void> exchange_counts(const protocol::CallHeader& header, std::span<const std::int32_t> mine, std::vector<std::int32_t>& all) = 0;
+  virtual Expected<void> exchange_counts(const protocol::CallHeader& header, std::span<const std::int32_t> mine,
+                                         std::vector<std::int32_t>& all) = 0;
   // weights: what travels with each row, [T,K] or none (1). Cached: the handle's received rows are known, no records move.
   struct RowsCall {
     protocol::CallHeader header;

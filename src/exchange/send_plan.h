@@ -14,19 +14,19 @@ namespace tokenyard::exchange_internal {
 // One row to send. Entries of a token are ascending in rank.
 struct SendEntry {
   std::int32_t rank = 0;
-  std::int32_t slot = 0;          // index of its record at the destination: absolute, or counted per source in latency mode
-  std::int32_t partial_slot = -1; // where its partial sum comes back; -1 on this rank itself
-  std::uint64_t k_mask = 0;       // the top-k positions it serves
+  std::int32_t slot = 0;           // index of its record at the destination: absolute, or counted per source in latency mode
+  std::int32_t partial_slot = -1;  // where its partial sum comes back; -1 on this rank itself
+  std::uint64_t k_mask = 0;        // the top-k positions it serves
 };
 
 struct SendPlan {
   std::int64_t num_tokens = 0;
   int top_k = 0;
-  std::vector<std::int64_t> token_begin;   // [T+1] into entries
+  std::vector<std::int64_t> token_begin;  // [T+1] into entries
   std::vector<SendEntry> entries;
-  std::vector<std::int32_t> local_ids;     // [entries, K], -1 where the rank does not serve k
-  std::vector<std::int32_t> counts;        // ArenaShape::count_words(), this rank's row of the count matrix
-  std::int64_t invalid_ids = 0;            // ids >= E, treated as no expert
+  std::vector<std::int32_t> local_ids;  // [entries, K], -1 where the rank does not serve k
+  std::vector<std::int32_t> counts;     // ArenaShape::count_words(), this rank's row of the count matrix
+  std::int64_t invalid_ids = 0;         // ids >= E, treated as no expert
 
   std::span<const SendEntry> entries_of(std::int64_t token) const {
     return {entries.data() + token_begin[token], static_cast<std::size_t>(token_begin[token + 1] - token_begin[token])};

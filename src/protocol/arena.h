@@ -46,13 +46,13 @@ struct ArenaShape {
 // Offsets in bytes; every region starts on a cache line.
 struct ArenaLayout {
   std::int64_t doorbell = 0, beacon = 0;
-  std::int64_t mailboxes = 0, mailbox_bytes = 0;      // [R]
-  std::int64_t counts = 0, counts_bytes = 0;          // [2][R] tables, by call parity
-  std::int64_t records = 0, records_bytes = 0;        // [depth] buffers
-  std::int64_t scales = 0, scales_bytes = 0;          // [depth] buffers
-  std::int64_t rows = 0, rows_bytes = 0;              // [depth] buffers
-  std::int64_t staging = 0, staging_bytes = 0;        // partial sums on their way back
-  std::int64_t weights_in = 0, weights_in_bytes = 0;  // [receive_rows][K]: the source's weights at combine
+  std::int64_t mailboxes = 0, mailbox_bytes = 0;          // [R]
+  std::int64_t counts = 0, counts_bytes = 0;              // [2][R] tables, by call parity
+  std::int64_t records = 0, records_bytes = 0;            // [depth] buffers
+  std::int64_t scales = 0, scales_bytes = 0;              // [depth] buffers
+  std::int64_t rows = 0, rows_bytes = 0;                  // [depth] buffers
+  std::int64_t staging = 0, staging_bytes = 0;            // partial sums on their way back
+  std::int64_t weights_in = 0, weights_in_bytes = 0;      // [receive_rows][K]: the source's weights at combine
   std::int64_t weights_back = 0, weights_back_bytes = 0;  // [staging slots][K]: row weights on their way back
   std::int64_t expert_rows = 0, expert_rows_bytes = 0;
   std::int64_t total = 0;

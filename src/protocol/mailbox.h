@@ -9,9 +9,9 @@
 
 namespace tokenyard::protocol {
 
-constexpr int kMaxDepth = 16;   // receive buffers of an exchange
-constexpr int kRing = 4;        // calls whose messages may coexist; ranks are never more than one call apart
-constexpr int kAborts = 8;      // rejected calls that are remembered
+constexpr int kMaxDepth = 16;  // receive buffers of an exchange
+constexpr int kRing = 4;       // calls whose messages may coexist; ranks are never more than one call apart
+constexpr int kAborts = 8;     // rejected calls that are remembered
 constexpr int kReasonBytes = 240;
 
 enum class MessageKind : std::uint8_t { counts, rows, weights, partials };
@@ -19,9 +19,9 @@ constexpr int kMessageKinds = 4;
 
 struct alignas(64) Message {
   CallHeader header;
-  std::int64_t count = 0;     // rows: how many records the sender wrote
-  std::uint32_t pulled = 0;   // partials: they lie in the sender's expert rows instead of the receiver's staging
-  std::uint64_t sequence = 0; // the call number; release: publishes the fields above and the payload
+  std::int64_t count = 0;      // rows: how many records the sender wrote
+  std::uint32_t pulled = 0;    // partials: they lie in the sender's expert rows instead of the receiver's staging
+  std::uint64_t sequence = 0;  // the call number; release: publishes the fields above and the payload
 };
 
 // One per (receiver, sender), in the receiver's arena.
@@ -48,14 +48,14 @@ struct alignas(64) AbortRecord {
 struct alignas(64) Beacon {
   std::uint64_t call = 0;
   std::uint32_t phase = 0;
-  std::uint32_t waiting_on = 0;     // peer + 1; 0: not waiting
-  std::uint64_t heartbeat_ns = 0;   // CLOCK_MONOTONIC of the last sign of life while waiting: a stopped rank has an old one
-  std::uint64_t failed = 0;         // 1: the fields below say why (release)
+  std::uint32_t waiting_on = 0;    // peer + 1; 0: not waiting
+  std::uint64_t heartbeat_ns = 0;  // CLOCK_MONOTONIC of the last sign of life while waiting: a stopped rank has an old one
+  std::uint64_t failed = 0;        // 1: the fields below say why (release)
   std::uint32_t failed_kind = 0;
   std::uint32_t failed_phase = 0;
-  std::uint32_t failed_peer = 0;    // peer + 1
+  std::uint32_t failed_peer = 0;  // peer + 1
   char failed_detail[kReasonBytes];
-  AbortRecord aborts[kAborts];      // of call c: index c % kAborts
+  AbortRecord aborts[kAborts];  // of call c: index c % kAborts
 };
 
 }  // namespace tokenyard::protocol
