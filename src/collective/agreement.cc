@@ -18,7 +18,10 @@ std::string describe(const CallRecord& record) {
 }
 
 Failure mismatch(int rank, int first, int second, std::string detail) {
-  return {.kind = FailureKind::mismatch, .phase = Phase::collective, .rank = rank, .peer = rank == first ? second : first,
+  return {.kind = FailureKind::mismatch,
+          .phase = Phase::collective,
+          .rank = rank,
+          .peer = rank == first ? second : first,
           .detail = std::move(detail)};
 }
 

@@ -25,11 +25,16 @@ std::int64_t elements_per_row(std::string_view operation, std::string_view what,
 
 std::string_view name(Operation operation) {
   switch (operation) {
-    case Operation::rejected: return "rejected";
-    case Operation::barrier: return "barrier";
-    case Operation::all_gather_v: return "all_gather_v";
-    case Operation::reduce_scatter_v: return "reduce_scatter_v";
-    case Operation::all_to_all_v: return "all_to_all_v";
+    case Operation::rejected:
+      return "rejected";
+    case Operation::barrier:
+      return "barrier";
+    case Operation::all_gather_v:
+      return "all_gather_v";
+    case Operation::reduce_scatter_v:
+      return "reduce_scatter_v";
+    case Operation::all_to_all_v:
+      return "all_to_all_v";
   }
   return "unknown";
 }
@@ -122,7 +127,8 @@ void Call::check_overlap(std::int64_t out_row, std::int64_t in_row, bool in_plac
   const auto* in_begin = static_cast<const std::byte*>(in_.data);
   const auto* out_begin = static_cast<const std::byte*>(out_.data);
   if (!before(in_begin, end(out_)) || !before(out_begin, end(in_))) return;
-  const bool same_rows = in_.row(in_row) == out_.row(out_row) && (in_.strides[0] == out_.strides[0] || std::min(in_.shape[0], out_.shape[0]) == 1);
+  const bool same_rows =
+      in_.row(in_row) == out_.row(out_row) && (in_.strides[0] == out_.strides[0] || std::min(in_.shape[0], out_.shape[0]) == 1);
   in_place_ = in_place_allowed && same_rows;
   if (in_place_) return;
   usage_error("{}: in and out overlap; {}", name(operation_),

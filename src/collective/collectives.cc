@@ -43,7 +43,8 @@ void agree(const World& world, const CollectiveOptions& options) {
   for (int peer = 0; peer < world.size(); ++peer) {
     Wish theirs;
     std::memcpy(&theirs, wishes[peer].data(), sizeof theirs);
-    Failure failure{.kind = FailureKind::aborted, .phase = Phase::collective, .rank = world.rank(), .peer = peer, .detail = theirs.objection};
+    Failure failure{
+        .kind = FailureKind::aborted, .phase = Phase::collective, .rank = world.rank(), .peer = peer, .detail = theirs.objection};
     if (theirs.objection[0] != '\0') throw TransportError(std::move(failure));
     if (theirs.staging_bytes == mine.staging_bytes && theirs.transport == mine.transport) continue;
     failure.kind = FailureKind::mismatch;

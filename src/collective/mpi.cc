@@ -44,10 +44,8 @@ void finalise_at_exit() {
   char text[MPI_MAX_ERROR_STRING] = {};
   int length = 0;
   MPI_Error_string(code, text, &length);
-  throw TransportError({.kind = FailureKind::system,
-                        .phase = Phase::collective,
-                        .rank = world.rank(),
-                        .detail = fmt::format("{}: {}", function, text)});
+  throw TransportError(
+      {.kind = FailureKind::system, .phase = Phase::collective, .rank = world.rank(), .detail = fmt::format("{}: {}", function, text)});
 }
 
 // A communicator of exactly the world's ranks, numbered as there.
@@ -62,7 +60,8 @@ class Communicator {
       std::memcpy(&mpi_ranks[peer], gathered[peer].data(), sizeof(int));
       for (int other = 0; other < peer; ++other) {
         if (mpi_ranks[other] != mpi_ranks[peer]) continue;
-        usage_error("ranks {} and {} of the world are both rank {} of an MPI job; start all ranks by one mpirun", other, peer, mpi_ranks[peer]);
+        usage_error("ranks {} and {} of the world are both rank {} of an MPI job; start all ranks by one mpirun", other, peer,
+                    mpi_ranks[peer]);
       }
     }
     MPI_Group everybody, group;
@@ -209,7 +208,12 @@ void MpiCollectives::begin(Check&& check) {
     check_int_range();
   } catch (const UsageError& error) {
     publish_abort(error.what());
-    gave_up_ = {.kind = FailureKind::aborted, .phase = Phase::collective, .rank = rank_, .peer = rank_, .epoch = call_number_, .detail = error.what()};
+    gave_up_ = {.kind = FailureKind::aborted,
+                .phase = Phase::collective,
+                .rank = rank_,
+                .peer = rank_,
+                .epoch = call_number_,
+                .detail = error.what()};
     throw;
   }
 }
@@ -315,7 +319,9 @@ void MpiCollectives::look_at_peers(bool expired) {
     if (auto reason = abort_from(peer)) give_up(FailureKind::aborted, peer, std::move(*reason));
     if (!pending[peer]) continue;
     if (!world_.alive(peer)) give_up(FailureKind::peer_lost, peer, {});
-    if (expired) give_up(FailureKind::timeout, peer, fmt::format("it did not come, is stopped, or needs a longer timeout_ms (now {})", timeout_ms_));
+    if (expired) {
+      give_up(FailureKind::timeout, peer, fmt::format("it did not come, is stopped, or needs a longer timeout_ms (now {})", timeout_ms_));
+    }
   }
 }
 
@@ -363,7 +369,8 @@ std::string mpi_objection(const World& world) {
   if (is_finalised()) return "transport mpi: MPI_Finalize was called before; create Collectives earlier";
   if (world.size() == 1) return {};
   if (world.is_in_process()) {
-    return fmt::format("transport mpi: the {} ranks of this world are threads, but ranks of MPI are processes; use transport inproc", world.size());
+    return fmt::format("transport mpi: the {} ranks of this world are threads, but ranks of MPI are processes; use transport inproc",
+                       world.size());
   }
   if (is_initialised() || started_by_mpi()) return {};
   return fmt::format("transport mpi: rank {} was not started by MPI; start the program with 'mpirun -n {} ...', or use transport shm",

@@ -18,9 +18,8 @@ void OrderedSum::add(const Call& call, std::int64_t begin, std::int64_t size) {
                  .out = to});
   };
   out.for_each_run(begin, size, [&](std::byte* to, std::int64_t out_at, std::int64_t out_size) {
-    own.for_each_run(begin + out_at, out_size, [&](const std::byte* mine, std::int64_t at, std::int64_t run_size) {
-      add_run(to + at, mine, out_at + at, run_size);
-    });
+    own.for_each_run(begin + out_at, out_size,
+                     [&](const std::byte* mine, std::int64_t at, std::int64_t run_size) { add_run(to + at, mine, out_at + at, run_size); });
   });
 }
 

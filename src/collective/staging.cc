@@ -18,7 +18,13 @@ Staging::Offsets::Offsets(int ranks, std::int64_t slot_bytes) {
 std::size_t Staging::memory_bytes(int ranks, std::int64_t slot_bytes) { return Offsets(ranks, slot_bytes).end; }
 
 Staging::Staging(std::unique_ptr<SymmetricMemory> memory, int rank, int ranks, std::int64_t slot_bytes)
-    : memory_(std::move(memory)), rank_(rank), ranks_(ranks), slot_bytes_(slot_bytes), offsets_(ranks, slot_bytes), sent_(ranks), taken_(ranks) {}
+    : memory_(std::move(memory)),
+      rank_(rank),
+      ranks_(ranks),
+      slot_bytes_(slot_bytes),
+      offsets_(ranks, slot_bytes),
+      sent_(ranks),
+      taken_(ranks) {}
 
 void Staging::enter(std::uint64_t call) {
   for (int i = 0; i < ranks_; ++i) {

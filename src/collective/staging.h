@@ -44,7 +44,9 @@ class Staging {
   Status& status(int rank) const { return *at<Status>(rank, sizeof(Doorbell)); }
 
   // A rank's record of a call. Two are kept: a rank enters call c + 2 only after all have entered c + 1, and so have read c.
-  CallRecord& record(int rank, std::uint64_t call) const { return *at<CallRecord>(rank, offsets_.records + call % 2 * offsets_.record_bytes); }
+  CallRecord& record(int rank, std::uint64_t call) const {
+    return *at<CallRecord>(rank, offsets_.records + call % 2 * offsets_.record_bytes);
+  }
   // Tells all peers that this rank's record of `call` is written.
   void enter(std::uint64_t call);
   std::uint64_t entered(int peer) const { return counter(rank_, kEntered, peer).load(std::memory_order_acquire); }
@@ -66,7 +68,9 @@ class Staging {
   };
 
   template <class T>
-  T* at(int rank, std::size_t offset) const { return reinterpret_cast<T*>(memory_->view(rank) + offset); }
+  T* at(int rank, std::size_t offset) const {
+    return reinterpret_cast<T*>(memory_->view(rank) + offset);
+  }
   std::atomic<std::uint64_t>& counter(int owner, CounterKind kind, int peer) const {
     return at<Counter>(owner, offsets_.counters)[kind * ranks_ + peer].value;
   }
@@ -79,7 +83,7 @@ class Staging {
   int ranks_;
   std::int64_t slot_bytes_;
   Offsets offsets_;
-  std::vector<std::uint64_t> sent_;   // chunks per peer since construction
+  std::vector<std::uint64_t> sent_;  // chunks per peer since construction
   std::vector<std::uint64_t> taken_;
 };
 
