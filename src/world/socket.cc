@@ -49,7 +49,7 @@ bool SocketAddress::is_loopback() const {
   return storage.ss_family == AF_INET6 && IN6_IS_ADDR_LOOPBACK(&reinterpret_cast<const sockaddr_in6&>(storage).sin6_addr);
 }
 
-Failure socket_failure(const std::string& what, int error) {
+Failure system_failure(const std::string& what, int error) {
   return {.kind = FailureKind::system, .phase = Phase::rendezvous, .detail = fmt::format("{}: {}", what, std::strerror(error))};
 }
 
@@ -74,14 +74,14 @@ Expected<SocketAddress> resolve(const std::string& address, int port) {
 Expected<Listener> listen_at(const SocketAddress& address) {
   Listener listener;
   listener.fd = Fd(socket(address.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!listener.fd) return unexpected(socket_failure("socket", errno));
+  if (!listener.fd) return unexpected(system_failure("socket", errno));
   // A port whose last connections are still in TIME_WAIT is free.
   set_option(listener.fd.get(), SOL_SOCKET, SO_REUSEADDR);
   SocketAddress bound;
   bound.length = sizeof bound.storage;
   if (bind(listener.fd.get(), as_sockaddr(address.storage), address.length) != 0 || listen(listener.fd.get(), SOMAXCONN) != 0 ||
       getsockname(listener.fd.get(), as_sockaddr(bound.storage), &bound.length) != 0) {
-    return unexpected(socket_failure(fmt::format("the store cannot listen at {} (choose another TOKENYARD_PORT or MASTER_ADDR)", address.text), errno));
+    return unexpected(system_failure(fmt::format("the store cannot listen at {} (choose another TOKENYARD_PORT or MASTER_ADDR)", address.text), errno));
   }
   const bool v6 = bound.storage.ss_family == AF_INET6;
   listener.port = ntohs(v6 ? reinterpret_cast<sockaddr_in6&>(bound.storage).sin6_port : reinterpret_cast<sockaddr_in&>(bound.storage).sin_port);
@@ -128,8 +128,8 @@ Expected<void> send_all(int socket, std::span<const std::byte> bytes, Deadline d
       continue;
     }
     if (errno == EINTR) continue;
-    if (errno != EAGAIN && errno != EWOULDBLOCK) return unexpected(socket_failure("send", errno));
-    if (deadline.expired()) return unexpected(socket_failure("send", ETIMEDOUT));
+    if (errno != EAGAIN && errno != EWOULDBLOCK) return unexpected(system_failure("send", errno));
+    if (deadline.expired()) return unexpected(system_failure("send", ETIMEDOUT));
     pollfd writable{.fd = socket, .events = POLLOUT, .revents = 0};
     poll(&writable, 1, deadline.remaining_ms());
   }

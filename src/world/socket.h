@@ -42,6 +42,7 @@ std::string describe_peer(int socket);
 // Sends everything, waiting for room until the deadline.
 Expected<void> send_all(int socket, std::span<const std::byte> bytes, Deadline deadline);
 
-Failure socket_failure(const std::string& what, int error);
+// `error` is errno's value; the phase is rendezvous.
+Failure system_failure(const std::string& what, int error);
 
 }  // namespace tokenyard::world_internal

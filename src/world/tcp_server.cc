@@ -33,7 +33,7 @@ Expected<std::unique_ptr<TcpServer>> TcpServer::start(const SocketAddress& addre
   auto listener = listen_at(address);
   if (!listener) return unexpected(std::move(listener.error()));
   Fd wake_up(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  if (!wake_up) return unexpected(socket_failure("eventfd", errno));
+  if (!wake_up) return unexpected(system_failure("eventfd", errno));
   return std::unique_ptr<TcpServer>(new TcpServer(std::move(*listener), std::move(wake_up), size, std::move(token)));
 }
 
