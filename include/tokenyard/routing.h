@@ -1,6 +1,7 @@
 #pragma once
-// Gate functions: logits [T,E] -> topk_ids [T,K], topk_weights [T,K]. Arithmetic is float32; ties go to the lower expert id;
-// output slots are ordered by descending selection score; a NaN logit never selects.
+// Gate functions: logits [T,E] -> topk_ids [T,K], topk_weights [T,K]. Arithmetic is float32 and the same bits on every machine;
+// ties go to the lower expert id; output slots are ordered by descending selection score. A logit that is not finite never
+// selects its expert: slots that find none, and masked tokens, get id -1 and weight 0.
 
 #include <cstdint>
 #include <span>
@@ -33,6 +34,7 @@ struct Gate {
   static Gate per_group(int top_k, int num_groups, Score score, bool renormalise, float scale = 1.0F);
 };
 
+// Any strides.
 struct RoutingInput {
   ConstTensorView logits{};     // [T,E] float32, bfloat16 or float16
   ConstTensorView bias{};       // [E] float32, bias_corrected only

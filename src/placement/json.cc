@@ -37,7 +37,7 @@ class StructureCheck {
         keys_.pop_back();
         break;
       case Json::parse_event_t::key:
-        if (!keys_.back().insert(value.get<std::string>()).second) usage_error("placement: key {} is given twice in one object", show(value));
+        if (!keys_.back().insert(value.get<std::string>()).second) usage_error("placement: key {} is given twice", show(value));
         break;
       default:
         break;
