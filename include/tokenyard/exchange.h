@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -121,6 +122,12 @@ struct PhaseSpan {
   std::int64_t end_ns = 0;
 };
 
+// What an exchange knows about its own health.
+struct ExchangeStatus {
+  std::optional<Failure> failure;  // sticky, until clear()
+  std::int64_t invalid_ids = 0;    // ids >= E that dispatches without options.validate took as no expert
+};
+
 // Owns arena, epochs and links for a maximum shape. Calls on one exchange are externally serialised, and all ranks make them in
 // the same order. UsageError: this call was rejected, peers fail it with the reason, the next call is fine. TransportError:
 // sticky, every later call repeats it until clear().
@@ -157,6 +164,7 @@ class Exchange {
 
   // Throws the sticky error, if any.
   void check() const;
+  ExchangeStatus status() const;
   // Collective: ends an error on all ranks (none of which may be lost); leases stay valid.
   void clear();
 

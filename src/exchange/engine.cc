@@ -15,6 +15,11 @@ std::atomic<std::uint64_t> next_exchange_id{1};
 
 std::int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
+ExchangeOptions with_timeout(ExchangeOptions options, const World& world) {
+  if (options.timeout_ms == 0) options.timeout_ms = world.timeout_ms();
+  return options;
+}
+
 // Every option that ranks must share, as text: a mismatch is shown as it stands.
 std::string shared_options(const ExchangeOptions& o) {
   std::string text = fmt::format(
@@ -65,7 +70,7 @@ Engine::Span::~Span() {
 
 Engine::Engine(const World& world, const ExchangeOptions& options)
     : world_(world),
-      options_(checked_options(options, world.size())),
+      options_(checked_options(with_timeout(options, world), world.size())),
       shape_(shape_of(options_, world.size())),
       id_(next_exchange_id++),
       pool_(options_.num_threads) {
@@ -210,7 +215,7 @@ Result Engine::guarded(const protocol::CallHeader& header, Steps&& steps) {
   transport_->end_call(header, &failure);
   if (failure.kind != FailureKind::aborted) {
     const std::lock_guard lock(mutex_);
-    failure_ = failure;
+    status_.failure = failure;
   }
   throw TransportError(std::move(failure));
 }
@@ -297,14 +302,19 @@ TensorView Engine::expert_rows(const Handle& handle, Dtype dtype, std::int64_t h
 
 void Engine::check() const {
   const std::lock_guard lock(mutex_);
-  if (failure_) throw TransportError(*failure_);
+  if (status_.failure) throw TransportError(*status_.failure);
+}
+
+ExchangeStatus Engine::status() const {
+  const std::lock_guard lock(mutex_);
+  return status_;
 }
 
 void Engine::clear() {
   wait_idle();
   last_call_ = value_or_throw(transport_->reset(last_call_));
   const std::lock_guard lock(mutex_);
-  failure_.reset();
+  status_.failure.reset();
 }
 
 std::vector<PhaseSpan> Engine::take_spans() {

@@ -87,6 +87,7 @@ class Engine {
   TensorView expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size);
 
   void check() const;
+  ExchangeStatus status() const;
   void clear();
   const World& world() const { return world_; }
   const ExchangeOptions& options() const { return options_; }
@@ -162,7 +163,7 @@ class Engine {
 
   mutable std::mutex mutex_;  // guards what follows: the caller's thread and the worker share it
   std::condition_variable changed_;
-  std::optional<Failure> failure_;
+  ExchangeStatus status_;
   std::deque<std::function<void()>> tasks_;
   bool running_ = false;
   bool closing_ = false;

@@ -57,7 +57,7 @@ ExchangeOptions checked_options(const ExchangeOptions& options, int ranks) {
   check_range("max_fanout", checked.max_fanout, 1, ranks);
   check_range("depth", checked.depth, 1, protocol::kMaxDepth);
   check_range("num_threads", checked.num_threads, 1, 1024);
-  check_range("timeout_ms", checked.timeout_ms, 1, kMaxInt);
+  check_range("timeout_ms", checked.timeout_ms, 0, kMaxInt);
   check_range("max_expert_rows", checked.max_expert_rows, 0, kMaxInt);
   check_groups(checked.reduction_groups, ranks);
   const std::int64_t bound = checked_product("ranks x max_tokens_per_rank", ranks, checked.max_tokens_per_rank);
