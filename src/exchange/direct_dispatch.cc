@@ -64,10 +64,7 @@ Expected<Landing> DirectTransport::exchange_rows(const RowsCall& call) {
 
 void DirectTransport::move_rows(const RowsCall& call, std::span<const int> buffers) {
   const SendPlan& plan = *call.plan;
-  // Rows of a large batch leave the caches before their receiver reads them: writing around the caches saves reading
-  // what is overwritten. Small batches are read at once, so they had better stay.
-  constexpr std::int64_t kStreamBytes = 4 << 20;
-  const bool stream = static_cast<std::int64_t>(plan.entries.size()) * call.source->row_bytes() >= kStreamBytes;
+  const bool stream = cpu::should_stream(static_cast<std::int64_t>(plan.entries.size()) * call.source->row_bytes());
   constexpr std::int64_t kGrain = 8;
   pool_.parallel_for(plan.num_tokens, kGrain, [&](std::int64_t begin, std::int64_t end, int) {
     std::vector<std::byte> scratch(call.source->scratch_bytes());

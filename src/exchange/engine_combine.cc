@@ -177,8 +177,7 @@ void Engine::fold_remote(const CombineJob& job, const CombineCall& call, const R
   const LocalRows local(handle, job.y, shape_.max_tokens_per_rank);
   const ReceivedRows& received = handle.received;
   const int k = handle.top_k();
-  constexpr std::int64_t kStreamBytes = 4 << 20;
-  const bool stream = received.size() * call.row_bytes >= kStreamBytes;
+  const bool stream = cpu::should_stream(received.size() * call.row_bytes);
   constexpr std::int64_t kGrain = 8;
   // Every rank starts behind itself, so that no owner is written by all at once.
   for (int step = 1; step < shape_.ranks; ++step) {
@@ -230,6 +229,7 @@ void Engine::sum_tokens(const CombineJob& job, const CombineCall& call, const Ro
   const int k = handle.top_k();
   const int rank = world_.rank();
   const bool grouped = has_groups(options_.reduction_groups);
+  const bool stream = cpu::should_stream(plan.num_tokens * call.row_bytes);
   static const std::vector<int> kFlat;
   constexpr std::int64_t kGrain = 4;
   pool_.parallel_for(plan.num_tokens, kGrain, [&](std::int64_t begin, std::int64_t end, int) {
@@ -263,8 +263,10 @@ void Engine::sum_tokens(const CombineJob& job, const CombineCall& call, const Ro
                    .dtype = job.y.dtype,
                    .out_dtype = out.dtype,
                    .elements = local.elements(),
-                   .out = out.row(token)});
+                   .out = out.row(token),
+                   .stream = stream});
     }
+    if (stream) cpu::stream_fence();
   });
 }
 

@@ -259,8 +259,7 @@ void Engine::fill_output(const DispatchJob& job, const HandleState& handle, cons
   auto* const scales = static_cast<std::byte*>(state.scales.data);
   const ReceivedRows& received = handle.received;
   const int k = handle.top_k();
-  constexpr std::int64_t kStreamBytes = 4 << 20;
-  const bool stream = handle.metadata.total_rows() * row_bytes >= kStreamBytes;
+  const bool stream = cpu::should_stream(handle.metadata.total_rows() * row_bytes);
   constexpr std::int64_t kGrain = 8;
   pool_.parallel_for(received.size(), kGrain, [&](std::int64_t begin, std::int64_t end, int) {
     for (std::int64_t i = begin; i < end; ++i) {

@@ -19,6 +19,9 @@ void copy_row(void* to, const void* from, std::size_t bytes, bool stream);
 // One read of `from`, `count` writes.
 void copy_row_to_many(void* const* to, int count, const void* from, std::size_t bytes, bool stream);
 void stream_fence();
+// Rows of a large batch leave the caches before their reader comes: writing around the caches saves reading what is
+// overwritten. A small batch is read at once, so it had better stay.
+constexpr bool should_stream(std::int64_t bytes) { return bytes >= (std::int64_t{4} << 20); }
 
 // A row sum acc = fma(w, x, acc), or acc + x without weights, terms in order, start +0. float32 accumulators for
 // float32, bfloat16 and float16 terms, float64 for float64; rounded once to `dtype`.
