@@ -15,8 +15,8 @@ struct Backend {
   std::string name;      // "inproc", "shm", "cuda_peer", "mpi", ...
   std::string kind;      // "memory", "collective", "port"
   Availability availability = Availability::available;
-  std::string reason;    // empty when available
-  std::string remedy;
+  std::string reason{};  // empty when available
+  std::string remedy{};
 };
 std::vector<Backend> backends();
 
