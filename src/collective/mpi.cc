@@ -33,11 +33,11 @@ bool is_finalised() {
   return yes != 0;
 }
 
-// Set when a request was left behind: MPI_Finalize would wait for it for ever.
-bool finalise_would_hang = false;
+// Set by a failure: MPI_Finalize may wait for the peer for ever.
+bool requests_left_behind = false;
 
 void finalise_at_exit() {
-  if (!finalise_would_hang && !is_finalised()) MPI_Finalize();
+  if (!requests_left_behind && !is_finalised()) MPI_Finalize();
 }
 
 [[noreturn]] void throw_mpi(const World& world, const char* function, int code) {
@@ -74,7 +74,7 @@ class Communicator {
     MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
   }
   ~Communicator() {
-    if (!finalise_would_hang && !is_finalised()) MPI_Comm_free(&comm_);
+    if (!requests_left_behind && !is_finalised()) MPI_Comm_free(&comm_);
   }
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
@@ -230,7 +230,7 @@ void MpiCollectives::exchange_rows() {
   const MPI_Datatype type = receive_type_.get(call_.row_bytes(), stride_bytes(call_.out()));
   for (int i = 1; i < ranks_; ++i) {
     const RowSpan& span = call_.receive(peer_after(i));
-    if (span.count > 0) post_receive(call_.out().row(span.first), span.count, type, peer_after(i));
+    post_receive(call_.out().row(span.first), span.count, type, peer_after(i));
   }
   post_sends();
   if (!call_.in_place()) copy_rows(call_.receive_bytes(rank_), call_.send_bytes(rank_));
@@ -245,7 +245,7 @@ void MpiCollectives::reduce_rows() {
   for (int i = 1; i < ranks_; ++i) {
     std::byte* to = partials_.data() + bytes * peer_after(i);
     sum_.terms()[peer_after(i)] = to;
-    if (rows > 0) post_receive(to, rows, type, peer_after(i));
+    post_receive(to, rows, type, peer_after(i));
   }
   post_sends();
   complete();
@@ -253,6 +253,7 @@ void MpiCollectives::reduce_rows() {
 }
 
 void MpiCollectives::post_receive(void* to, std::int64_t rows, MPI_Datatype type, int peer) {
+  if (rows == 0 || call_.row_bytes() == 0) return;
   MPI_Request request;
   check("MPI_Irecv", MPI_Irecv(to, static_cast<int>(rows), type, peer, tag(), comm_.get(), &request));
   requests_.push_back(request);
@@ -264,7 +265,7 @@ void MpiCollectives::post_sends() {
   for (int i = 1; i < ranks_; ++i) {
     const int peer = peer_after(i);
     const RowSpan& span = call_.send(peer);
-    if (span.count == 0) continue;
+    if (span.count == 0 || call_.row_bytes() == 0) continue;
     MPI_Request request;
     check("MPI_Isend", MPI_Isend(call_.in().row(span.first), static_cast<int>(span.count), type, peer, tag(), comm_.get(), &request));
     requests_.push_back(request);
@@ -349,7 +350,7 @@ void MpiCollectives::give_up(FailureKind kind, int peer, std::string detail) {
     if (requests_[i] == MPI_REQUEST_NULL) continue;
     if (expected_[i].rows >= 0) MPI_Cancel(&requests_[i]);
     if (expected_[i].peer >= 0) MPI_Request_free(&requests_[i]);
-    finalise_would_hang = true;
+    requests_left_behind = true;
   }
   requests_.clear();
   gave_up_ = {.kind = kind, .phase = Phase::collective, .rank = rank_, .peer = peer, .epoch = call_number_, .detail = std::move(detail)};
