@@ -52,6 +52,9 @@ class Placement {
   // {"ranks": R, "experts": [[{"ranks": [0, 1], "share": 1}, ...], ...]}; UsageError names the place of a fault.
   static Placement from_json(std::string_view text);
   std::string to_json() const;
+  // What is left when only `survivors` (ascending) remain, renumbered in that order: a replica that lost a shard goes. An
+  // expert may be left without any; its tokens then go nowhere, and are counted (ExchangeStatus::lost_ids).
+  Placement restricted_to(std::span<const int> survivors) const;
 
   int num_experts() const;
   int ranks() const;

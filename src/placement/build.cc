@@ -25,7 +25,6 @@ void check_replica(int expert, int replica, const Replica& value) {
 
 void check_expert(int expert, const std::vector<Replica>& replicas, std::vector<Holding>& holdings) {
   const int ranks = static_cast<int>(holdings.size());
-  if (replicas.empty()) usage_error("expert {} has no replica; every expert needs at least one", expert);
   for (int replica = 0; replica < std::ssize(replicas); ++replica) {
     check_replica(expert, replica, replicas[replica]);
     const std::vector<int>& shard_ranks = replicas[replica].shard_ranks;
@@ -131,10 +130,15 @@ void check_sizes(std::int64_t num_experts, std::int64_t ranks) {
   }
 }
 
-Table build_table(int ranks, const std::vector<std::vector<Replica>>& replicas) {
+Table build_table(int ranks, const std::vector<std::vector<Replica>>& replicas, Orphans orphans) {
   check_sizes(std::ssize(replicas), ranks);
   std::vector<Holding> holdings(static_cast<std::size_t>(ranks));
-  for (int expert = 0; expert < std::ssize(replicas); ++expert) check_expert(expert, replicas[expert], holdings);
+  for (int expert = 0; expert < std::ssize(replicas); ++expert) {
+    if (replicas[expert].empty() && orphans == Orphans::refused) {
+      usage_error("expert {} has no replica; every expert needs at least one", expert);
+    }
+    check_expert(expert, replicas[expert], holdings);
+  }
 
   Table table;
   table.num_experts = static_cast<int>(replicas.size());

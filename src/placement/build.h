@@ -16,7 +16,9 @@ constexpr std::int64_t kMaxTableEntries = std::int64_t{1} << 24;
 
 // UsageError unless both are in range.
 void check_sizes(std::int64_t num_experts, std::int64_t ranks);
+// Whether an expert may have no replica: only after its ranks were lost.
+enum class Orphans : bool { refused, allowed };
 // UsageError, naming expert, replica, shard and rank, for the first fault.
-Table build_table(int ranks, const std::vector<std::vector<Replica>>& replicas);
+Table build_table(int ranks, const std::vector<std::vector<Replica>>& replicas, Orphans orphans = Orphans::refused);
 
 }  // namespace tokenyard::placement_internal

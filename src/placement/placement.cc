@@ -57,6 +57,28 @@ Placement Placement::custom(int ranks, const std::vector<std::vector<Replica>>& 
   return Placement(std::make_shared<const placement_internal::Table>(placement_internal::build_table(ranks, replicas)));
 }
 
+Placement Placement::restricted_to(std::span<const int> survivors) const {
+  std::vector<int> renumbered(static_cast<std::size_t>(ranks()), -1);
+  for (int i = 0; i < std::ssize(survivors); ++i) {
+    check_index("rank", survivors[i], ranks());
+    if (i > 0 && survivors[i] <= survivors[i - 1]) {
+      usage_error("survivors names rank {} after rank {}; give them ascending, each once", survivors[i], survivors[i - 1]);
+    }
+    renumbered[survivors[i]] = i;
+  }
+  std::vector<std::vector<Replica>> left(static_cast<std::size_t>(num_experts()));
+  for (int expert = 0; expert < num_experts(); ++expert) {
+    for (Replica replica : replicas(expert)) {
+      for (int& rank : replica.shard_ranks) rank = renumbered[rank];
+      const bool is_whole = std::find(replica.shard_ranks.begin(), replica.shard_ranks.end(), -1) == replica.shard_ranks.end();
+      if (is_whole) left[expert].push_back(std::move(replica));
+    }
+  }
+  const int remaining = static_cast<int>(survivors.size());
+  return Placement(std::make_shared<const placement_internal::Table>(
+      placement_internal::build_table(remaining, left, placement_internal::Orphans::allowed)));
+}
+
 int Placement::num_experts() const { return table_->num_experts; }
 int Placement::ranks() const { return table_->ranks; }
 int Placement::max_fanout() const { return table_->max_fanout; }

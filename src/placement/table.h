@@ -27,7 +27,7 @@ constexpr TY_HOST_DEVICE std::uint32_t mix(std::uint32_t source_rank, std::uint3
 }
 
 // Trivially copyable; what kernels take by value. instances: [num_experts][max_replicas][max_fanout] packed, kNoInstance
-// where there is none; share_ends: [num_experts][max_replicas] running sums of shares (the last one repeats).
+// where there is none; share_ends: [num_experts][max_replicas] running sums of shares (the last one repeats; 0 without a replica).
 struct TableView {
   const std::uint32_t* instances = nullptr;
   const std::uint32_t* share_ends = nullptr;
@@ -38,7 +38,9 @@ struct TableView {
   constexpr TY_HOST_DEVICE int replica_for(int expert, std::uint32_t source_rank, std::uint32_t token_index) const {
     if (max_replicas == 1) return 0;
     const std::uint32_t* ends = share_ends + static_cast<std::int64_t>(expert) * max_replicas;
-    const std::uint32_t ticket = mix(source_rank, token_index) % ends[max_replicas - 1];
+    const std::uint32_t shares = ends[max_replicas - 1];
+    if (shares == 0) return 0;  // an expert whose ranks were lost: its first replica has no instance
+    const std::uint32_t ticket = mix(source_rank, token_index) % shares;
     int replica = 0;
     while (ticket >= ends[replica]) ++replica;
     return replica;
