@@ -1,0 +1,78 @@
+// bench chart: the ratios of several measurements as SVG.
+
+#include <fmt/core.h>
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "bench_report.h"
+#include "command.h"
+#include "core/usage.h"
+#include "files.h"
+#include "svg.h"
+
+namespace tokenyard::cli {
+namespace {
+
+using nlohmann::json;
+
+struct ChartCommand {
+  std::vector<std::string> files;
+  std::string svg_path;
+};
+
+const std::pair<const char*, const char*> kBars[] = {{"dispatch", "dispatch"},
+                                                     {"combine", "combine (expert_rows)"},
+                                                     {"combine_copy", "combine (caller's memory)"},
+                                                     {"dispatch_and_combine", "dispatch + combine"}};
+
+BarGroup group_of(const json& run) {
+  BarGroup group;
+  group.label = fmt::format("{}; memcpy of the same bytes: {:.0f} % of its speed for dispatch + combine",
+                            describe(settings_from_json(run["settings"])),
+                            100 * run["figures"]["dispatch_and_combine"]["ratio_to_limit"].get<double>());
+  for (const auto& [name, label] : kBars) {
+    if (!run["figures"].contains(name)) continue;
+    const double ratio = run["figures"][name]["ratio_to_baseline"];
+    group.bars.push_back({label, ratio, fmt::format("{:.1f} x", ratio)});
+  }
+  return group;
+}
+
+void run_chart(const ChartCommand& command) {
+  require_writable("--svg", command.svg_path);
+  BarChart chart;
+  chart.title = "Direct exchange against the collective exchange over MPI, same run";
+  chart.axis_label = "times faster than MPI all-to-all-v (median; longer is better)";
+  chart.reference = 1;
+  chart.reference_label = "MPI";
+  for (const std::string& path : command.files) {
+    for (const json& run : read_runs(path)) {
+      if (!run["baseline"]["measured"].get<bool>()) {
+        usage_error("{}: has no MPI baseline ({}); the chart shows ratios to it", path, run["baseline"]["why_not"].get<std::string>());
+      }
+      chart.subtitle = fmt::format("{}, {} cores", run["machine"]["cpu"].get<std::string>(), run["machine"]["cores"].get<int>());
+      chart.groups.push_back(group_of(run));
+    }
+  }
+  write_file(command.svg_path, bar_chart(chart));
+  fmt::print("written: {}\n", command.svg_path);
+}
+
+}  // namespace
+
+void add_bench_chart(CLI::App& bench) {
+  CLI::App* app = bench.add_subcommand("chart", "Draw the ratios to MPI of one or more measurements");
+  auto command = std::make_shared<ChartCommand>();
+  app->add_option("FILE", command->files, "Written by bench --json or bench sweep --json")->required();
+  app->add_option("--svg", command->svg_path, "Where the chart goes")->required();
+  app->footer(
+      "Examples:\n"
+      "  tokenyard bench chart two_ranks.json four_ranks.json --svg chart.svg");
+  app->callback([command] { run_chart(*command); });
+}
+
+}  // namespace tokenyard::cli

@@ -1,0 +1,244 @@
+// One rank of a benchmark: checks the results first, then measures.
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "check.h"
+#include "core/thread_pool.h"
+#include "core/usage.h"
+#include "ranks.h"
+#include "settings.h"
+#include "tokenyard/collective.h"
+
+namespace tokenyard::cli {
+namespace {
+
+using nlohmann::json;
+using Clock = std::chrono::steady_clock;
+
+// An exchange with its placement, as one side of the comparison.
+struct Side {
+  Side(const World& world, const ExchangeOptions& options, const Placement& placement, const DispatchOptions& dispatch)
+      : exchange(world, options), dispatch_options(dispatch) {
+    exchange.add(placement);
+  }
+  Exchange exchange;
+  DispatchOptions dispatch_options;
+};
+
+// MPI offers collectives only: no fixed slots, so in latency mode the baseline runs the same rows as token_major with exact counts.
+DispatchOptions baseline_dispatch(const Settings& settings) {
+  DispatchOptions options = dispatch_options(settings);
+  if (parse_mode(settings.mode) == Mode::latency) {
+    options.layout = options.layout == Layout::rank_slots ? Layout::token_major : options.layout;
+    options.sizing = Sizing::exact;
+    options.mode = Mode::throughput;
+  }
+  return options;
+}
+
+ExchangeOptions baseline_options(const Settings& settings, const Placement& placement) {
+  ExchangeOptions options = exchange_options(settings, placement);
+  options.transport = Transport::mpi;
+  options.mode = Mode::throughput;
+  options.expert_rows = false;
+  return options;
+}
+
+std::int64_t sum(const ConstTensorView& counts) {
+  std::int64_t total = 0;
+  for (std::int64_t r = 0; r < counts.num_elements(); ++r) total += counts.as<std::int32_t>()[r];
+  return total;
+}
+
+class BenchRank {
+ public:
+  BenchRank(const World& world, const Settings& settings, bool with_baseline, Progress& progress)
+      : world_(world),
+        settings_(settings),
+        placement_(placement_of(settings)),
+        barrier_(Collectives::create(world, {.timeout_ms = settings.timeout_ms})),
+        progress_(progress),
+        pool_(settings.threads),
+        direct_(world, exchange_options(settings, placement_), placement_, dispatch_options(settings)),
+        layout_(parse_layout(settings.layout)) {
+    if (with_baseline) baseline_.emplace(world, baseline_options(settings, placement_), placement_, baseline_dispatch(settings));
+    for (int set = 0; set < kInputSets; ++set) batches_.push_back(make_batch(workload_of(settings, set), world.rank()));
+    combine_options_.weighting = weighting_of(layout_);
+    out_.resize(static_cast<std::size_t>(settings.tokens * combine_row_bytes()));
+    combine_options_.out = {out_.data(), workload_of(settings, 0).expert_dtype(), {settings.tokens, settings.hidden_size}};
+  }
+
+  json run() {
+    if (world_.rank() == 0) progress_.total = static_cast<std::uint32_t>(settings_.warmup + settings_.iterations);
+    check(direct_, "the exchange");
+    if (baseline_) check(*baseline_, "the MPI baseline");
+    for (int i = 0; i < settings_.warmup + settings_.iterations; ++i) {
+      if (i == settings_.warmup) samples_.clear();
+      iterate(i % kInputSets);
+      if (world_.rank() == 0) progress_.done.fetch_add(1, std::memory_order_relaxed);
+    }
+    return report();
+  }
+
+ private:
+  std::int64_t combine_row_bytes() const { return settings_.hidden_size * size_of(workload_of(settings_, 0).expert_dtype()); }
+
+  // Dispatch and combine of the first input set against what the seed says; all ranks fail together.
+  void check(Side& side, const char* what) {
+    const Workload workload = workload_of(settings_, 0);
+    const Checker checker(workload, placement_, world_.rank());
+    std::vector<std::string> faults;
+    Received received = side.exchange.dispatch(batches_[0].input, side.dispatch_options);
+    const auto note = [&](const char* call, const std::optional<Difference>& found) {
+      if (found) faults.push_back(fmt::format("{} {}: {}", what, call, found->message()));
+    };
+    note("dispatches wrongly", checker.dispatched(received));
+    const std::vector<std::byte> y = expert_output(workload, received, world_.rank());
+    side.exchange.combine(view_of(y.data(), received), received.handle(), combine_options_);
+    note("combines wrongly", checker.combined(combine_options_.out, layout_, combine_options_.weighting));
+    if (side.exchange.options().expert_rows) {
+      const TensorView pulled = side.exchange.expert_rows(received.handle(), combine_options_.out.dtype, settings_.hidden_size);
+      std::memcpy(pulled.data, y.data(), y.size());
+      side.exchange.combine(pulled, received.handle(), combine_options_);
+      note("combines wrongly from expert_rows", checker.combined(combine_options_.out, layout_, combine_options_.weighting));
+    }
+    for (const json& rank : gather(world_, faults)) {
+      if (!rank.empty()) throw Error(rank[0].get<std::string>());
+    }
+  }
+
+  ConstTensorView view_of(const std::byte* y, const Received& received) const {
+    ConstTensorView view = received.rows();  // dense, of the same shape
+    view.data = y;
+    view.dtype = combine_options_.out.dtype;
+    return view;
+  }
+
+  template <class Body>
+  void time(const char* series, Body&& body) {
+    barrier_->barrier();
+    const Clock::time_point start = Clock::now();
+    body();
+    samples_[series].push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
+  }
+
+  // The expert that returns its rows: untimed, but it leaves the caches as real experts would.
+  void copy_rows(void* to, const Received& received) const {
+    const std::int64_t bytes = received.rows().num_elements() * size_of(combine_options_.out.dtype);
+    if (combine_options_.out.dtype == received.rows().dtype) {
+      std::memcpy(to, received.rows().data, static_cast<std::size_t>(bytes));
+    } else {
+      std::memset(to, 0x3e, static_cast<std::size_t>(bytes));  // fp8 rows, bfloat16 results: any finite numbers
+    }
+  }
+
+  void iterate(int set) {
+    const DispatchInput& input = batches_[set].input;
+    Received received;
+    time("dispatch", [&] { received = direct_.exchange.dispatch(input, direct_.dispatch_options); });
+    const std::int64_t rows = sum(received.sent_counts());
+    y_.resize(std::max(y_.size(), static_cast<std::size_t>(received.rows().num_elements() * size_of(combine_options_.out.dtype))));
+    copy_rows(y_.data(), received);
+    time("combine_copy", [&] { direct_.exchange.combine(view_of(y_.data(), received), received.handle(), combine_options_); });
+    if (has_expert_rows(layout_)) {
+      const TensorView pulled = direct_.exchange.expert_rows(received.handle(), combine_options_.out.dtype, settings_.hidden_size);
+      copy_rows(pulled.data, received);
+      time("combine", [&] { direct_.exchange.combine(pulled, received.handle(), combine_options_); });
+    }
+    note_bytes(set, received);
+    received.release();
+    if (baseline_) iterate_baseline(input);
+    time_memcpy("memcpy_dispatch", rows * (workload_of(settings_, 0).row_bytes() + workload_of(settings_, 0).scale_columns() * 4));
+    time_memcpy("memcpy_combine", rows * combine_row_bytes());
+  }
+
+  void iterate_baseline(const DispatchInput& input) {
+    Received received;
+    time("baseline_dispatch", [&] { received = baseline_->exchange.dispatch(input, baseline_->dispatch_options); });
+    y_.resize(std::max(y_.size(), static_cast<std::size_t>(received.rows().num_elements() * size_of(combine_options_.out.dtype))));
+    copy_rows(y_.data(), received);
+    time("baseline_combine", [&] { baseline_->exchange.combine(view_of(y_.data(), received), received.handle(), combine_options_); });
+  }
+
+  // The limit: this rank copies as many bytes as it sends, from one buffer to another.
+  void time_memcpy(const char* series, std::int64_t bytes) {
+    copy_from_.resize(std::max(copy_from_.size(), static_cast<std::size_t>(bytes)), std::byte{1});
+    copy_to_.resize(copy_from_.size());
+    time(series, [&] {
+      pool_.parallel_for(bytes, 1 << 16, [&](std::int64_t begin, std::int64_t end, int) {
+        std::memcpy(copy_to_.data() + begin, copy_from_.data() + begin, static_cast<std::size_t>(end - begin));
+      });
+    });
+  }
+
+  void note_bytes(int set, const Received& received) {
+    if (sent_.contains(set)) return;
+    const std::int64_t all = sum(received.sent_counts());
+    sent_[set] = {all, all - received.sent_counts().as<std::int32_t>()[world_.rank()]};
+  }
+
+  // An iteration takes as long as its slowest rank.
+  static std::map<std::string, std::vector<double>> slowest(const std::vector<json>& ranks) {
+    std::map<std::string, std::vector<double>> result;
+    for (const json& rank : ranks) {
+      for (const auto& [series, values] : rank["samples"].get<std::map<std::string, std::vector<double>>>()) {
+        std::vector<double>& worst = result[series];
+        worst.resize(values.size(), 0);
+        for (std::size_t i = 0; i < values.size(); ++i) worst[i] = std::max(worst[i], values[i]);
+      }
+    }
+    return result;
+  }
+
+  json report() {
+    std::int64_t rows = 0, to_others = 0;
+    for (const auto& [set, counts] : sent_) {
+      rows += counts.first;
+      to_others += counts.second;
+    }
+    const std::vector<json> ranks = gather(world_, {{"samples", samples_}, {"rows", rows}, {"to_others", to_others}});
+    std::int64_t all_rows = 0, all_to_others = 0, busiest = 0;
+    for (const json& rank : ranks) {
+      all_rows += rank["rows"].get<std::int64_t>();
+      all_to_others += rank["to_others"].get<std::int64_t>();
+      busiest = std::max(busiest, rank["rows"].get<std::int64_t>());
+    }
+    const auto sets = static_cast<std::int64_t>(sent_.size());  // figures are means over input sets
+    const Workload workload = workload_of(settings_, 0);
+    return {{"samples", slowest(ranks)},
+            {"rows", {{"all_ranks", all_rows / sets}, {"to_other_ranks", all_to_others / sets}, {"busiest_rank", busiest / sets}}},
+            {"dispatch_row_bytes", workload.row_bytes() + workload.scale_columns() * 4},
+            {"combine_row_bytes", combine_row_bytes()},
+            {"transport", name(direct_.exchange.transport())}};
+  }
+
+  const World& world_;
+  const Settings settings_;
+  const Placement placement_;
+  const std::unique_ptr<Collectives> barrier_;
+  Progress& progress_;
+  ThreadPool pool_;
+  Side direct_;
+  std::optional<Side> baseline_;
+  const Layout layout_;
+  std::vector<Batch> batches_;
+  CombineOptions combine_options_;
+  std::vector<std::byte> out_, y_, copy_from_, copy_to_;
+  std::map<std::string, std::vector<double>> samples_;
+  std::map<int, std::pair<std::int64_t, std::int64_t>> sent_;  // per input set: rows to all ranks, and to other ranks
+};
+
+}  // namespace
+
+json bench_role(const World& world, const json& settings, Progress& progress) {
+  return BenchRank(world, settings_from_json(settings["settings"]), settings["with_baseline"], progress).run();
+}
+
+}  // namespace tokenyard::cli

@@ -1,0 +1,177 @@
+#include "bench_report.h"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <vector>
+
+#include "core/usage.h"
+#include "files.h"
+#include "machine.h"
+#include "table.h"
+
+namespace tokenyard::cli {
+namespace {
+
+using nlohmann::json;
+
+// The rows of the table: which samples make a figure, what it is compared with, and how many bytes it moves.
+struct Figure {
+  const char* name;
+  const char* label;
+  std::vector<const char*> samples;  // added per iteration
+  std::vector<const char*> limit;
+  std::vector<const char*> baseline;
+};
+
+std::vector<Figure> figures_of(bool pulled) {
+  std::vector<Figure> figures = {{"dispatch", "dispatch", {"dispatch"}, {"memcpy_dispatch"}, {"baseline_dispatch"}}};
+  const char* combine = pulled ? "combine" : "combine_copy";
+  if (pulled) {
+    figures.push_back({"combine", "combine, rows in expert_rows()", {"combine"}, {"memcpy_combine"}, {"baseline_combine"}});
+  }
+  figures.push_back({"combine_copy", "combine, rows in the caller's memory", {"combine_copy"}, {"memcpy_combine"}, {"baseline_combine"}});
+  figures.push_back({"dispatch_and_combine",
+                     pulled ? "dispatch + combine from expert_rows()" : "dispatch + combine",
+                     {"dispatch", combine},
+                     {"memcpy_dispatch", "memcpy_combine"},
+                     {"baseline_dispatch", "baseline_combine"}});
+  return figures;
+}
+
+std::vector<double> added(const json& samples, const std::vector<const char*>& series) {
+  std::vector<double> total;
+  for (const char* name : series) {
+    if (!samples.contains(name)) return {};
+    const auto values = samples[name].get<std::vector<double>>();
+    total.resize(values.size(), 0);
+    for (std::size_t i = 0; i < values.size(); ++i) total[i] += values[i];
+  }
+  return total;
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const std::size_t middle = values.size() / 2;
+  return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
+}
+
+json figure_of(const Figure& figure, const json& measured) {
+  const json& samples = measured["samples"];
+  const std::vector<double> times = added(samples, figure.samples);
+  const double limit = median(added(samples, figure.limit));
+  std::int64_t row_bytes = 0;
+  for (const char* name : figure.limit) {
+    row_bytes += measured[std::string(name) == "memcpy_dispatch" ? "dispatch_row_bytes" : "combine_row_bytes"].get<std::int64_t>();
+  }
+  const json& rows = measured["rows"];
+  const double middle = median(times);
+  const std::int64_t bytes = rows["all_ranks"].get<std::int64_t>() * row_bytes;
+  json result = {{"label", figure.label},
+                 {"min_us", *std::min_element(times.begin(), times.end())},
+                 {"median_us", middle},
+                 {"max_us", *std::max_element(times.begin(), times.end())},
+                 {"bytes_all_ranks", bytes},
+                 {"bytes_busiest_rank", rows["busiest_rank"].get<std::int64_t>() * row_bytes},
+                 {"bytes_to_other_ranks", rows["to_other_ranks"].get<std::int64_t>() * row_bytes},
+                 {"gigabytes_per_second", static_cast<double>(bytes) / middle / 1e3},
+                 {"limit_us", limit},
+                 {"ratio_to_limit", limit / middle}};
+  if (const std::vector<double> baseline = added(samples, figure.baseline); !baseline.empty()) {
+    result["baseline_us"] = median(baseline);
+    result["ratio_to_baseline"] = median(baseline) / middle;
+  }
+  return result;
+}
+
+json definitions() {
+  return {{"time", "per iteration the slowest rank, from an untimed barrier to valid outputs; min, median, max over iterations"},
+          {"bytes_all_ranks",
+           "rows that all ranks send, to themselves included, x row bytes (scales included): on a CPU all of it is "
+           "memory traffic; mean over input sets"},
+          {"bytes_to_other_ranks", "the same without rows that stay on their rank"},
+          {"limit_us",
+           "in the same run and iteration, all ranks at once copy as many bytes as they send (to themselves included) with "
+           "std::memcpy and as many threads, from one buffer to another; median"},
+          {"ratio_to_limit", "limit_us / median_us"},
+          {"ratio_to_baseline",
+           "baseline_us / median_us: how many times faster than the collective exchange over MPI, in the same "
+           "processes and iterations"},
+          {"dispatch_and_combine", "the sum of both, added per iteration"}};
+}
+
+}  // namespace
+
+json bench_report(const Settings& settings, Runner runner, const std::string& no_baseline, const json& measured) {
+  json figures = json::object();
+  for (const Figure& figure : figures_of(measured["samples"].contains("combine"))) figures[figure.name] = figure_of(figure, measured);
+  json baseline = {{"measured", no_baseline.empty()}};
+  if (no_baseline.empty()) {
+    const bool latency = parse_mode(settings.mode) == Mode::latency;
+    baseline["what"] = "Exchange with Transport::mpi: pack, counts, MPI all-to-all-v, unpack, deduplicated";
+    baseline["mode"] = "throughput";
+    baseline["layout"] = latency && settings.layout == "rank_slots" ? "token_major" : settings.layout;
+    baseline["sizing"] = latency ? "exact" : settings.sizing;
+  } else {
+    baseline["why_not"] = no_baseline;
+  }
+  return {{"format", kBenchFormat},
+          {"kind", "run"},
+          {"settings", to_json(settings)},
+          {"ranks_as", describe(runner)},
+          {"transport", measured["transport"]},
+          {"machine", machine()},
+          {"versions", versions(runner == Runner::mpirun ? find_mpirun() : "")},
+          {"baseline", baseline},
+          {"weighting", name(weighting_of(parse_layout(settings.layout)))},
+          {"input_sets", kInputSets},
+          {"checked", "rows, metadata and sums of the first input set, against the seed"},
+          {"definitions", definitions()},
+          {"figures", figures},
+          {"samples_us", measured["samples"]}};
+}
+
+std::string bench_table(const json& report) {
+  const json& machine = report["machine"];
+  std::string text = fmt::format("{}\n{} over {} on {} ({} cores), {} thread(s) per rank, {} iterations; results checked\n\n",
+                                 describe(settings_from_json(report["settings"])), report["ranks_as"].get<std::string>(),
+                                 report["transport"].get<std::string>(), machine["cpu"].get<std::string>(), machine["cores"].get<int>(),
+                                 report["settings"]["threads"].get<int>(), report["settings"]["iterations"].get<int>());
+  const bool baseline = report["baseline"]["measured"];
+  std::vector<std::string> header = {"", "min", "median", "max", "bytes", "GB/s", "memcpy", "of memcpy"};
+  if (baseline) header.insert(header.end(), {"MPI", "vs MPI"});
+  Table table(header);
+  for (const char* name : {"dispatch", "combine", "combine_copy", "dispatch_and_combine"}) {
+    if (!report["figures"].contains(name)) continue;
+    const json& figure = report["figures"][name];
+    std::vector<std::string> cells = {figure["label"],
+                                      time_text(figure["min_us"]),
+                                      time_text(figure["median_us"]),
+                                      time_text(figure["max_us"]),
+                                      bytes_text(figure["bytes_all_ranks"]),
+                                      fmt::format("{:.2f}", figure["gigabytes_per_second"].get<double>()),
+                                      time_text(figure["limit_us"]),
+                                      fmt::format("{:.0f} %", 100 * figure["ratio_to_limit"].get<double>())};
+    if (baseline) {
+      cells.push_back(time_text(figure["baseline_us"]));
+      cells.push_back(fmt::format("{:.2f} x", figure["ratio_to_baseline"].get<double>()));
+    }
+    table.add(cells);
+  }
+  text += table.text();
+  text += "\nbytes: rows of all ranks, to themselves included; memcpy: all ranks copy the same bytes at once, in the same run\n";
+  text += baseline ? "MPI: the same exchange over MPI all-to-all-v, in the same processes and iterations\n"
+                   : fmt::format("no MPI baseline: {}\n", report["baseline"]["why_not"].get<std::string>());
+  return text;
+}
+
+json read_runs(const std::string& path) {
+  const json content = json::parse(read_file("FILE", path), nullptr, false);
+  if (!content.is_object() || content.value("format", "") != kBenchFormat) {
+    usage_error("{}: is no file of 'tokenyard bench --json' (format {}); write one with it", path, kBenchFormat);
+  }
+  return content["kind"] == "sweep" ? content["runs"] : json::array({content});
+}
+
+}  // namespace tokenyard::cli
