@@ -47,6 +47,7 @@ std::vector<Move> moves(const Placement& from, const Placement& to) {
     const std::vector<Piece> held = pieces(from, expert);
     for (const Piece& wanted : pieces(to, expert)) {
       const Piece* source = nearest(held, wanted);
+      if (held.empty()) usage_error("expert {} is on no rank of the old placement; load its weights before placing it", expert);
       if (source == nullptr) {
         usage_error("expert {} is cut into {} shards on rank {}, and the old placement cuts it into {}; keep the number of shards, "
                     "or reshard the weights",

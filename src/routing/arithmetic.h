@@ -1,9 +1,9 @@
 #pragma once
-// The float32 arithmetic and the order of selection that all routing shares. Everything is spelled out with fma, so the CPU
-// and a GPU compute the same bits and therefore choose the same experts; a libm's expf promises no such thing.
+// The float32 arithmetic and the order of selection that all routing shares. Built from operations that IEEE 754 rounds
+// correctly (and never contracted, as everywhere here), so the CPU and a GPU compute the same bits and therefore choose the
+// same experts; a libm's expf promises no such thing.
 
 #include <bit>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -14,25 +14,24 @@ namespace tokenyard::routing_internal {
 constexpr int kMaxTopK = 64;
 constexpr float kNever = -std::numeric_limits<float>::infinity();  // the score of what cannot be selected
 
-// e^x for x <= 0, within 1 ulp; 0 for -inf. Splits x = n ln 2 + r with |r| <= ln 2 / 2 and sums the Taylor series of e^r,
-// whose first omitted term, r^8 / 8!, is below 2^-27.
+// e^x for x <= 0, within 1 ulp; 0 for -inf and NaN. Splits x = n ln 2 + r with |r| <= ln 2 / 2 and sums the Taylor series of
+// e^r, whose first omitted term, r^8 / 8!, is below 2^-27.
 TY_HOST_DEVICE inline float exp_of_negative(float x) {
   if (!(x > -104.0F)) return 0.0F;  // less than half of the least subnormal
-  const float n = std::floor(std::fma(x, 1.44269504F, 0.5F));
-  float r = std::fma(n, -0.693359375F, x);  // ln 2 in two parts: the first has few bits, so n times it is exact
-  r = std::fma(n, 2.12194440e-4F, r);
+  const int n = static_cast<int>(x * 1.44269504F - 0.5F);
+  const float n_float = static_cast<float>(n);
+  // ln 2 in two parts: the first has nine bits, so its product and the difference are exact.
+  const float r = (x - n_float * 0.693359375F) + n_float * 2.12194440e-4F;
   float sum = 1.0F / 5040;
-  sum = std::fma(sum, r, 1.0F / 720);
-  sum = std::fma(sum, r, 1.0F / 120);
-  sum = std::fma(sum, r, 1.0F / 24);
-  sum = std::fma(sum, r, 1.0F / 6);
-  sum = std::fma(sum, r, 0.5F);
-  sum = std::fma(sum, r, 1.0F);
-  sum = std::fma(sum, r, 1.0F);
-  // 2^n in two factors, as n reaches -150: only the last product rounds, also into the subnormals.
-  const int exponent = static_cast<int>(n);
-  const auto power = [](int e) { return std::bit_cast<float>(static_cast<std::uint32_t>(e + 127) << 23); };
-  return sum * power(exponent / 2) * power(exponent - exponent / 2);
+  sum = sum * r + 1.0F / 720;
+  sum = sum * r + 1.0F / 120;
+  sum = sum * r + 1.0F / 24;
+  sum = sum * r + 1.0F / 6;
+  sum = sum * r + 0.5F;
+  sum = 1.0F + (r + r * r * sum);  // small to large
+  // 2^n in two factors, as n reaches -150: only the last product rounds, and only into the subnormals.
+  const auto power = [](int exponent) { return std::bit_cast<float>(static_cast<std::uint32_t>(exponent + 127) << 23); };
+  return sum * power(n / 2) * power(n - n / 2);
 }
 
 TY_HOST_DEVICE inline float sigmoid(float x) {

@@ -159,16 +159,15 @@ class Router {
     for (int k = 0; k < gate_.top_k; ++k) {
       if (ids[k] >= 0) highest = std::max(highest, logits_[ids[k]]);
     }
-    if (highest == kNever) return;  // replayed ids without a finite logit
     float sum = 0;
     for (int k = 0; k < gate_.top_k; ++k) {
       if (ids[k] < 0) continue;
       weights[k] = softmax_over_chosen() ? exp_of_negative(logits_[ids[k]] - highest) : scores_[ids[k]];
       sum += weights[k];
     }
-    const float divisor = sum + gate_.epsilon;
+    const float divisor = sum + gate_.epsilon;  // 0 when every score underflows, or a replay chose nothing finite
     for (int k = 0; k < gate_.top_k; ++k) {
-      if (gate_.renormalise) weights[k] = divisor > 0 ? weights[k] / divisor : 0.0F;  // scores may all underflow
+      if (gate_.renormalise) weights[k] = divisor > 0 ? weights[k] / divisor : 0.0F;
       weights[k] *= gate_.scale;
     }
   }

@@ -83,6 +83,8 @@ TEST(PlacementErrors, Moves) {
   expect_usage_error([] { moves(Placement::uniform(4, 2), Placement::uniform(5, 2)); }, {"4 and 5 experts"});
   expect_usage_error([] { moves(Placement::uniform(4, 4), Placement::tensor_parallel(4, 2, 2)); },
                      {"expert 0 is cut into 2 shards on rank 0", "cuts it into 1", "reshard"});
+  const Placement without_expert_1 = Placement::uniform(2, 2).restricted_to(std::vector<int>{0});
+  expect_usage_error([&] { moves(without_expert_1, Placement::uniform(2, 1)); }, {"expert 1 is on no rank", "load its weights"});
 }
 
 }  // namespace

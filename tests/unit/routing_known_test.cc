@@ -150,6 +150,7 @@ TEST(RoutingKnown, PerGroup) {
   const Routing by_sigmoid = route_row({0, 2, 1, -1}, Gate::per_group(2, 2, Score::sigmoid, false));
   EXPECT_EQ(by_sigmoid.topk_ids, (Ids{1, 2}));
   expect_weights(by_sigmoid.topk_weights, {logistic(2), logistic(1)});
+  EXPECT_EQ(route_row({40, 90, 1, 0}, Gate::per_group(2, 2, Score::sigmoid, false)).topk_ids, (Ids{0, 2}));  // saturated: a tie
 }
 
 TEST(RoutingKnown, WhatIsNotFiniteNeverSelects) {
@@ -196,6 +197,14 @@ TEST(RoutingKnown, GivenIdsAreWeighedByTheRule) {
   expect_weights(route(input, Gate::softmax(3, true)).topk_weights, {2.0 / 3, 0, 1.0 / 3});
   const double sum = 2.0 / 3 + 0.5;  // sigmoid(log n) = n / (n + 1)
   expect_weights(route(input, Gate::sigmoid(3, true)).topk_weights, {2.0 / 3 / sum, 0, 0.5 / sum});
+}
+
+TEST(RoutingKnown, RenormalisedReplayFarBelowTheBestDoesNotUnderflow) {
+  const Floats logits = {0, -200, -200};
+  const std::vector<std::int64_t> given = {1, 2};
+  const RoutingInput input{.logits = matrix(logits, 3), .given_ids = {given.data(), Dtype::int64, {1, 2}}};
+  EXPECT_EQ(route(input, Gate::softmax(2, true)).topk_weights, (Floats{0.5F, 0.5F}));
+  EXPECT_EQ(route(input, Gate::softmax(2, false)).topk_weights, (Floats{0, 0}));
 }
 
 TEST(RoutingKnown, GivenIdsMayRepeatAndMayHitWhatIsNotFinite) {
