@@ -98,7 +98,8 @@ std::optional<Received> receive_message(int socket) {
   header.msg_controllen = sizeof control.space;
   const ssize_t bytes = recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
   const cmsghdr* rights = bytes >= 0 ? CMSG_FIRSTHDR(&header) : nullptr;
-  if (rights != nullptr && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS && rights->cmsg_len == CMSG_LEN(sizeof(int))) {
+  const bool passes_fd = rights != nullptr && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS;
+  if (passes_fd && rights->cmsg_len == CMSG_LEN(sizeof(int))) {
     int fd = -1;
     std::memcpy(&fd, CMSG_DATA(rights), sizeof fd);
     received.fd = Fd(fd);

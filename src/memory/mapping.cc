@@ -45,8 +45,8 @@ Expected<std::size_t> arena_bytes(std::size_t bytes) {
   if (bytes > total) {
     return unexpected({.kind = FailureKind::system,
                        .phase = Phase::memory,
-                       .detail = fmt::format("an arena of {} bytes on a machine with {} bytes of memory and swap; lower max_tokens_per_rank, "
-                                             "receive_rows or depth (Exchange::memory_plan shows what takes how much)",
+                       .detail = fmt::format("an arena of {} bytes on a machine with {} bytes of memory and swap; lower "
+                                             "max_tokens_per_rank, receive_rows or depth (Exchange::memory_plan shows what takes how much)",
                                              bytes, total)});
   }
   const std::size_t pages = bytes == 0 ? 1 : (bytes + page - 1) / page;

@@ -66,19 +66,19 @@ Expected<std::vector<Offer>> agree(const World& world, const Offer& mine, Deadli
   std::vector<Offer> offers;
   for (const SharedPart& part : *parts) offers.push_back(Offer::decode(*part));
   Failure failure{.phase = Phase::memory, .rank = world.rank()};
-  for (int peer = 0; peer < world.size(); ++peer) {
-    const Offer& offer = offers[peer];
-    failure.peer = peer;
-    if (!offer.error.empty()) {
-      failure.kind = peer == world.rank() ? FailureKind::system : FailureKind::aborted;
-      failure.detail = fmt::format("rank {}: {}", peer, offer.error);
-      return unexpected(std::move(failure));
-    }
-    if (offer.bytes != mine.bytes || offer.transport != mine.transport) {
-      failure.kind = FailureKind::mismatch;
-      failure.detail = fmt::format("rank {} asks for {}, rank {} for {}", world.rank(), mine.describe(), peer, offer.describe());
-      return unexpected(std::move(failure));
-    }
+  const auto cannot = std::find_if(offers.begin(), offers.end(), [](const Offer& offer) { return !offer.error.empty(); });
+  if (cannot != offers.end()) {
+    failure.peer = static_cast<int>(cannot - offers.begin());
+    failure.kind = failure.peer == world.rank() ? FailureKind::system : FailureKind::aborted;
+    failure.detail = fmt::format("rank {}: {}", failure.peer, cannot->error);
+    return unexpected(std::move(failure));
+  }
+  const auto other = std::find_if(offers.begin(), offers.end(), [&](const Offer& offer) { return offer.describe() != mine.describe(); });
+  if (other != offers.end()) {
+    failure.kind = FailureKind::mismatch;
+    failure.peer = static_cast<int>(other - offers.begin());
+    failure.detail = fmt::format("rank {} asks for {}, rank {} for {}", world.rank(), mine.describe(), failure.peer, other->describe());
+    return unexpected(std::move(failure));
   }
   return offers;
 }
@@ -124,8 +124,10 @@ class Shm final : public SymmetricMemory {
 Expected<Fd> sealed_file(std::size_t bytes, unsigned int flags) {
   Fd fd(memfd_create("tokenyard", MFD_CLOEXEC | MFD_ALLOW_SEALING | flags));
   if (!fd) return unexpected(system_failure("memfd_create"));
-  if (ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0) return unexpected(system_failure(fmt::format("a memory file of {} bytes", bytes)));
-  if (fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) return unexpected(system_failure("F_ADD_SEALS"));
+  if (ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0 ||
+      fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+    return unexpected(system_failure(fmt::format("cannot make a sealed memory file of {} bytes", bytes)));
+  }
   return fd;
 }
 
@@ -152,8 +154,8 @@ Expected<Mapping> map_peer(int fd, std::size_t bytes, int peer) {
 }
 
 // Everything of create_shm between the two agreements: this rank's own arena, then the peers'.
-Expected<std::vector<Mapping>> swap_arenas(const World& world, const FdExchange& exchange, const std::vector<Offer>& offers, const Fd& file,
-                                           Deadline deadline) {
+Expected<std::vector<Mapping>> swap_arenas(const World& world, const FdExchange& exchange, const std::vector<Offer>& offers,
+                                           const Fd& file, Deadline deadline) {
   std::vector<FdExchange::Endpoint> endpoints;
   for (const Offer& offer : offers) endpoints.push_back(offer.endpoint);
   auto fds = exchange.swap(world, endpoints, file.get(), deadline);

@@ -174,7 +174,7 @@ tl::expected<std::optional<Message>, std::string> FrameReader::next() {
   const auto sequence = header.get<std::uint32_t>();
   const auto length = header.get<std::uint32_t>();
   if (magic != kMagic) return refuse(fmt::format("not a Tokenyard connection: magic {:#010x}, expected {:#010x}", magic, kMagic));
-  if (version != kVersion) return refuse(fmt::format("protocol version {}, expected {}; use the same release everywhere", version, kVersion));
+  if (version != kVersion) return refuse(fmt::format("protocol version {}, expected {}: do all ranks run one release?", version, kVersion));
   if (sequence != sequence_) return refuse(fmt::format("message number {}, expected {}", sequence, sequence_));
   if (length > max_body_bytes_) return refuse(fmt::format("a message of {} bytes, allowed are {}", length, max_body_bytes_));
   if (rest.size() - kHeaderBytes < length) return std::nullopt;

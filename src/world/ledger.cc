@@ -33,6 +33,13 @@ std::optional<std::string> Ledger::malformed(int rank, const Call& call, const S
 std::optional<std::string> Ledger::arrive(int rank, const Call& call, SharedPart part, Deadline deadline) {
   if (auto reason = malformed(rank, call, part)) return reason;
   const int seat = static_cast<int>(std::find(call.members.begin(), call.members.end(), rank) - call.members.begin());
+  if (ranks_[rank].presence != Presence::here) {
+    // The others' gathers fail without it, and are not kept for it.
+    Failure failure{.kind = FailureKind::peer_lost, .phase = call.phase, .rank = seat, .peer = seat};
+    failure.detail = fmt::format("rank {} {}", seat, ranks_[rank].reason);
+    deliver_(rank, call.key, unexpected(std::move(failure)));
+    return std::nullopt;
+  }
   auto [at, created] = entries_.try_emplace(
       call.key, Entry{.phase = call.phase, .members = call.members, .seats = std::vector<Seat>(call.members.size()), .hurried = seat,
                       .deadline = deadline, .failure = std::nullopt});
@@ -56,7 +63,8 @@ std::optional<std::string> Ledger::arrive(int rank, const Call& call, SharedPart
     return std::nullopt;
   }
   if (entry.phase != call.phase) {
-    const auto other = std::find_if(entry.seats.begin(), entry.seats.end(), [&](const Seat& s) { return s.arrived && &s != &entry.seats[seat]; });
+    const Seat* const late = &entry.seats[seat];
+    const auto other = std::find_if(entry.seats.begin(), entry.seats.end(), [&](const Seat& s) { return s.arrived && &s != late; });
     Failure failure{.kind = FailureKind::mismatch, .phase = call.phase, .peer = seat};
     failure.detail = fmt::format("rank {} called {} where rank {} called {}; all ranks of a world make the same calls in the same order",
                                  seat, name(call.phase), other - entry.seats.begin(), name(entry.phase));
@@ -73,11 +81,18 @@ std::optional<std::string> Ledger::arrive(int rank, const Call& call, SharedPart
 
 // Ends the gather when it can end.
 void Ledger::settle(Entries::iterator at) {
-  if (auto failure = gone_member(at->second)) {
-    fail(at, std::move(*failure));
-  } else if (at->second.arrived == static_cast<int>(at->second.seats.size())) {
-    complete(at);
+  const Entry& entry = at->second;
+  if (entry.phase != Phase::recover) {
+    if (auto failure = gone_member(entry)) return fail(at, std::move(*failure));
   }
+  for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
+    if (waits_for(entry, seat)) return;
+  }
+  complete(at);
+}
+
+bool Ledger::waits_for(const Entry& entry, std::size_t seat) const {
+  return !entry.seats[seat].arrived && ranks_[entry.members[seat]].presence == Presence::here;
 }
 
 void Ledger::complete(Entries::iterator at) {
@@ -85,9 +100,14 @@ void Ledger::complete(Entries::iterator at) {
   const Entry& entry = node.mapped();
   Gathered gathered{.serial = next_serial_, .parts = {}};
   next_serial_ += entry.seats.size();
-  for (const Seat& seat : entry.seats) gathered.parts.push_back(seat.part);
+  std::vector<int> present;
+  for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
+    if (ranks_[entry.members[seat]].presence != Presence::here) continue;  // only where survivors meet
+    present.push_back(entry.members[seat]);
+    gathered.parts.push_back(entry.seats[seat].part);
+  }
   const Outcome outcome = std::move(gathered);
-  for (int member : entry.members) deliver_(member, node.key(), outcome);
+  for (const int member : present) deliver_(member, node.key(), outcome);
 }
 
 void Ledger::fail(Entries::iterator at, Failure failure) {
@@ -106,7 +126,7 @@ void Ledger::fail(Entries::iterator at, Failure failure) {
 // Whether a member that is still here has yet to learn how the gather ended.
 bool Ledger::awaited(const Entry& entry) const {
   for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
-    if (!entry.seats[seat].arrived && ranks_[entry.members[seat]].presence == Presence::here) return true;
+    if (waits_for(entry, seat)) return true;
   }
   return false;
 }
@@ -145,21 +165,26 @@ bool Ledger::lose(int rank, std::string reason) { return depart(rank, Presence::
 bool Ledger::close(int rank) { return depart(rank, Presence::closed, "has closed its world"); }
 
 void Ledger::expire(Deadline::Clock::time_point now) {
+  std::vector<int> late;  // for a meeting of survivors
   for (auto at = entries_.begin(); at != entries_.end();) {
     const auto current = at++;
     const Entry& entry = current->second;
     if (entry.failure || entry.deadline.at() > now) continue;
     std::vector<int> missing;
     for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
-      if (!entry.seats[seat].arrived) missing.push_back(static_cast<int>(seat));
+      if (entry.seats[seat].arrived) continue;
+      missing.push_back(static_cast<int>(seat));
+      if (entry.phase == Phase::recover) late.push_back(entry.members[seat]);
     }
+    if (entry.phase == Phase::recover) continue;
     Failure failure{.kind = FailureKind::timeout, .phase = entry.phase, .peer = missing.front()};
     failure.expected = static_cast<std::int64_t>(entry.seats.size());
     failure.seen = entry.arrived;
-    failure.detail = fmt::format("missing: {}; rank {} waited {} ms; see what the missing ranks do, or allow more time (TOKENYARD_TIMEOUT_MS)",
+    failure.detail = fmt::format("missing: {}; rank {} waited {} ms; see what they do, or allow more time (TOKENYARD_TIMEOUT_MS)",
                                  list_ranks(missing), entry.hurried, entry.deadline.timeout_ms());
     fail(current, std::move(failure));
   }
+  for (const int rank : late) lose(rank, "did not come when the survivors met");  // settles the meeting
 }
 
 std::optional<Deadline::Clock::time_point> Ledger::next_deadline() const {

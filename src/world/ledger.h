@@ -29,7 +29,7 @@ class Ledger {
   bool lose(int rank, std::string reason);
   // The rank needs the store no more; gathers that include it fail, but it is not lost.
   bool close(int rank);
-  // Fails the gathers whose deadline has passed.
+  // Fails the gathers whose deadline has passed. A meeting of survivors (Phase::recover) does not fail: who has not come is lost.
   void expire(Deadline::Clock::time_point now);
   std::optional<Deadline::Clock::time_point> next_deadline() const;
 
@@ -60,6 +60,7 @@ class Ledger {
 
   std::optional<std::string> malformed(int rank, const Call& call, const SharedPart& part) const;
   void settle(Entries::iterator at);
+  bool waits_for(const Entry& entry, std::size_t seat) const;
   void complete(Entries::iterator at);
   void fail(Entries::iterator at, Failure failure);
   std::optional<Failure> gone_member(const Entry& entry) const;

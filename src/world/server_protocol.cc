@@ -59,7 +59,7 @@ void ServerProtocol::greet(Connection& connection, const Hello& hello) {
   }
   if (hello.rank < 0 || hello.rank >= ledger_.size()) return reject(connection, fmt::format("rank {} of {}", hello.rank, hello.size));
   if (greeted_[hello.rank]) {
-    return reject(connection, fmt::format("rank {} has joined before: is RANK the same in two processes, or the port that of another world?",
+    return reject(connection, fmt::format("rank {} has joined before: do two processes have the same RANK, or two worlds the same port?",
                                           hello.rank));
   }
   greeted_[hello.rank] = true;
@@ -80,7 +80,8 @@ void ServerProtocol::gather(Connection& connection, GatherRequest&& request) {
 }
 
 void ServerProtocol::reject(Connection& connection, const std::string& reason) {
-  log_warn("store: rejected {} ({}): {}", connection.rank >= 0 ? fmt::format("rank {}", connection.rank) : "a client", connection.from, reason);
+  const std::string who = connection.rank >= 0 ? fmt::format("rank {}", connection.rank) : "a client";
+  log_warn("store: rejected {} ({}): {}", who, connection.from, reason);
   send(connection, Reject{reason});
   connection.closing = true;
   if (connection.rank < 0) return;

@@ -21,9 +21,9 @@ sockaddr* as_sockaddr(sockaddr_storage& storage) { return reinterpret_cast<socka
 std::string to_text(const sockaddr_storage& storage, socklen_t length) {
   std::array<char, NI_MAXHOST> host{};
   std::array<char, NI_MAXSERV> service{};
-  if (getnameinfo(as_sockaddr(storage), length, host.data(), host.size(), service.data(), service.size(), NI_NUMERICHOST | NI_NUMERICSERV) != 0) {
-    return "unknown";
-  }
+  constexpr int kFlags = NI_NUMERICHOST | NI_NUMERICSERV;
+  const sockaddr* address = as_sockaddr(storage);
+  if (getnameinfo(address, length, host.data(), host.size(), service.data(), service.size(), kFlags) != 0) return "unknown";
   if (storage.ss_family == AF_INET6) return fmt::format("[{}]:{}", host.data(), service.data());
   return fmt::format("{}:{}", host.data(), service.data());
 }
@@ -81,10 +81,11 @@ Expected<Listener> listen_at(const SocketAddress& address) {
   bound.length = sizeof bound.storage;
   if (bind(listener.fd.get(), as_sockaddr(address.storage), address.length) != 0 || listen(listener.fd.get(), SOMAXCONN) != 0 ||
       getsockname(listener.fd.get(), as_sockaddr(bound.storage), &bound.length) != 0) {
-    return unexpected(system_failure(fmt::format("the store cannot listen at {} (choose another TOKENYARD_PORT or MASTER_ADDR)", address.text), errno));
+    const int error = errno;
+    return unexpected(system_failure(fmt::format("the store cannot listen at {} (TOKENYARD_PORT, MASTER_ADDR)", address.text), error));
   }
-  const bool v6 = bound.storage.ss_family == AF_INET6;
-  listener.port = ntohs(v6 ? reinterpret_cast<sockaddr_in6&>(bound.storage).sin6_port : reinterpret_cast<sockaddr_in&>(bound.storage).sin_port);
+  listener.port = ntohs(bound.storage.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6&>(bound.storage).sin6_port
+                                                            : reinterpret_cast<sockaddr_in&>(bound.storage).sin_port);
   return listener;
 }
 

@@ -39,6 +39,8 @@ struct State {
 
   // Consumes one call number, also when it fails, so that ranks stay in step.
   Expected<Gathered> gather(Phase phase, Part mine, Deadline deadline);
+  // The parts of the ranks that are left; once per world.
+  Expected<Gathered> gather_survivors(Part mine, Deadline deadline);
   const Identity& identity(int peer) const { return session->identities[members[peer]]; }
 
   static World make_world(std::shared_ptr<State> state);

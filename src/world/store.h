@@ -39,8 +39,11 @@ struct Call {
 
 struct Gathered {
   std::uint64_t serial = 0;  // serial, ..., serial + members - 1 were never given to another gather of this store
-  std::vector<SharedPart> parts;
+  std::vector<SharedPart> parts;  // of all members in order; in Phase::recover of those that are left
 };
+
+// The survivors of a world may have made different numbers of calls before one of them failed: they meet under a number of their own.
+inline constexpr std::uint64_t kRecoverSequence = ~std::uint64_t{0};
 
 // One rank's access to the store. Threads may use it at once, for different worlds. Destroying it says that this rank
 // takes part in nothing any more.

@@ -28,7 +28,7 @@ iovec as_iovec(std::span<const std::byte> bytes) { return {const_cast<std::byte*
 
 Expected<std::unique_ptr<TcpServer>> TcpServer::start(const SocketAddress& address, int size, std::string token) {
   if (!address.is_loopback() && token.empty()) {
-    usage_error("a store at {}, which other machines reach, and no token: set TOKENYARD_TOKEN to a secret that all ranks share", address.text);
+    usage_error("a store at {}, which other machines reach, without a token: set TOKENYARD_TOKEN to a secret of all ranks", address.text);
   }
   auto listener = listen_at(address);
   if (!listener) return unexpected(std::move(listener.error()));

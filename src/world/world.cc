@@ -79,6 +79,11 @@ Expected<Gathered> State::gather(Phase phase, Part mine, Deadline deadline) {
   return session->store->gather(call, std::make_shared<const Part>(std::move(mine)), deadline);
 }
 
+Expected<Gathered> State::gather_survivors(Part mine, Deadline deadline) {
+  const Call call{.key = {generation, kRecoverSequence}, .phase = Phase::recover, .members = members};
+  return session->store->gather(call, std::make_shared<const Part>(std::move(mine)), deadline);
+}
+
 Expected<std::vector<SharedPart>> gather(const World& world, Phase phase, Part mine, Deadline deadline) {
   return world.state()->gather(phase, std::move(mine), deadline).map([](Gathered&& gathered) { return std::move(gathered.parts); });
 }
@@ -175,6 +180,26 @@ std::vector<std::vector<std::byte>> World::all_gather(std::span<const std::byte>
 }
 
 void World::barrier() const { value_or_throw(state_->gather(Phase::barrier, {}, Deadline::after_ms(timeout_ms()))); }
+
+Survivors World::survivors() const {
+  world_internal::ByteWriter mine;
+  mine.put(static_cast<std::int32_t>(rank()));
+  const Gathered gathered =
+      value_or_throw(state_->gather_survivors({.bytes = mine.take(), .object = nullptr}, Deadline::after_ms(timeout_ms())));
+  auto left = std::make_shared<State>();
+  left->session = state_->session;
+  left->timeout_ms = state_->timeout_ms;
+  left->generation = gathered.serial;
+  std::vector<int> ranks;
+  for (const SharedPart& part : gathered.parts) {
+    const auto survivor = world_internal::ByteReader(part->bytes).get<std::int32_t>();
+    check_peer(*state_, survivor);
+    if (survivor == rank()) left->rank = static_cast<int>(ranks.size());
+    left->members.push_back(state_->members[survivor]);
+    ranks.push_back(survivor);
+  }
+  return {World(std::move(left)), std::move(ranks)};
+}
 
 std::optional<World> World::split(int color, int key) const {
   const Gathered gathered = value_or_throw(state_->gather(Phase::split, encode({color, key}), Deadline::after_ms(timeout_ms())));
