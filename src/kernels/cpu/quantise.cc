@@ -26,7 +26,8 @@ template <Dtype kDtype>
 HWY_INLINE void decode_block(const Element<kDtype>* x, std::int64_t count, float* block) {
   HWY_ALIGN Element<kDtype> padded[kQuantiseBlock];
   if (count < kQuantiseBlock) {
-    std::fill(std::copy(x, x + count, padded), padded + kQuantiseBlock, Element<kDtype>{});
+    std::memset(padded, 0, sizeof(padded));
+    std::memcpy(padded, x, static_cast<std::size_t>(count) * sizeof(padded[0]));
     x = padded;
   }
   for (int i = 0; i < kQuantiseBlock; i += kLanes) hn::Store(load<kDtype>(DF(), x + i), DF(), block + i);

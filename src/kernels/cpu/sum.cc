@@ -1,6 +1,7 @@
 // fold, reduce and scale_row: four vectors of accumulators stay in registers while all terms of their elements go by.
 
 #include <algorithm>
+#include <vector>
 
 #include "core/visit_dtype.h"
 #include "kernels/cpu/kernels.h"
@@ -78,7 +79,7 @@ struct Block {
     v3 = rounded(v3);
   }
 
-  // kStream: past the caches, `to` aligned to a cache line.
+  // kStream: past the caches; `to` is aligned to the vectors that are stored.
   template <Dtype kOut, bool kStream>
   HWY_INLINE void store_all(Element<kOut>* to) const {
     if constexpr (kSplit && kOut == Dtype::bfloat16) {
@@ -126,7 +127,7 @@ struct Block {
   }
   HWY_INLINE Block in_order() const {
     if constexpr (kSplit) {
-      // Found by their arguments: the scalar target, which never comes here, lacks these functions.
+      // Unqualified: the scalar target, which never comes here, lacks these functions.
       const auto a = InterleaveLower(d, v0, v1), b = InterleaveUpper(d, v0, v1);
       const auto e = InterleaveLower(d, v2, v3), f = InterleaveUpper(d, v2, v3);
       return {ConcatLowerLower(d, b, a), ConcatUpperUpper(d, b, a), ConcatLowerLower(d, f, e), ConcatUpperUpper(d, f, e)};
@@ -136,36 +137,10 @@ struct Block {
   }
 };
 
-// The nearest odd-or-exact float32: rounding it once more, to at most 22 bits, is rounding the double once.
-HWY_INLINE float round_to_odd(double value) {
-  const auto nearest = static_cast<float>(value);
-  const auto bits = std::bit_cast<std::uint32_t>(nearest);
-  if (nearest == value || std::isnan(value) || (bits & 1)) return nearest;
-  return std::bit_cast<float>(std::fabs(nearest) > std::fabs(value) ? bits - 1 : bits + 1);
-}
-
-// Lanes of the other accumulator type, one by one: mixing float64 with the others is rare.
-template <Dtype kOut, class From>
-HWY_INLINE Element<kOut> convert(From value) {
-  if constexpr (kOut == Dtype::bfloat16) return tokenyard::float_to_bfloat16(round_to_odd(value));
-  if constexpr (kOut == Dtype::float16) return tokenyard::float_to_float16(round_to_odd(value));
-  using To = Element<kOut>;
-  using Bits = std::conditional_t<sizeof(To) == 8, std::int64_t, std::int32_t>;
-  if constexpr (std::is_floating_point_v<To>) {
-    return std::isnan(value) ? std::bit_cast<To>(std::numeric_limits<Bits>::max()) : static_cast<To>(value);
-  }
-}
-
 template <Dtype kOut, bool kFull, Dtype kDtype>
 HWY_INLINE void store_part(const Block<kDtype>& block, void* row, std::int64_t begin, std::int64_t count, bool stream) {
   auto* to = static_cast<Element<kOut>*>(row) + begin;
-  if constexpr (!std::is_same_v<Accumulator<kOut>, Accumulator<kDtype>>) {
-    HWY_ALIGN Accumulator<kDtype> lanes[Block<kDtype>::kElements];
-    HWY_ALIGN Element<kOut> converted[Block<kDtype>::kElements];
-    block.template store_all<kDtype == Dtype::float64 ? Dtype::float64 : Dtype::float32, false>(lanes);
-    for (std::int64_t i = 0; i < count; ++i) converted[i] = convert<kOut>(lanes[i]);
-    std::memcpy(to, converted, static_cast<std::size_t>(count) * sizeof(to[0]));
-  } else if constexpr (!kFull) {
+  if constexpr (!kFull) {
     HWY_ALIGN Element<kOut> padded[Block<kDtype>::kElements];
     block.template store_all<kOut, false>(padded);
     std::memcpy(to, padded, static_cast<std::size_t>(count) * sizeof(to[0]));
@@ -182,7 +157,7 @@ HWY_NOINLINE void short_part(const Kernel& kernel, std::int64_t begin, std::int6
   kernel.template part<false>(begin, count);
 }
 
-// Calls kernel.part<kFull>(begin, count) over a row: `lead` elements first, then whole blocks, then the rest.
+// Calls kernel.part<kFull>(begin, count) over a row: `lead` elements (less than a block) first, then whole blocks, then the rest.
 template <Dtype kDtype, class Kernel>
 void for_each_part(const Kernel& kernel, std::int64_t elements, std::int64_t lead = 0) {
   constexpr std::int64_t kElements = Block<kDtype>::kElements;
@@ -246,17 +221,21 @@ struct ReduceKernel {
 
 template <Dtype kDtype, Dtype kOut>
 void reduce_row(const ReduceArgs& args) {
-  constexpr std::uintptr_t kLine = 64;
-  // Streaming needs whole cache lines: a first part reaches the next one, unless elements straddle it.
+  constexpr std::int64_t kLine = 64, kSize = sizeof(Element<kOut>);
+  // Streaming needs aligned vectors: a first part reaches the next cache line, or as near as whole blocks allow. Elements
+  // that straddle lines never get there.
   const auto to_line = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(args.out) % kLine);
-  const bool stream = args.stream && to_line % static_cast<std::int64_t>(sizeof(Element<kOut>)) == 0;
-  const std::int64_t lead = stream ? std::min<std::int64_t>(to_line / sizeof(Element<kOut>), args.elements) : 0;
+  const bool stream = args.stream && to_line % kSize == 0;
+  const std::int64_t lead = stream ? std::min(to_line / kSize % Block<kDtype>::kElements, args.elements) : 0;
   for_each_part<kDtype>(ReduceKernel<kDtype, kOut>{args, stream}, args.elements, lead);
 }
 
+// float64 to float64, or neither side.
 void reduce(const ReduceArgs& args) {
   visit_summable(args.dtype, [&](auto dtype) {
-    visit_summable(args.out_dtype, [&](auto out_dtype) { reduce_row<dtype.value, out_dtype.value>(args); });
+    visit_summable(args.out_dtype, [&](auto out_dtype) {
+      if constexpr ((dtype.value == Dtype::float64) == (out_dtype.value == Dtype::float64)) reduce_row<dtype.value, out_dtype.value>(args);
+    });
   });
 }
 
@@ -288,8 +267,60 @@ HWY_EXPORT(fold);
 HWY_EXPORT(reduce);
 HWY_EXPORT(scale_row);
 
+namespace {
+
+// The nearest odd-or-exact float32: rounding it once more, to at most 22 bits, is rounding the double once.
+float round_to_odd(double value) {
+  const auto nearest = static_cast<float>(value);
+  const auto bits = std::bit_cast<std::uint32_t>(nearest);
+  if (nearest == value || std::isnan(value) || (bits & 1)) return nearest;
+  return std::bit_cast<float>(std::fabs(nearest) > std::fabs(value) ? bits - 1 : bits + 1);
+}
+
+template <Dtype kOut>
+auto round_to(double value) {
+  if constexpr (kOut == Dtype::bfloat16) return float_to_bfloat16(round_to_odd(value));
+  if constexpr (kOut == Dtype::float16) return float_to_float16(round_to_odd(value));
+  if constexpr (kOut == Dtype::float32) {
+    return std::isnan(value) ? std::bit_cast<float>(std::numeric_limits<std::int32_t>::max()) : static_cast<float>(value);
+  }
+  if constexpr (kOut == Dtype::float64) return std::isnan(value) ? std::bit_cast<double>(std::numeric_limits<std::int64_t>::max()) : value;
+}
+
+// float64 on one side only, which is rare: the sums first, then one conversion of each.
+template <class Sum>
+void reduce_then_convert(const ReduceArgs& args, Dtype sum_dtype) {
+  std::vector<Sum> sums(static_cast<std::size_t>(args.elements));
+  ReduceArgs to_sums = args;
+  to_sums.out_dtype = sum_dtype;
+  to_sums.out = sums.data();
+  to_sums.stream = false;
+  HWY_DYNAMIC_DISPATCH(reduce)(to_sums);
+  visit_summable(args.out_dtype, [&](auto out_dtype) {
+    auto* out = static_cast<std::byte*>(args.out);
+    for (const Sum sum : sums) {
+      const auto element = round_to<out_dtype.value>(sum);
+      std::memcpy(out, &element, sizeof(element));
+      out += sizeof(element);
+    }
+  });
+}
+
+}  // namespace
+
 void fold(const FoldArgs& args) { HWY_DYNAMIC_DISPATCH(fold)(args); }
-void reduce(const ReduceArgs& args) { HWY_DYNAMIC_DISPATCH(reduce)(args); }
+
+void reduce(const ReduceArgs& args) {
+  const bool wide = args.dtype == Dtype::float64;
+  if (wide == (args.out_dtype == Dtype::float64)) {
+    HWY_DYNAMIC_DISPATCH(reduce)(args);
+  } else if (wide) {
+    reduce_then_convert<double>(args, Dtype::float64);
+  } else {
+    reduce_then_convert<float>(args, Dtype::float32);
+  }
+}
+
 void scale_row(void* out, const void* x, float weight, Dtype dtype, std::int64_t elements) {
   HWY_DYNAMIC_DISPATCH(scale_row)(out, x, weight, dtype, elements);
 }
