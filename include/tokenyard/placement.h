@@ -58,12 +58,12 @@ class Placement {
 
   int num_experts() const;
   int ranks() const;
-  int max_fanout() const;         // most shards of any replica: the ranks one (token, k) is sent to
+  int max_fanout() const;  // most shards of any replica: the ranks one (token, k) is sent to
   int max_replicas() const;
   int max_local_experts() const;
   std::span<const int> local_experts(int rank) const;  // ascending logical ids
   std::span<const Replica> replicas(int expert) const;
-  std::vector<Instance> instances() const;             // ordered by (expert, replica, shard)
+  std::vector<Instance> instances() const;  // ordered by (expert, replica, shard)
   // Equal placements, and only they, have equal hashes on every machine (up to 64-bit collisions).
   std::uint64_t hash() const;
   // The replica that serves `token_index` of `source_rank`: a fixed 32-bit mix over the replicas' shares.

@@ -47,9 +47,10 @@ void check_expert(int expert, const std::vector<Replica>& replicas, std::vector<
 void check_table_size(const Table& table) {
   const std::int64_t entries = static_cast<std::int64_t>(table.num_experts) * table.max_replicas * table.max_fanout;
   if (entries > kMaxTableEntries) {
-    usage_error("the placement's table needs {} experts x {} replicas x {} shards = {} entries; at most {} are possible: "
-                "use fewer replicas or shards per expert",
-                table.num_experts, table.max_replicas, table.max_fanout, entries, kMaxTableEntries);
+    usage_error(
+        "the placement's table needs {} experts x {} replicas x {} shards = {} entries; at most {} are possible: "
+        "use fewer replicas or shards per expert",
+        table.num_experts, table.max_replicas, table.max_fanout, entries, kMaxTableEntries);
   }
 }
 

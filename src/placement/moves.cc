@@ -49,9 +49,10 @@ std::vector<Move> moves(const Placement& from, const Placement& to) {
       const Piece* source = nearest(held, wanted);
       if (held.empty()) usage_error("expert {} is on no rank of the old placement; load its weights before placing it", expert);
       if (source == nullptr) {
-        usage_error("expert {} is cut into {} shards on rank {}, and the old placement cuts it into {}; keep the number of shards, "
-                    "or reshard the weights",
-                    expert, wanted.of, wanted.rank, held.front().of);
+        usage_error(
+            "expert {} is cut into {} shards on rank {}, and the old placement cuts it into {}; keep the number of shards, "
+            "or reshard the weights",
+            expert, wanted.of, wanted.rank, held.front().of);
       }
       if (source->rank != wanted.rank) result.push_back({expert, wanted.shard, source->rank, wanted.rank});
     }

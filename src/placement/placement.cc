@@ -36,9 +36,10 @@ void check_index(const char* what, int value, int count) {
 Placement Placement::uniform(int num_experts, int ranks, const UniformOptions& options) {
   placement_internal::check_sizes(num_experts, ranks);
   if (options.require_equal_windows && num_experts % ranks != 0) {
-    usage_error("num_experts = {} is not a multiple of ranks = {}: windows would hold {} or {} experts, and require_equal_windows is set; "
-                "change a number or clear the option",
-                num_experts, ranks, num_experts / ranks, num_experts / ranks + 1);
+    usage_error(
+        "num_experts = {} is not a multiple of ranks = {}: windows would hold {} or {} experts, and require_equal_windows is set; "
+        "change a number or clear the option",
+        num_experts, ranks, num_experts / ranks, num_experts / ranks + 1);
   }
   return custom(ranks, sharded_windows(num_experts, ranks, 1));
 }
@@ -104,8 +105,8 @@ std::vector<Instance> Placement::instances() const {
     for (int replica = 0; replica < std::ssize(replicas); ++replica) {
       const std::uint32_t* shards = view.shards_of(expert, replica);
       for (int shard = 0; shard < std::ssize(replicas[replica].shard_ranks); ++shard) {
-        result.push_back({expert, replica, shard, placement_internal::instance_rank(shards[shard]),
-                          placement_internal::instance_local(shards[shard])});
+        result.push_back(
+            {expert, replica, shard, placement_internal::instance_rank(shards[shard]), placement_internal::instance_local(shards[shard])});
       }
     }
   }

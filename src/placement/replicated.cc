@@ -125,8 +125,8 @@ class Balancer {
   // Takes the swap that helps most between the fullest bin and any other, until none helps.
   void run() {
     while (evaluated_ < kMaxEvaluated) {
-      const auto fullest = std::max_element(bins_.begin(), bins_.end(),
-                                            [](const Bin& a, const Bin& b) { return a.load_per_rank() < b.load_per_rank(); });
+      const auto fullest =
+          std::max_element(bins_.begin(), bins_.end(), [](const Bin& a, const Bin& b) { return a.load_per_rank() < b.load_per_rank(); });
       const Swap swap = best_swap(*fullest);
       if (swap.other < 0) return;
       apply(*fullest, swap);
@@ -196,8 +196,7 @@ std::vector<Bin> pack(std::vector<Copy> copies, int first_rank, int ranks, int w
 
 }  // namespace
 
-Placement Placement::replicated(int num_experts, int ranks, std::span<const double> load, int redundant,
-                                const ReplicatedOptions& options) {
+Placement Placement::replicated(int num_experts, int ranks, std::span<const double> load, int redundant, const ReplicatedOptions& options) {
   check_arguments(num_experts, ranks, load, redundant, options.ranks_per_node);
   const std::vector<int> counts = count_copies(load, ranks, redundant);
   std::vector<Copy> copies;

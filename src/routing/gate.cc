@@ -11,11 +11,16 @@ namespace {
 
 std::string_view name_of(GateKind kind) {
   switch (kind) {
-    case GateKind::softmax: return "softmax";
-    case GateKind::sigmoid: return "sigmoid";
-    case GateKind::grouped_max: return "grouped_max";
-    case GateKind::bias_corrected: return "bias_corrected";
-    case GateKind::per_group: return "per_group";
+    case GateKind::softmax:
+      return "softmax";
+    case GateKind::sigmoid:
+      return "sigmoid";
+    case GateKind::grouped_max:
+      return "grouped_max";
+    case GateKind::bias_corrected:
+      return "bias_corrected";
+    case GateKind::per_group:
+      return "per_group";
   }
   usage_error("gate kind = {}; use one of the named kinds", static_cast<int>(kind));
 }
@@ -103,9 +108,12 @@ void check_given(const ConstTensorView& ids, std::int64_t num_tokens, int top_k)
 Score score_of(const Gate& gate) {
   switch (gate.kind) {
     case GateKind::softmax:
-    case GateKind::grouped_max: return Score::softmax;
-    case GateKind::sigmoid: return Score::sigmoid;
-    default: return gate.score;
+    case GateKind::grouped_max:
+      return Score::softmax;
+    case GateKind::sigmoid:
+      return Score::sigmoid;
+    default:
+      return gate.score;
   }
 }
 
@@ -128,12 +136,8 @@ Gate Gate::softmax(int top_k, bool renormalise, float scale) {
 }
 
 Gate Gate::sigmoid(int top_k, bool renormalise, float scale, float epsilon) {
-  return {.kind = GateKind::sigmoid,
-          .score = Score::sigmoid,
-          .top_k = top_k,
-          .renormalise = renormalise,
-          .epsilon = epsilon,
-          .scale = scale};
+  return {
+      .kind = GateKind::sigmoid, .score = Score::sigmoid, .top_k = top_k, .renormalise = renormalise, .epsilon = epsilon, .scale = scale};
 }
 
 Gate Gate::grouped_max(int top_k, int num_groups, int topk_groups, bool renormalise, float scale) {
@@ -157,12 +161,8 @@ Gate Gate::bias_corrected(int top_k, Score score, int num_groups, int topk_group
 }
 
 Gate Gate::per_group(int top_k, int num_groups, Score score, bool renormalise, float scale) {
-  return {.kind = GateKind::per_group,
-          .score = score,
-          .top_k = top_k,
-          .renormalise = renormalise,
-          .scale = scale,
-          .num_groups = num_groups};
+  return {
+      .kind = GateKind::per_group, .score = score, .top_k = top_k, .renormalise = renormalise, .scale = scale, .num_groups = num_groups};
 }
 
 }  // namespace tokenyard

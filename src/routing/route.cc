@@ -16,9 +16,12 @@ using routing_internal::TopK;
 
 float read_float(const ConstTensorView& row, std::int64_t index) {
   switch (row.dtype) {
-    case Dtype::bfloat16: return bfloat16_to_float(row.as<std::uint16_t>()[index]);
-    case Dtype::float16: return float16_to_float(row.as<std::uint16_t>()[index]);
-    default: return row.as<float>()[index];
+    case Dtype::bfloat16:
+      return bfloat16_to_float(row.as<std::uint16_t>()[index]);
+    case Dtype::float16:
+      return float16_to_float(row.as<std::uint16_t>()[index]);
+    default:
+      return row.as<float>()[index];
   }
 }
 
@@ -69,9 +72,7 @@ class Router {
     return true;
   }
 
-  bool softmax_over_chosen() const {
-    return score_ == Score::softmax && gate_.renormalise && gate_.kind != GateKind::bias_corrected;
-  }
+  bool softmax_over_chosen() const { return score_ == Score::softmax && gate_.renormalise && gate_.kind != GateKind::bias_corrected; }
 
   // Summed in ascending order of expert ids.
   void softmax_over_all() {

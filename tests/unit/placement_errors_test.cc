@@ -44,10 +44,16 @@ TEST(PlacementErrors, CustomNamesExpertReplicaShardAndRank) {
 }
 
 TEST(PlacementErrors, OneInstanceOfAnExpertPerRank) {
-  expect_usage_error([] { Placement::custom(2, {{{{0}, 1}}, {{{1, 1}, 1}}}); },
-                     {"expert 1: rank 1", "replica 0 shard 0", "replica 0 shard 1", "its own rank"});
-  expect_usage_error([] { Placement::custom(3, {{{{0, 1}, 1}, {{2, 0}, 1}}}); },
-                     {"expert 0: rank 0", "replica 0 shard 0", "replica 1 shard 1", "its own rank"});
+  expect_usage_error(
+      [] {
+        Placement::custom(2, {{{{0}, 1}}, {{{1, 1}, 1}}});
+      },
+      {"expert 1: rank 1", "replica 0 shard 0", "replica 0 shard 1", "its own rank"});
+  expect_usage_error(
+      [] {
+        Placement::custom(3, {{{{0, 1}, 1}, {{2, 0}, 1}}});
+      },
+      {"expert 0: rank 0", "replica 0 shard 0", "replica 1 shard 1", "its own rank"});
 }
 
 // One expert with many replicas and another with many shards would multiply in the dense table.

@@ -60,9 +60,9 @@ RC_GTEST_PROP(PlacementMoves, TurnOldIntoNew, ()) {
   const std::set<Holding> before = holdings(from);
   std::set<Holding> after = before;
   for (const Move& move : moves(from, to)) {
-    RC_ASSERT(before.count({move.from_rank, move.expert, move.shard}) == 1U);             // the sender has it
-    RC_ASSERT(after.emplace(move.to_rank, move.expert, move.shard).second);               // nothing travels twice or in vain
-    RC_ASSERT(holdings(to).count({move.to_rank, move.expert, move.shard}) == 1U);         // only what is wanted travels
+    RC_ASSERT(before.count({move.from_rank, move.expert, move.shard}) == 1U);      // the sender has it
+    RC_ASSERT(after.emplace(move.to_rank, move.expert, move.shard).second);        // nothing travels twice or in vain
+    RC_ASSERT(holdings(to).count({move.to_rank, move.expert, move.shard}) == 1U);  // only what is wanted travels
   }
   for (const Holding& holding : holdings(to)) RC_ASSERT(after.count(holding) == 1U);
 }

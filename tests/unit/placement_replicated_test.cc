@@ -127,7 +127,7 @@ struct Shape {
   double tolerance;  // how far above the lower bound; five copies per rank, half of them heavy, cannot be evened out further
 };
 constexpr Shape kShapes[] = {{256, 8, 32, 1.02},  {256, 32, 32, 1.02}, {256, 64, 64, 1.15}, {128, 8, 0, 1.02},
-                             {128, 16, 16, 1.02}, {160, 8, 8, 1.02},   {64, 4, 4, 1.02},   {512, 8, 64, 1.02}};
+                             {128, 16, 16, 1.02}, {160, 8, 8, 1.02},   {64, 4, 4, 1.02},    {512, 8, 64, 1.02}};
 
 void expect_beats_round_robin(const Loads& load, const Shape& shape) {
   const Placement placement = Placement::replicated(shape.experts, shape.ranks, load, shape.redundant);
@@ -198,8 +198,8 @@ RC_GTEST_PROP(PlacementReplicated, AnyShapeWorks, ()) {
   expect_even_counts(placement);
   for (int expert = 0; expert < experts; ++expert) {
     const auto replicas = placement.replicas(expert);
-    RC_ASSERT(std::is_sorted(replicas.begin(), replicas.end(),
-                             [](const Replica& a, const Replica& b) { return a.shard_ranks < b.shard_ranks; }));
+    RC_ASSERT(
+        std::is_sorted(replicas.begin(), replicas.end(), [](const Replica& a, const Replica& b) { return a.shard_ranks < b.shard_ranks; }));
   }
 }
 

@@ -26,8 +26,8 @@ struct Reference {
 };
 
 struct Candidate {
-  double score;    // what decides
-  double logit;    // two candidates with equal logit and bias have equal scores in any precision
+  double score;  // what decides
+  double logit;  // two candidates with equal logit and bias have equal scores in any precision
   double bias;
   int expert;
 };
@@ -270,11 +270,16 @@ RC_GTEST_PROP(RoutingReference, PerGroup, ()) {
 Gate any_gate(const Shape& shape) {
   const bool renormalise = *rc::gen::arbitrary<bool>();
   switch (*rc::gen::inRange(0, 5)) {
-    case 0: return Gate::softmax(shape.top_k, renormalise, any_scale());
-    case 1: return Gate::sigmoid(shape.top_k, renormalise, any_scale());
-    case 2: return Gate::grouped_max(shape.top_k, shape.num_groups, shape.topk_groups, renormalise, any_scale());
-    case 3: return Gate::bias_corrected(shape.top_k, any_score(), shape.num_groups, shape.topk_groups, renormalise, any_scale());
-    default: return Gate::per_group(shape.top_k, common_groups(shape), any_score(), renormalise, any_scale());
+    case 0:
+      return Gate::softmax(shape.top_k, renormalise, any_scale());
+    case 1:
+      return Gate::sigmoid(shape.top_k, renormalise, any_scale());
+    case 2:
+      return Gate::grouped_max(shape.top_k, shape.num_groups, shape.topk_groups, renormalise, any_scale());
+    case 3:
+      return Gate::bias_corrected(shape.top_k, any_score(), shape.num_groups, shape.topk_groups, renormalise, any_scale());
+    default:
+      return Gate::per_group(shape.top_k, common_groups(shape), any_score(), renormalise, any_scale());
   }
 }
 
