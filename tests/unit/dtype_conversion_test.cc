@@ -85,7 +85,7 @@ TEST_P(DtypeConversion, AnyFloat) {
 TEST_P(DtypeConversion, EveryNanIsTheSameNan) {
   const auto& [name, definition, decode, encode] = GetParam();
   // Payloads that would round up into the sign, or be cut off to leave an infinity.
-  for (const std::uint32_t bits : {0x7f800001u, 0x7fc00000u, 0x7fffffffu, 0xff800001u, 0xffc00000u, 0xffffffffu, 0x7f807fffu, 0xffff8000u}) {
+  for (const std::uint32_t bits : {0x7f800001u, 0x7f807fffu, 0x7fc00000u, 0x7fffffffu, 0xff800001u, 0xffc00000u, 0xffff8000u, 0xffffffff}) {
     EXPECT_EQ(definition.nan(), encode(from_bits(bits))) << bits;
   }
 }

@@ -43,8 +43,9 @@ TEST(FailureNames, EveryKindAndPhase) {
                                                        {FailureKind::aborted, "aborted"},   {FailureKind::mismatch, "mismatch"},
                                                        {FailureKind::overflow, "overflow"}, {FailureKind::system, "system"}};
   for (const auto& [kind, text] : kinds) EXPECT_EQ(text, name(kind));
-  const char* phases[] = {"none",          "rendezvous",      "split",          "gather",       "barrier",      "memory",    "dispatch_credit",
-                          "dispatch_counts", "dispatch_rows", "combine_weights", "combine_credit", "combine_rows", "combine_read", "collective"};
+  const char* phases[] = {"none",    "rendezvous",      "split",           "gather",        "barrier",
+                          "memory",  "dispatch_credit", "dispatch_counts", "dispatch_rows", "combine_weights",
+                          "combine_credit", "combine_rows", "combine_read", "collective"};
   for (std::size_t i = 0; i < std::size(phases); ++i) EXPECT_EQ(phases[i], name(static_cast<Phase>(i)));
 }
 

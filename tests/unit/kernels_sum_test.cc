@@ -184,7 +184,8 @@ TEST(KernelsReduce, ConvertsEveryNarrowPattern) {
       const auto elements = static_cast<std::int64_t>(patterns.size());
       reduce({.partials = partials, .count = 1, .dtype = dtype, .out_dtype = Dtype::float32, .elements = elements, .out = values.data()});
       // The sum starts at +0, which takes the sign of -0.
-      const auto expected = expected_row(Dtype::float32, elements, [&](std::int64_t i) { return 0.0 + read_element(dtype, patterns.data(), i); });
+      const auto value = [&](std::int64_t i) { return 0.0 + read_element(dtype, patterns.data(), i); };
+      const auto expected = expected_row(Dtype::float32, elements, value);
       testing::expect_same_elements(Dtype::float32, expected.data(), values.data(), elements);
     }
   });
@@ -196,8 +197,8 @@ TEST(KernelsReduce, RoundsToEveryNarrowNumberAndAtEveryMidpoint) {
       std::vector<float> values;
       const auto& numbers = testing::definition_of(dtype).numbers();
       for (std::size_t i = 0; i + 1 < numbers.size(); ++i) {
-        const auto midpoint = static_cast<float>((numbers[i] + numbers[i + 1]) / 2);
-        for (const float value : {static_cast<float>(numbers[i]), std::nextafter(midpoint, 0.0f), midpoint, std::nextafter(midpoint, INFINITY)}) {
+        const auto number = static_cast<float>(numbers[i]), midpoint = static_cast<float>((numbers[i] + numbers[i + 1]) / 2);
+        for (const float value : {number, std::nextafter(midpoint, 0.0f), midpoint, std::nextafter(midpoint, INFINITY)}) {
           values.push_back(value);
           values.push_back(-value);
         }
@@ -215,9 +216,11 @@ TEST(KernelsReduce, RoundsToEveryNarrowNumberAndAtEveryMidpoint) {
 
 TEST(KernelsReduce, Float64RoundsOnceToTheNarrowTypes) {
   testing::on_every_target([] {
-    // Just above a midpoint of bfloat16 and float16: by way of float32 it would become the midpoint, then the even neighbour.
-    for (const auto& [dtype, above_midpoint] : {std::pair(Dtype::bfloat16, 1 + std::ldexp(1, -8)), {Dtype::float16, 1 + std::ldexp(1, -11)}}) {
-      for (const double value : {above_midpoint + std::ldexp(1, -40), above_midpoint, above_midpoint - std::ldexp(1, -40), 1e300, 1e-300, 65520.0}) {
+    // Next to a midpoint of bfloat16 and float16: by way of float32 it would become the midpoint, then the even neighbour.
+    const double bit = std::ldexp(1.0, -40);
+    const std::pair<Dtype, double> midpoints[] = {{Dtype::bfloat16, 1 + std::ldexp(1.0, -8)}, {Dtype::float16, 1 + std::ldexp(1.0, -11)}};
+    for (const auto& [dtype, midpoint] : midpoints) {
+      for (const double value : {midpoint + bit, midpoint, midpoint - bit, -midpoint - bit, 65520 - bit, 1e300, 1e-300, -1e-300}) {
         const void* partials[] = {&value};
         std::uint16_t out = 0, expected = 0;
         reduce({.partials = partials, .count = 1, .dtype = Dtype::float64, .out_dtype = dtype, .elements = 1, .out = &out});

@@ -122,8 +122,8 @@ TEST(QuantiseRow, RoundsToEveryE4m3NumberAndAtEveryMidpoint) {
     std::vector<float> x;
     const auto& numbers = SmallFloat::float8_e4m3().numbers();
     for (std::size_t i = 0; i + 1 < numbers.size(); ++i) {
-      const auto midpoint = static_cast<float>((numbers[i] + numbers[i + 1]) / 2);
-      for (const float value : {static_cast<float>(numbers[i]), std::nextafter(midpoint, 0.0f), midpoint, std::nextafter(midpoint, 448.0f)}) {
+      const auto number = static_cast<float>(numbers[i]), midpoint = static_cast<float>((numbers[i] + numbers[i + 1]) / 2);
+      for (const float value : {number, std::nextafter(midpoint, 0.0f), midpoint, std::nextafter(midpoint, 448.0f)}) {
         for (const float sign : {1.0f, -1.0f}) {
           if (x.size() % 128 == 0) x.push_back(448.0f);
           x.push_back(sign * value);
@@ -172,7 +172,8 @@ TEST(DequantiseRow, AnyPatternTypeFormatLengthAndStride) {
         if (format == ScaleFormat::ue8m0) {
           put(scales.data() + b / 4 * stride, b % 4, static_cast<std::uint8_t>(random()));
         } else {
-          put(scales.data() + b * stride, 0, static_cast<float>(random.between(1, 1 << 20)) * std::ldexp(1.0f, static_cast<int>(random.between(-60, 60))));
+          const auto exponent = static_cast<int>(random.between(-60, 60));
+          put(scales.data() + b * stride, 0, std::ldexp(static_cast<float>(random.between(1, 1 << 20)), exponent));
         }
       }
       dequantise_row({.q = reinterpret_cast<const std::uint8_t*>(q.data()),
