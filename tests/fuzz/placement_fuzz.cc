@@ -72,7 +72,7 @@ void try_to(Make&& make) {
 
 }  // namespace
 
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {  // NOLINT(readability-identifier-naming)
   try_to([&] { return Placement::from_json(std::string_view(reinterpret_cast<const char*>(data), size)); });
   try_to([&] { return custom_from(Numbers(data, size)); });
   return 0;
