@@ -1,5 +1,6 @@
 // Checks of arguments: always, before anything is sent.
 
+#include <algorithm>
 #include <cmath>
 
 #include <fmt/ranges.h>
@@ -235,7 +236,8 @@ void check_combine(const Engine& engine, const ConstTensorView& y, const HandleS
   if (!handle.is_expert_layout())
     usage_error("fold = false with layout = {}; its rows are already folded: use an expert layout", name(handle.layout));
   if (!engine.options().unfolded) usage_error("fold = false needs staging for every (token, k): make the exchange with unfolded = true");
-  if (!engine.options().reduction_groups.empty())
+  const std::vector<int>& groups = engine.options().reduction_groups;
+  if (std::any_of(groups.begin(), groups.end(), [](int group) { return group > 0; }))
     usage_error("fold = false sums in order of k; it cannot keep reduction_groups: make the exchange without them");
 }
 

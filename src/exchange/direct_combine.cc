@@ -96,7 +96,7 @@ Expected<void> DirectTransport::publish_partials(const CombineCall& call, const 
     send((arena_->rank() + i) % arena_->ranks(), MessageKind::partials, call.header, {.pulled = targets.pulled});
   }
   last_combine_ = call.header.call;
-  if (targets.pulled) last_pull_ = call.header.call;
+  if (targets.pulled) last_pull_ = call.header;
   return {};
 }
 
@@ -149,10 +149,10 @@ void DirectTransport::release_partials(const CombineCall& call) {
 }
 
 Expected<std::byte*> DirectTransport::expert_rows() {
-  protocol::CallHeader header{.call = last_pull_, .operation = protocol::Operation::combine};
-  const std::uint64_t last = last_pull_;
-  auto read = wait_.for_all(Phase::combine_read, header,
-                            [&](int peer) { return load_acquire(arena_->mailbox(arena_->rank(), peer).read_done) >= last; });
+  if (auto settled = begin_call({.call = unsettled_call_ + 1}); !settled) return unexpected(settled.error());
+  const CallHeader last = last_pull_;  // the header that the peers' messages of that call bear: no other would match them
+  auto read = wait_.for_all(Phase::combine_read, last,
+                            [&](int peer) { return load_acquire(arena_->mailbox(arena_->rank(), peer).read_done) >= last.call; });
   if (!read) return unexpected(read.error());
   return arena_->expert_rows(arena_->rank());
 }

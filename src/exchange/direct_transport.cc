@@ -75,8 +75,11 @@ Expected<void> DirectTransport::begin_call(const CallHeader& header) {
   // Until every rank has left the rejected call, one that came late may still write what it was about.
   auto settled = wait_.for_all(Phase::dispatch_credit, header,
                                [&](int peer) { return load_acquire(arena_->mailbox(arena_->rank(), peer).left) >= unsettled_call_; });
-  if (settled) unsettled_call_ = 0;
-  return settled;
+  if (!settled) return settled;
+  // Who has left it reads no partial sums any more, though nobody has said so for the rejected call.
+  unsettled_call_ = last_combine_ = 0;
+  last_pull_ = {};
+  return {};
 }
 
 void DirectTransport::end_call(const CallHeader& header, const Failure* failure) {
@@ -108,7 +111,8 @@ Expected<std::uint64_t> DirectTransport::reset(std::uint64_t last_call) {
     for (int i = 0; i < 2; ++i) agreed[i] = std::max(agreed[i], theirs[i]);
   }
   wait_.clear_failure();
-  unsettled_call_ = last_combine_ = last_pull_ = 0;
+  unsettled_call_ = last_combine_ = 0;
+  last_pull_ = {};
   dispatch_epoch_ = agreed[1] + 2 * protocol::kMaxDepth;
   world_.barrier();  // nobody sees a failure that is over
   grants_->board->restart([&] { grants_->next_epoch = dispatch_epoch_; }, [&](int buffer) { grants_->publish(buffer); });

@@ -67,7 +67,7 @@ class DirectTransport final : public RowTransport {
   std::uint64_t dispatch_epoch_ = 0;
   std::uint64_t unsettled_call_ = 0;  // a rejected or aborted call that some peer may not have left yet
   std::uint64_t last_combine_ = 0;    // the last call that used staging
-  std::uint64_t last_pull_ = 0;       // the last call whose partials peers pulled from this rank
+  protocol::CallHeader last_pull_;    // the last call whose partials peers pulled from this rank
 };
 
 }  // namespace tokenyard::exchange_internal

@@ -149,7 +149,7 @@ Expected<void> lay_out_experts(HandleState& handle, const LayoutOptions& options
       }
       if (is_padded) {
         std::int32_t* range = &meta.ranges[(local * shape.ranks + source) * 2];
-        if (range[1]++ == 0) range[0] = static_cast<std::int32_t>(filled[local]);
+        ++range[1];
       }
       const std::int64_t row = groups->begin[local] + filled[local]++;
       handle.expert_row[i * k + j] = static_cast<std::int32_t>(row);
@@ -159,6 +159,9 @@ Expected<void> lay_out_experts(HandleState& handle, const LayoutOptions& options
       meta.source_k[row] = j;
     }
   });
+  for (std::int64_t at = 0; at < static_cast<std::int64_t>(meta.ranges.size()); at += 2) {  // also where nothing came from a source
+    meta.ranges[at] = at % (shape.ranks * 2) == 0 ? 0 : meta.ranges[at - 2] + meta.ranges[at - 1];
+  }
   return {};
 }
 
