@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 
+#include "tokenyard/error.h"
 #include "tokenyard/options.h"
 #include "tokenyard/tensor_view.h"
 #include "tokenyard/world.h"
@@ -18,7 +19,9 @@ struct CollectiveOptions {
 };
 
 // Calls are externally serialised, and all ranks make them in the same order. TransportError(timeout, peer_lost) names the peer;
-// TransportError(mismatch) when ranks made different calls. UsageError for shapes and counts that do not fit.
+// TransportError(mismatch) when ranks made different calls. UsageError for shapes and counts that do not fit: peers in the same call fail
+// with TransportError(aborted) and the reason. After timeout, peer_lost and system every later call repeats the error; after the
+// others the next call is fine, except over MPI, where every error is final.
 class Collectives {
  public:
   // Collective.
@@ -30,9 +33,16 @@ class Collectives {
   virtual void all_gather_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out) = 0;
   // in [sum counts, ...] -> out [counts[rank], ...]: float32 sums in rank order, rounded once (float64 stays float64).
   virtual void reduce_scatter_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out) = 0;
-  // send_counts[d] rows of in, ordered by d, go to rank d; out takes receive_counts[s] rows from each s, ordered by s.
+  // send_counts[d] rows of in, ordered by d, go to rank d; out takes receive_counts[s] rows from each s, ordered by s. When this
+  // rank sends itself none but receives some, those rows of out are left as they are: the caller has put them there.
   virtual void all_to_all_v(const ConstTensorView& in, std::span<const std::int64_t> send_counts, const TensorView& out,
                             std::span<const std::int64_t> receive_counts) = 0;
+
+  // Instead of this rank's next call: peers in that call fail with the kind and detail of `why`, naming its peer.
+  virtual void abandon(const Failure& why) = 0;
+  // From any thread: a call that waits, and every later one, fails with TransportError(system) within milliseconds.
+  virtual void cancel() = 0;
+
   virtual const World& world() const = 0;
   virtual Transport transport() const = 0;
 };

@@ -1,5 +1,6 @@
 #include "collective/direct.h"
 
+#include <atomic>
 #include <chrono>
 #include <optional>
 #include <string>
@@ -65,6 +66,11 @@ class DirectCollectives final : public Collectives {
     enter([&] { call_.set_all_to_all(in, send_counts, out, receive_counts); });
     move_rows();
   }
+  void abandon(const Failure& why) override;
+  void cancel() override {
+    cancelled_.store(true, std::memory_order_relaxed);
+    ring(staging_.doorbell());
+  }
   const World& world() const override { return world_; }
   Transport transport() const override { return staging_.transport(); }
 
@@ -72,6 +78,7 @@ class DirectCollectives final : public Collectives {
   // Checks this rank's arguments, tells the others, and goes on only when all calls fit together.
   template <class Check>
   void enter(Check&& check);
+  CallRecord& next_record();
   void wait_until_all_entered();
 
   void move_rows();
@@ -90,6 +97,15 @@ class DirectCollectives final : public Collectives {
   int blame(int peer) const;
   bool is_waiting(int peer) const;
   Failure failure(FailureKind kind, int peer) const;
+  Failure cancellation() const {
+    return {.kind = FailureKind::system,
+            .phase = Phase::collective,
+            .rank = rank_,
+            .peer = rank_,
+            .epoch = call_number_,
+            .detail = "cancelled"};
+  }
+  void give_up(const Failure& why);
   int peer_after(int steps) const { return (rank_ + steps) % ranks_; }
 
   World world_;
@@ -102,16 +118,13 @@ class DirectCollectives final : public Collectives {
   std::vector<const CallRecord*> records_;
   std::vector<Lane> lanes_;
   OrderedSum sum_;
+  std::atomic<bool> cancelled_{false};
   std::optional<Failure> gave_up_;  // repeated by every later call: counters no longer fit
 };
 
 template <class Check>
 void DirectCollectives::enter(Check&& check) {
-  if (gave_up_) throw TransportError(*gave_up_);
-  wait_until_all_entered();  // the previous call; it may have been rejected here without waiting
-  ++call_number_;
-  CallRecord& record = staging_.record(rank_, call_number_);
-  staging_.status(rank_).call.store(call_number_, std::memory_order_release);
+  CallRecord& record = next_record();
   try {
     check();
   } catch (const UsageError& error) {
@@ -127,6 +140,27 @@ void DirectCollectives::enter(Check&& check) {
     disagreement->epoch = call_number_;
     throw TransportError(std::move(*disagreement));
   }
+}
+
+CallRecord& DirectCollectives::next_record() {
+  if (!gave_up_ && cancelled_.load(std::memory_order_relaxed)) give_up(cancellation());
+  if (gave_up_) throw TransportError(*gave_up_);
+  wait_until_all_entered();  // the previous call; it may have been rejected here without waiting
+  ++call_number_;
+  staging_.status(rank_).call.store(call_number_, std::memory_order_release);
+  return staging_.record(rank_, call_number_);
+}
+
+void DirectCollectives::abandon(const Failure& why) {
+  if (gave_up_) return;  // the peers know it
+  if (why.kind != FailureKind::aborted) return give_up(why);
+  write_rejection(next_record(), why.detail);
+  staging_.enter(call_number_);
+}
+
+void DirectCollectives::give_up(const Failure& why) {
+  gave_up_ = why;
+  staging_.status(rank_).failure.store(pack_failure(why), std::memory_order_release);
 }
 
 void DirectCollectives::wait_until_all_entered() {
@@ -257,9 +291,8 @@ void DirectCollectives::wait(Ready&& ready, Blocks&& blocks) {
     return failure.has_value();
   });
   if (!held) {
-    gave_up_ = std::move(failure);
-    staging_.status(rank_).failure.store(pack_failure(*gave_up_), std::memory_order_release);
-    throw TransportError(*gave_up_);
+    give_up(*failure);
+    throw TransportError(std::move(*failure));
   }
   staging_.status(rank_).waiting_on.store(0, std::memory_order_release);
 }
@@ -267,13 +300,15 @@ void DirectCollectives::wait(Ready&& ready, Blocks&& blocks) {
 // One look at the peers that this rank waits for, about every millisecond.
 template <class Blocks>
 std::optional<Failure> DirectCollectives::diagnose(Blocks&& blocks, bool expired) {
+  if (cancelled_.load(std::memory_order_relaxed)) return cancellation();
   int first = -1;
   for (int i = 1; i < ranks_; ++i) {
     const int peer = peer_after(i);
     if (!blocks(peer)) continue;
     if (first < 0) first = peer;
     if (const std::uint64_t packed = staging_.status(peer).failure.load(std::memory_order_acquire)) {
-      Failure why = failure(failure_kind(packed), failure_peer(packed));
+      const int named = failure_peer(packed);
+      Failure why = failure(failure_kind(packed), named >= 0 ? named : peer);
       why.detail = "rank " + std::to_string(peer) + " gave up before; " + why.detail;
       return why;
     }

@@ -3,9 +3,12 @@
 #include <mpi.h>
 #include <sched.h>
 
+#include <algorithm>
+#include <atomic>
 #include <climits>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -20,7 +23,7 @@
 namespace tokenyard::collective_internal {
 namespace {
 
-constexpr int kAbortTag = 32767;  // the largest tag that every MPI has
+constexpr int kNoticeTag = 32767;  // the largest tag that every MPI has
 
 bool is_initialised() {
   int yes = 0;
@@ -40,12 +43,11 @@ void finalise_at_exit() {
   if (!requests_left_behind && !is_finalised()) MPI_Finalize();
 }
 
-[[noreturn]] void throw_mpi(const World& world, const char* function, int code) {
+std::string describe_error(const char* function, int code) {
   char text[MPI_MAX_ERROR_STRING] = {};
   int length = 0;
   MPI_Error_string(code, text, &length);
-  throw TransportError(
-      {.kind = FailureKind::system, .phase = Phase::collective, .rank = world.rank(), .detail = fmt::format("{}: {}", function, text)});
+  return fmt::format("{}: {}", function, text);
 }
 
 // A communicator of exactly the world's ranks, numbered as there.
@@ -67,10 +69,15 @@ class Communicator {
     MPI_Group everybody, group;
     MPI_Comm_group(MPI_COMM_WORLD, &everybody);
     MPI_Group_incl(everybody, world.size(), mpi_ranks.data(), &group);
-    const int code = MPI_Comm_create_group(MPI_COMM_WORLD, group, static_cast<int>(world.generation() % kAbortTag), &comm_);
+    const int code = MPI_Comm_create_group(MPI_COMM_WORLD, group, static_cast<int>(world.generation() % kNoticeTag), &comm_);
     MPI_Group_free(&group);
     MPI_Group_free(&everybody);
-    if (code != MPI_SUCCESS) throw_mpi(world, "MPI_Comm_create_group", code);
+    if (code != MPI_SUCCESS) {
+      throw TransportError({.kind = FailureKind::system,
+                            .phase = Phase::collective,
+                            .rank = world.rank(),
+                            .detail = describe_error("MPI_Comm_create_group", code)});
+    }
     MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
   }
   ~Communicator() {
@@ -115,6 +122,13 @@ class RowType {
   std::int64_t stride_bytes_ = 0;
 };
 
+// What a rank that gives up tells the others.
+struct Notice {
+  FailureKind kind;
+  int peer;
+  char detail[400];
+};
+
 // Posts the sends and receives that MPI_Alltoallv and MPI_Allgatherv post, but watches them: those calls cannot give up when a
 // peer is gone. (OpenMPI 4.1, 2 and 4 ranks, 64 B to 14 MB per pair: as fast as MPI_Alltoallv, a little faster for small rows.)
 class MpiCollectives final : public Collectives {
@@ -149,6 +163,10 @@ class MpiCollectives final : public Collectives {
     begin([&] { call_.set_reduce_scatter(in, counts, out); });
     reduce_rows();
   }
+  void abandon(const Failure& why) override {
+    if (!gave_up_) give_up(why);
+  }
+  void cancel() override { cancelled_.store(true, std::memory_order_relaxed); }
   const World& world() const override { return world_; }
   Transport transport() const override { return Transport::mpi; }
 
@@ -168,14 +186,22 @@ class MpiCollectives final : public Collectives {
   void post_sends();
   void complete();
   void check_statuses();
-  void look_at_peers(bool expired);
-  std::optional<std::string> abort_from(int peer) const;
-  void publish_abort(const std::string& reason);
-  void check(const char* function, int code) const {
-    if (code != MPI_SUCCESS) throw_mpi(world_, function, code);
+  std::optional<Failure> look_at_peers(bool expired) const;
+  std::optional<Failure> notice_from(int peer) const;
+  void leave_requests();
+  void check(const char* function, int code) {
+    if (code != MPI_SUCCESS) fail(failure(FailureKind::system, rank_, describe_error(function, code)));
   }
-  [[noreturn]] void give_up(FailureKind kind, int peer, std::string detail);
-  int tag() const { return static_cast<int>(call_number_ % kAbortTag); }
+  Failure failure(FailureKind kind, int peer, std::string detail = {}) const {
+    return {.kind = kind, .phase = Phase::collective, .rank = rank_, .peer = peer, .epoch = call_number_, .detail = std::move(detail)};
+  }
+  // Tells all peers; final.
+  void give_up(const Failure& why);
+  [[noreturn]] void fail(const Failure& why) {
+    give_up(why);
+    throw TransportError(*gave_up_);
+  }
+  int tag() const { return static_cast<int>(call_number_ % kNoticeTag); }
   int peer_after(int steps) const { return (rank_ + steps) % ranks_; }
   std::int64_t stride_bytes(const ConstTensorView& view) const {
     return view.shape[0] > 1 ? view.strides[0] * size_of(view.dtype) : call_.row_bytes();
@@ -194,11 +220,13 @@ class MpiCollectives final : public Collectives {
   std::vector<Expected> expected_;
   OrderedSum sum_;
   std::vector<std::byte> partials_;  // of peers, for reduce_scatter_v
-  std::optional<Failure> gave_up_;   // repeated by every later call
+  std::atomic<bool> cancelled_{false};
+  std::optional<Failure> gave_up_;  // repeated by every later call
 };
 
 template <class Check>
 void MpiCollectives::begin(Check&& check) {
+  if (!gave_up_ && cancelled_.load(std::memory_order_relaxed)) give_up(failure(FailureKind::system, rank_, "cancelled"));
   if (gave_up_) throw TransportError(*gave_up_);
   ++call_number_;
   requests_.clear();
@@ -207,13 +235,7 @@ void MpiCollectives::begin(Check&& check) {
     check();
     check_int_range();
   } catch (const UsageError& error) {
-    publish_abort(error.what());
-    gave_up_ = {.kind = FailureKind::aborted,
-                .phase = Phase::collective,
-                .rank = rank_,
-                .peer = rank_,
-                .epoch = call_number_,
-                .detail = error.what()};
+    give_up(failure(FailureKind::aborted, rank_, error.what()));
     throw;
   }
 }
@@ -253,7 +275,8 @@ void MpiCollectives::reduce_rows() {
 }
 
 void MpiCollectives::post_receive(void* to, std::int64_t rows, MPI_Datatype type, int peer) {
-  if (rows == 0 || call_.row_bytes() == 0) return;
+  // No rows are a message too: every call waits for every peer, so that none goes on while another rejected the call.
+  if (call_.row_bytes() == 0) rows = 0;
   MPI_Request request;
   check("MPI_Irecv", MPI_Irecv(to, static_cast<int>(rows), type, peer, tag(), comm_.get(), &request));
   requests_.push_back(request);
@@ -265,9 +288,9 @@ void MpiCollectives::post_sends() {
   for (int i = 1; i < ranks_; ++i) {
     const int peer = peer_after(i);
     const RowSpan& span = call_.send(peer);
-    if (span.count == 0 || call_.row_bytes() == 0) continue;
+    const int rows = call_.row_bytes() == 0 ? 0 : static_cast<int>(span.count);
     MPI_Request request;
-    check("MPI_Isend", MPI_Isend(call_.in().row(span.first), static_cast<int>(span.count), type, peer, tag(), comm_.get(), &request));
+    check("MPI_Isend", MPI_Isend(call_.in().row(span.first), rows, type, peer, tag(), comm_.get(), &request));
     requests_.push_back(request);
     expected_.push_back({peer, -1});
   }
@@ -276,6 +299,7 @@ void MpiCollectives::post_sends() {
 void MpiCollectives::complete() {
   statuses_.resize(requests_.size());
   std::optional<Deadline> deadline;
+  std::optional<Failure> failure;  // found at the last look; what arrived before it counts
   auto next_look = Deadline::Clock::now() + kTick;
   for (int spins = 0;; ++spins) {
     int done = 0;
@@ -283,16 +307,18 @@ void MpiCollectives::complete() {
     if (code == MPI_ERR_IN_STATUS) check_statuses();
     check("MPI_Testall", code);
     if (done) break;
+    if (failure) fail(*failure);
     if (spins < kSpins) continue;
     sched_yield();
     if (Deadline::Clock::now() < next_look) continue;
     if (!deadline) deadline = Deadline::after_ms(timeout_ms_);
-    look_at_peers(deadline->expired());
+    failure = look_at_peers(deadline->expired());
     next_look = Deadline::Clock::now() + kTick;
   }
   check_statuses();
 }
 
+// Rows that came, but not as many as this rank expects.
 void MpiCollectives::check_statuses() {
   for (std::size_t i = 0; i < expected_.size(); ++i) {
     const auto [peer, rows] = expected_[i];
@@ -300,61 +326,71 @@ void MpiCollectives::check_statuses() {
     int seen = 0;
     MPI_Get_count(&statuses_[i], receive_type_.last(), &seen);
     if (seen == rows) continue;
-    give_up(FailureKind::mismatch, peer,
-            fmt::format("rank {} sent other than the {} rows of {} bytes that rank {} expects; pass the same counts on both", peer, rows,
-                        call_.row_bytes(), rank_));
+    fail(failure(FailureKind::mismatch, peer,
+                 fmt::format("rank {} sent other than the {} rows of {} bytes that rank {} expects; make the same call on both", peer, rows,
+                             call_.row_bytes(), rank_)));
   }
 }
 
-void MpiCollectives::look_at_peers(bool expired) {
+std::optional<Failure> MpiCollectives::look_at_peers(bool expired) const {
+  if (cancelled_.load(std::memory_order_relaxed)) return failure(FailureKind::system, rank_, "cancelled");
   std::vector<bool> pending(ranks_, false);
   for (std::size_t i = 0; i < requests_.size(); ++i) {
     int done = 0;
     MPI_Request_get_status(requests_[i], &done, MPI_STATUS_IGNORE);
-    if (done) continue;
     const int peer = expected_[i].peer;
-    for (int other = 0; other < ranks_; ++other) pending[other] = pending[other] || (other != rank_ && (peer < 0 || peer == other));
+    if (peer >= 0) pending[peer] = pending[peer] || !done;
+    if (peer < 0) pending.assign(ranks_, !done);
   }
   for (int i = 1; i < ranks_; ++i) {
     const int peer = peer_after(i);
-    if (auto reason = abort_from(peer)) give_up(FailureKind::aborted, peer, std::move(*reason));
     if (!pending[peer]) continue;
-    if (!world_.alive(peer)) give_up(FailureKind::peer_lost, peer, {});
-    if (expired) {
-      give_up(FailureKind::timeout, peer, fmt::format("it did not come, is stopped, or needs a longer timeout_ms (now {})", timeout_ms_));
-    }
+    if (auto why = notice_from(peer)) return why;
+    if (!world_.alive(peer)) return failure(FailureKind::peer_lost, peer);
+    if (!expired) continue;
+    return failure(FailureKind::timeout, peer,
+                   fmt::format("it did not come, is stopped, or needs a longer timeout_ms (now {})", timeout_ms_));
   }
+  return std::nullopt;
 }
 
-std::optional<std::string> MpiCollectives::abort_from(int peer) const {
+std::optional<Failure> MpiCollectives::notice_from(int peer) const {
   int arrived = 0;
-  MPI_Status status;
-  MPI_Iprobe(peer, kAbortTag, comm_.get(), &arrived, &status);
+  MPI_Iprobe(peer, kNoticeTag, comm_.get(), &arrived, MPI_STATUS_IGNORE);
   if (!arrived) return std::nullopt;
-  int length = 0;
-  MPI_Get_count(&status, MPI_CHAR, &length);
-  std::string reason(length, '\0');
-  MPI_Recv(reason.data(), length, MPI_CHAR, peer, kAbortTag, comm_.get(), MPI_STATUS_IGNORE);
-  return reason;
+  Notice notice;
+  MPI_Recv(&notice, sizeof(notice), MPI_BYTE, peer, kNoticeTag, comm_.get(), MPI_STATUS_IGNORE);
+  return failure(notice.kind, notice.peer >= 0 ? notice.peer : peer, notice.detail);
 }
 
-void MpiCollectives::publish_abort(const std::string& reason) {
+void MpiCollectives::give_up(const Failure& why) {
+  gave_up_ = why;
+  leave_requests();
+  static std::deque<Notice> notices;  // until exit: MPI may still read them
+  Notice& notice = notices.emplace_back(Notice{why.kind, why.peer, {}});
+  std::memcpy(notice.detail, why.detail.data(), std::min(why.detail.size(), sizeof(notice.detail) - 1));
   for (int i = 1; i < ranks_; ++i) {
-    // Small enough to be sent eagerly: returns without the peer.
-    MPI_Send(reason.data(), static_cast<int>(std::min<std::size_t>(reason.size(), 1000)), MPI_CHAR, peer_after(i), kAbortTag, comm_.get());
+    MPI_Request request;
+    MPI_Isend(&notice, sizeof(notice), MPI_BYTE, peer_after(i), kNoticeTag, comm_.get(), &request);
+    MPI_Request_free(&request);
   }
 }
 
-void MpiCollectives::give_up(FailureKind kind, int peer, std::string detail) {
+// A receive that has begun writes on until it is complete, so it gets a moment; then the caller's memory is its own again.
+void MpiCollectives::leave_requests() {
+  constexpr int kMomentMs = 500;
+  const Deadline moment = Deadline::after_ms(kMomentMs);
+  for (std::size_t i = 0; i < requests_.size(); ++i) {
+    if (requests_[i] == MPI_REQUEST_NULL || expected_[i].rows < 0) continue;
+    MPI_Cancel(&requests_[i]);
+    for (int done = 0; done == 0 && !moment.expired();) MPI_Test(&requests_[i], &done, MPI_STATUS_IGNORE);
+  }
   for (std::size_t i = 0; i < requests_.size(); ++i) {
     if (requests_[i] == MPI_REQUEST_NULL) continue;
-    if (expected_[i].rows >= 0) MPI_Cancel(&requests_[i]);
-    if (expected_[i].peer >= 0) MPI_Request_free(&requests_[i]);
     requests_left_behind = true;
+    if (expected_[i].peer >= 0) MPI_Request_free(&requests_[i]);
   }
   requests_.clear();
-  gave_up_ = {.kind = kind, .phase = Phase::collective, .rank = rank_, .peer = peer, .epoch = call_number_, .detail = std::move(detail)};
-  throw TransportError(*gave_up_);
 }
 
 bool started_by_mpi() {

@@ -7,6 +7,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "mpi/mpi_world.h"
@@ -129,6 +130,43 @@ TEST(CollectiveMpiFailure, TheRankThatDidNotComeIsNamed) {
     EXPECT_EQ(failure_of([&] { collectives->barrier(); }).message(), failure.message());
   }
   world().barrier();
+}
+
+TEST(CollectiveMpiFailure, AnAbandonedCallFailsOnPeersWithTheReason) {
+  const auto collectives = create(world());
+  if (world().rank() == 0) {
+    collectives->abandon({.kind = FailureKind::overflow, .peer = 3, .detail = "no room"});
+  } else {
+    const Failure failure = failure_of([&] { gather(*collectives, {0, 1, 1, 1}); });  // nothing of it comes from rank 0
+    EXPECT_EQ(failure.kind, FailureKind::overflow);
+    EXPECT_EQ(failure.peer, 3);
+    EXPECT_EQ(failure.detail, "no room");
+  }
+  world().barrier();
+}
+
+TEST(CollectiveMpiFailure, CancelEndsAWait) {
+  const auto collectives = create(world());
+  if (world().rank() == 0) {
+    std::thread canceller([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      collectives->cancel();
+    });
+    EXPECT_EQ(failure_of([&] { collectives->barrier(); }).detail, "cancelled");
+    canceller.join();
+  }
+  world().barrier();
+}
+
+TEST(CollectiveMpi, OwnRowsMayLieInPlace) {
+  const auto collectives = create(world());
+  const int ranks = world().size();
+  Counts ones(ranks, 1), others(ranks, 1);
+  others[world().rank()] = 0;
+  const std::vector<std::int32_t> in(ranks - 1, world().rank());
+  std::vector<std::int32_t> out(ranks, -5);
+  collectives->all_to_all_v({in.data(), Dtype::int32, {ranks - 1}}, others, {out.data(), Dtype::int32, {ranks}}, ones);
+  for (int source = 0; source < ranks; ++source) EXPECT_EQ(out[source], source == world().rank() ? -5 : source);
 }
 
 TEST(CollectiveMpiFailure, RanksOutsideTheJobAreRefused) {

@@ -95,6 +95,18 @@ TEST(CollectiveTransfers, SubWorldsAndSeveralObjectsDoNotMix) {
   });
 }
 
+TEST(CollectiveTransfers, OwnRowsMayLieInPlace) {
+  run_ranks(3, [](World& world) {
+    const auto collectives = Collectives::create(world);
+    Counts sent{2, 2, 2}, received{2, 2, 2};
+    sent[world.rank()] = 0;
+    const std::vector<std::int32_t> in(4, world.rank());
+    std::vector<std::int32_t> out(6, -5);
+    collectives->all_to_all_v({in.data(), Dtype::int32, {4}}, sent, {out.data(), Dtype::int32, {6}}, received);
+    for (int i = 0; i < 6; ++i) EXPECT_EQ(out[i], i / 2 == world.rank() ? -5 : i / 2);
+  });
+}
+
 TEST(CollectiveTransfers, SumsStartAtPositiveZeroAndRoundOnce) {
   run_ranks(3, [](World& world) {
     const auto collectives = Collectives::create(world);

@@ -136,6 +136,47 @@ TEST(CollectiveFailures, TheRankThatDidNotComeIsNamedByAll) {
   });
 }
 
+TEST(CollectiveFailures, AnAbandonedCallFailsOnPeersWithTheReason) {
+  run_ranks(3, [](World& world) {
+    const auto collectives = Collectives::create(world);
+    if (world.rank() == 1) {
+      collectives->abandon({.kind = FailureKind::aborted, .peer = 1, .detail = "this batch is broken"});
+    } else {
+      const Failure failure = failure_of([&] { collectives->barrier(); });
+      EXPECT_EQ(failure.kind, FailureKind::aborted);
+      EXPECT_EQ(failure.peer, 1);
+      EXPECT_EQ(failure.detail, "this batch is broken");
+    }
+    gather_numbers(*collectives, {1, 2, 3});
+    if (world.rank() == 1) {
+      collectives->abandon({.kind = FailureKind::overflow, .peer = 2});
+    } else {
+      const Failure failure = failure_of([&] { collectives->barrier(); });
+      EXPECT_EQ(failure.kind, FailureKind::overflow);
+      EXPECT_EQ(failure.peer, 2);
+    }
+    EXPECT_EQ(failure_of([&] { collectives->barrier(); }).kind, FailureKind::overflow) << "other reasons than aborted are final";
+  });
+}
+
+TEST(CollectiveFailures, CancelEndsAWait) {
+  run_ranks(2, [](World& world) {
+    const auto collectives = Collectives::create(world);
+    if (world.rank() == 0) {
+      const auto begin = Clock::now();
+      std::thread canceller([&] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        collectives->cancel();
+      });
+      EXPECT_EQ(failure_of([&] { collectives->barrier(); }).detail, "cancelled");
+      EXPECT_LT(seconds_since(begin), 20);
+      canceller.join();
+      EXPECT_EQ(failure_of([&] { collectives->barrier(); }).kind, FailureKind::system);
+    }
+    world.barrier();
+  });
+}
+
 TEST(CollectiveFailures, ALostThreadIsNoticedAtOnce) {
   const auto begin = Clock::now();
   try {
