@@ -22,11 +22,19 @@ __device__ float record_arithmetic(const protocol::Record& record) {
   return record.weights()[0] + static_cast<float>(record.source_token() + record.partial_slot() + record.local_ids()[0]);
 }
 
+__device__ float routing_arithmetic(float logit) {
+  routing_internal::TopK best(2);
+  best.insert(routing_internal::sigmoid(logit), 0);
+  best.insert(routing_internal::exp_of_negative(-logit), 1);
+  return best.scores[routing_internal::precedes(best.scores[0], best.ids[0], logit, 2) ? 0 : 1];
+}
+
 }  // namespace
 
 extern "C" __global__ void shared_arithmetic(placement_internal::TableView table, protocol::ArenaShape shape, protocol::Record record,
-                                             std::int64_t* out) {
+                                             float logit, std::int64_t* out) {
   out[0] = placement_arithmetic(table, blockIdx.x, threadIdx.x);
   out[1] = arena_arithmetic(shape);
   out[2] = static_cast<std::int64_t>(record_arithmetic(record));
+  out[3] = static_cast<std::int64_t>(routing_arithmetic(logit));
 }
