@@ -38,6 +38,7 @@ enum class Phase : std::uint8_t {
   split,
   gather,
   barrier,
+  recover,           // survivors of a lost rank meeting again
   memory,
   dispatch_credit,   // waiting for a destination to grant a receive buffer
   dispatch_counts,   // waiting for the row counts of every source

@@ -34,8 +34,8 @@ class Handle {
   Layout layout() const;
   Mode mode() const;
   int placement() const;
-  std::int64_t num_tokens() const;             // T
-  std::int64_t num_rows() const;               // N, token rows received
+  std::int64_t num_tokens() const;                // T
+  std::int64_t num_rows() const;                  // N, token rows received
   std::span<const std::int64_t> dropped() const;  // [L]: rows dropped per local expert
   const std::shared_ptr<const exchange_internal::HandleState>& state() const { return state_; }
 
@@ -49,21 +49,21 @@ class Received {
  public:
   Received() = default;
   explicit Received(std::shared_ptr<exchange_internal::ReceivedState> state) : state_(std::move(state)) {}
-  TensorView rows() const;                // [N,H] | [N',H] | [L,C,H] | [R,M,H]; dtype and H of the input
-  TensorView scales() const;              // the same with S instead of H
-  std::int64_t num_rows() const;          // N (token_major, rank_slots), N' with padding (expert_major), sum of counts (expert_padded)
-  ConstTensorView local_ids() const;      // token_major [N,K], rank_slots [R,M,K]
-  ConstTensorView row_weights() const;    // [N,K], [R,M,K], [N'], [L,C]
-  ConstTensorView source_rank() const;    // [N], [N'], [L,C]
+  TensorView rows() const;              // [N,H] | [N',H] | [L,C,H] | [R,M,H]; dtype and H of the input
+  TensorView scales() const;            // the same with S instead of H
+  std::int64_t num_rows() const;        // N (token_major, rank_slots), N' with padding (expert_major), sum of counts (expert_padded)
+  ConstTensorView local_ids() const;    // token_major [N,K], rank_slots [R,M,K]
+  ConstTensorView row_weights() const;  // [N,K], [R,M,K], [N'], [L,C]
+  ConstTensorView source_rank() const;  // [N], [N'], [L,C]
   ConstTensorView source_token() const;
-  ConstTensorView source_k() const;       // expert layouts
-  ConstTensorView expert_counts() const;  // [L]: rows of each local expert, without padding and drops
-  ConstTensorView expert_offsets() const; // [L+1]: expert_major (aligned), token_major with gather map
-  ConstTensorView expert_rows() const;    // the gather map: row indices grouped by local expert, order (source rank, token, k)
-  ConstTensorView rank_counts() const;    // [R]: rows from each source
-  ConstTensorView sent_counts() const;    // [R]: rows this rank sent to each destination
-  ConstTensorView ranges() const;         // expert_padded [L,R,2] = (begin, count) within the expert
-  ConstTensorView present() const;        // rank_slots [R,M] uint8
+  ConstTensorView source_k() const;        // expert layouts
+  ConstTensorView expert_counts() const;   // [L]: rows of each local expert, without padding and drops
+  ConstTensorView expert_offsets() const;  // [L+1]: expert_major (aligned), token_major with gather map
+  ConstTensorView expert_rows() const;     // the gather map: row indices grouped by local expert, order (source rank, token, k)
+  ConstTensorView rank_counts() const;     // [R]: rows from each source
+  ConstTensorView sent_counts() const;     // [R]: rows this rank sent to each destination
+  ConstTensorView ranges() const;          // expert_padded [L,R,2] = (begin, count) within the expert
+  ConstTensorView present() const;         // rank_slots [R,M] uint8
   const Handle& handle() const;
   void release();
 
@@ -72,9 +72,9 @@ class Received {
 };
 
 struct Combined {
-  TensorView out;               // [T,H]
-  TensorView combined_weights;  // [T,K] float32, when row_weights was given
-  std::shared_ptr<void> memory; // keeps what the exchange allocated alive
+  TensorView out;                // [T,H]
+  TensorView combined_weights;   // [T,K] float32, when row_weights was given
+  std::shared_ptr<void> memory;  // keeps what the exchange allocated alive
 };
 
 // Started and not yet finished. finish() waits (with the exchange's deadline) and hands over the result, once; on an
@@ -98,8 +98,8 @@ struct DispatchGradient {
   std::shared_ptr<void> memory;
 };
 struct CombineGradient {
-  Received rows;               // grad of y, in the layout of the dispatch (w * g, rounded once)
-  TensorView topk_weights;     // [T,K] float32, with at_expert and at_source: sum over H of g * y
+  Received rows;            // grad of y, in the layout of the dispatch (w * g, rounded once)
+  TensorView topk_weights;  // [T,K] float32, with at_expert and at_source: sum over H of g * y
   std::shared_ptr<void> memory;
 };
 
@@ -126,6 +126,7 @@ struct PhaseSpan {
 struct ExchangeStatus {
   std::optional<Failure> failure;  // sticky, until clear()
   std::int64_t invalid_ids = 0;    // ids >= E that dispatches without options.validate took as no expert
+  std::int64_t lost_ids = 0;       // ids of experts that recover() left without an instance: they contributed zero
 };
 
 // Owns arena, epochs and links for a maximum shape. Calls on one exchange are externally serialised, and all ranks make them in
@@ -167,13 +168,17 @@ class Exchange {
   ExchangeStatus status() const;
   // Collective: ends an error on all ranks (none of which may be lost); leases stay valid.
   void clear();
+  // Collective over the ranks that are left, after some were lost or stopped answering: they meet through the store, build
+  // new memory and go on as a smaller world (world()), numbered in the old order, with what is left of every placement
+  // (Placement::restricted_to). Returns the former rank of each rank. Handles from before are refused; leases stay valid.
+  std::vector<int> recover();
 
   const World& world() const;
   const ExchangeOptions& options() const;  // with defaults filled in
   Transport transport() const;             // what automatic became
   // Bytes of rows and scales sent to each rank so far (self included, both directions).
   std::vector<std::int64_t> link_bytes() const;
-  std::vector<PhaseSpan> take_spans();     // since the last call; empty without options.trace
+  std::vector<PhaseSpan> take_spans();  // since the last call; empty without options.trace
 
   // Without allocating, on any machine.
   static MemoryPlan memory_plan(const ExchangeOptions& options, int ranks);

@@ -31,6 +31,7 @@ struct WorldOptions {
 namespace world_internal {
 struct State;
 }
+struct Survivors;
 
 // A handle; copies name the same world. Calls on one world are externally serialised per rank, and ranks make them in the
 // same order. Every wait has the world's deadline; TransportError names the ranks that are missing or lost.
@@ -60,6 +61,10 @@ class World {
   // Collective. Ranks with the same color form a sub-world, numbered by (key, rank); color < 0: no world (nullopt).
   std::optional<World> split(int color, int key) const;
 
+  // Collective over the ranks that are left, once per world: returns when every rank has called it or is lost. A rank that has not
+  // come by the deadline of the first is given up: it gets an error if it comes later. The survivors keep their order.
+  Survivors survivors() const;
+
   // False once the rank's process has ended or, in process, its thread has left with an exception. Never blocks.
   bool alive(int peer) const;
   // Marks this rank as lost for the others (a rank thread that gives up; processes need not call it).
@@ -71,6 +76,11 @@ class World {
   explicit World(std::shared_ptr<world_internal::State> state) : state_(std::move(state)) {}
   friend struct world_internal::State;
   std::shared_ptr<world_internal::State> state_;
+};
+
+struct Survivors {
+  World world;
+  std::vector<int> ranks;  // of the world they come from, ascending: element r is now rank r
 };
 
 // Runs fn(world) on `size` rank threads and joins them. A rank that throws is marked lost, so that the others fail in

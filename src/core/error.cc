@@ -18,6 +18,7 @@ constexpr NamedValue<Phase> kPhases[] = {
     {Phase::split, "split"},
     {Phase::gather, "gather"},
     {Phase::barrier, "barrier"},
+    {Phase::recover, "recover"},
     {Phase::memory, "memory"},
     {Phase::dispatch_credit, "dispatch_credit"},
     {Phase::dispatch_counts, "dispatch_counts"},

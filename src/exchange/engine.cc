@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <map>
 
 #include "core/usage.h"
 #include "exchange/make_transport.h"
@@ -41,6 +42,22 @@ std::pair<std::string, std::string> first_difference(const std::string& mine, co
   const std::size_t begin = before == std::string::npos ? 0 : before + 2;
   auto item = [begin](const std::string& text) { return text.substr(begin, text.find(", ", begin) - begin); };
   return {item(mine), item(theirs)};
+}
+
+// The options of the world that is left; groups keep their order and close their gaps.
+ExchangeOptions without_lost(ExchangeOptions options, const std::vector<int>& survivors) {
+  const auto ranks = static_cast<std::int64_t>(survivors.size());
+  options.receive_rows = std::min(options.receive_rows, ranks * options.max_tokens_per_rank);
+  options.max_fanout = static_cast<int>(std::min<std::int64_t>(options.max_fanout, ranks));
+  if (options.reduction_groups.empty()) return options;
+  std::map<int, int> renumbered;
+  for (const int rank : survivors) renumbered[options.reduction_groups[rank]] = 0;
+  int next = 0;
+  for (auto& [group, number] : renumbered) number = next++;
+  std::vector<int> groups;
+  for (const int rank : survivors) groups.push_back(renumbered[options.reduction_groups[rank]]);
+  options.reduction_groups = std::move(groups);
+  return options;
 }
 
 RegisteredPlacement registered(const Placement& placement, int rank) {
@@ -315,6 +332,25 @@ void Engine::clear() {
   last_call_ = value_or_throw(transport_->reset(last_call_));
   const std::lock_guard lock(mutex_);
   status_.failure.reset();
+}
+
+std::vector<int> Engine::recover() {
+  wait_idle();
+  Survivors left = world_.survivors();
+  const ExchangeOptions options = without_lost(options_, left.ranks);
+  const protocol::ArenaShape shape = shape_of(options, left.world.size());
+  // New memory, not the old one cleaned: a rank that is only slow may still write into what it knows.
+  auto transport = value_or_throw(make_transport(left.world, options, shape, pool_));
+  last_call_ = value_or_throw(transport->reset(last_call_));
+  transport_ = std::move(transport);
+  world_ = left.world;
+  options_ = options;
+  shape_ = shape;
+  id_ = next_exchange_id++;
+  for (RegisteredPlacement& entry : placements_) entry = registered(entry.placement.restricted_to(left.ranks), world_.rank());
+  const std::lock_guard lock(mutex_);
+  status_.failure.reset();
+  return std::move(left.ranks);
 }
 
 std::vector<PhaseSpan> Engine::take_spans() {

@@ -89,6 +89,7 @@ class Engine {
   void check() const;
   ExchangeStatus status() const;
   void clear();
+  std::vector<int> recover();
   const World& world() const { return world_; }
   const ExchangeOptions& options() const { return options_; }
   const protocol::ArenaShape& shape() const { return shape_; }

@@ -98,9 +98,10 @@ Expected<std::shared_ptr<HandleState>> Engine::plan_dispatch(const DispatchJob& 
         {.topk_ids = job.input.topk_ids, .top_k = job.header.top_k, .rank = world_.rank(), .token_base = job.options.token_base},
         placements_[job.placement].placement.table().view(), shape_);
   }
-  if (handle->sent.invalid_ids != 0) {
+  {
     const std::lock_guard lock(mutex_);
     status_.invalid_ids += handle->sent.invalid_ids;
+    status_.lost_ids += handle->sent.lost_ids;
   }
   if (job.mode() == Mode::latency) return handle;
   const Span span(*this, "dispatch counts", job.header.call);

@@ -193,6 +193,7 @@ TensorView Exchange::expert_rows(const Handle& handle, Dtype dtype, std::int64_t
 void Exchange::check() const { engine_->check(); }
 ExchangeStatus Exchange::status() const { return engine_->status(); }
 void Exchange::clear() { engine_->clear(); }
+std::vector<int> Exchange::recover() { return engine_->recover(); }
 const World& Exchange::world() const { return engine_->world(); }
 const ExchangeOptions& Exchange::options() const { return engine_->options(); }
 Transport Exchange::transport() const { return engine_->transport().transport(); }

@@ -20,6 +20,7 @@ class Planner {
       const auto ticket = static_cast<std::uint32_t>(token + input.token_base);
       const int replica = table_.replica_for(static_cast<int>(expert), static_cast<std::uint32_t>(rank_), ticket);
       const std::uint32_t* shards = table_.shards_of(static_cast<int>(expert), replica);
+      if (shards[0] == placement_internal::kNoInstance) ++plan_.lost_ids;
       for (int f = 0; f < table_.max_fanout && shards[f] != placement_internal::kNoInstance; ++f) {
         add_instance(first, shards[f], k);
       }

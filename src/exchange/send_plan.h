@@ -27,6 +27,7 @@ struct SendPlan {
   std::vector<std::int32_t> local_ids;  // [entries, K], -1 where the rank does not serve k
   std::vector<std::int32_t> counts;     // ArenaShape::count_words(), this rank's row of the count matrix
   std::int64_t invalid_ids = 0;         // ids >= E, treated as no expert
+  std::int64_t lost_ids = 0;            // ids of experts without an instance
 
   std::span<const SendEntry> entries_of(std::int64_t token) const {
     return {entries.data() + token_begin[token], static_cast<std::size_t>(token_begin[token + 1] - token_begin[token])};

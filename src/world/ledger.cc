@@ -14,7 +14,7 @@ std::string list_ranks(const std::vector<int>& ranks) {
   return text;
 }
 
-Ledger::Ledger(int size, Deliver deliver) : deliver_(std::move(deliver)), ranks_(size) {}
+Ledger::Ledger(int size, Deliver deliver, Announce announce) : deliver_(std::move(deliver)), announce_(std::move(announce)), ranks_(size) {}
 
 std::optional<std::string> Ledger::malformed(int rank, const Call& call, const SharedPart& part) const {
   if (part->bytes.size() > kMaxPartBytes) {
@@ -35,14 +35,15 @@ std::optional<std::string> Ledger::arrive(int rank, const Call& call, SharedPart
   const int seat = static_cast<int>(std::find(call.members.begin(), call.members.end(), rank) - call.members.begin());
   if (ranks_[rank].presence != Presence::here) {
     // The others' gathers fail without it, and are not kept for it.
-    Failure failure{.kind = FailureKind::peer_lost, .phase = call.phase, .rank = seat, .peer = seat};
-    failure.detail = fmt::format("rank {} {}", seat, ranks_[rank].reason);
-    deliver_(rank, call.key, unexpected(std::move(failure)));
+    deliver_(rank, call.key, unexpected(gone_itself(rank, seat, call.phase)));
     return std::nullopt;
   }
-  auto [at, created] = entries_.try_emplace(
-      call.key, Entry{.phase = call.phase, .members = call.members, .seats = std::vector<Seat>(call.members.size()), .hurried = seat,
-                      .deadline = deadline, .failure = std::nullopt});
+  auto [at, created] = entries_.try_emplace(call.key, Entry{.phase = call.phase,
+                                                            .members = call.members,
+                                                            .seats = std::vector<Seat>(call.members.size()),
+                                                            .hurried = seat,
+                                                            .deadline = deadline,
+                                                            .failure = std::nullopt});
   Entry& entry = at->second;
   if (entry.members != call.members) {
     Failure failure{.kind = FailureKind::mismatch, .phase = call.phase};
@@ -85,14 +86,7 @@ void Ledger::settle(Entries::iterator at) {
   if (entry.phase != Phase::recover) {
     if (auto failure = gone_member(entry)) return fail(at, std::move(*failure));
   }
-  for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
-    if (waits_for(entry, seat)) return;
-  }
-  complete(at);
-}
-
-bool Ledger::waits_for(const Entry& entry, std::size_t seat) const {
-  return !entry.seats[seat].arrived && ranks_[entry.members[seat]].presence == Presence::here;
+  if (!awaited(entry)) complete(at);
 }
 
 void Ledger::complete(Entries::iterator at) {
@@ -100,14 +94,27 @@ void Ledger::complete(Entries::iterator at) {
   const Entry& entry = node.mapped();
   Gathered gathered{.serial = next_serial_, .parts = {}};
   next_serial_ += entry.seats.size();
-  std::vector<int> present;
+  const auto takes_part = [&](std::size_t seat) { return ranks_[entry.members[seat]].presence == Presence::here; };
   for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
-    if (ranks_[entry.members[seat]].presence != Presence::here) continue;  // only where survivors meet
-    present.push_back(entry.members[seat]);
-    gathered.parts.push_back(entry.seats[seat].part);
+    if (takes_part(seat)) gathered.parts.push_back(entry.seats[seat].part);
   }
   const Outcome outcome = std::move(gathered);
-  for (const int member : present) deliver_(member, node.key(), outcome);
+  for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
+    if (!entry.seats[seat].arrived) continue;  // only where survivors meet
+    const int member = entry.members[seat];
+    if (takes_part(seat)) {
+      deliver_(member, node.key(), outcome);
+    } else {
+      deliver_(member, node.key(), unexpected(gone_itself(member, static_cast<int>(seat), entry.phase)));
+    }
+  }
+}
+
+// For a rank that calls although it has left, or was given up.
+Failure Ledger::gone_itself(int rank, int seat, Phase phase) const {
+  Failure failure{.kind = FailureKind::peer_lost, .phase = phase, .rank = seat, .peer = seat};
+  failure.detail = fmt::format("rank {} {}", seat, ranks_[rank].reason);
+  return failure;
 }
 
 void Ledger::fail(Entries::iterator at, Failure failure) {
@@ -126,7 +133,7 @@ void Ledger::fail(Entries::iterator at, Failure failure) {
 // Whether a member that is still here has yet to learn how the gather ended.
 bool Ledger::awaited(const Entry& entry) const {
   for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
-    if (waits_for(entry, seat)) return true;
+    if (!entry.seats[seat].arrived && ranks_[entry.members[seat]].presence == Presence::here) return true;
   }
   return false;
 }
@@ -148,6 +155,7 @@ std::optional<Failure> Ledger::gone_member(const Entry& entry) const {
 bool Ledger::depart(int rank, Presence presence, std::string reason) {
   if (ranks_[rank].presence != Presence::here) return false;
   ranks_[rank] = {presence, std::move(reason)};
+  if (presence == Presence::lost) announce_(rank);
   for (auto at = entries_.begin(); at != entries_.end();) {
     const auto current = at++;  // settling may erase it
     const Entry& entry = current->second;

@@ -17,10 +17,12 @@ namespace tokenyard::world_internal {
 class Ledger {
  public:
   using Outcome = Expected<Gathered>;
-  // Called once for every arrival, from inside the member functions below; it must not call back.
+  // Both are called from inside the member functions below, and must not call back: once for every arrival, and once for
+  // every rank that is lost.
   using Deliver = std::function<void(int rank, GatherKey key, const Outcome& outcome)>;
+  using Announce = std::function<void(int lost_rank)>;
 
-  Ledger(int size, Deliver deliver);
+  Ledger(int size, Deliver deliver, Announce announce);
 
   // The rank's part of a gather. All members get the outcome once all have arrived, or a failure as soon as one member is
   // gone, made another call, or ran out of time. Returns why a malformed call is refused.
@@ -60,14 +62,15 @@ class Ledger {
 
   std::optional<std::string> malformed(int rank, const Call& call, const SharedPart& part) const;
   void settle(Entries::iterator at);
-  bool waits_for(const Entry& entry, std::size_t seat) const;
   void complete(Entries::iterator at);
   void fail(Entries::iterator at, Failure failure);
   std::optional<Failure> gone_member(const Entry& entry) const;
   bool depart(int rank, Presence presence, std::string reason);
   bool awaited(const Entry& entry) const;
+  Failure gone_itself(int rank, int seat, Phase phase) const;
 
   Deliver deliver_;
+  Announce announce_;
   std::vector<Rank> ranks_;
   Entries entries_;
   std::uint64_t next_serial_ = kRootGeneration + 1;

@@ -22,16 +22,16 @@ struct Session {
   ~Session();
 
   bool in_process = false;
-  std::vector<Identity> identities;    // of all ranks
+  std::vector<Identity> identities;  // of all ranks
   std::vector<ProcessWatch> watches;
-  std::unique_ptr<TcpServer> server;   // on rank 0, when no launcher holds it; outlives this rank's own connection
+  std::unique_ptr<TcpServer> server;  // on rank 0, when no launcher holds it; outlives this rank's own connection
   int server_patience_ms = 0;
   std::unique_ptr<Store> store;
 };
 
 struct State {
   std::shared_ptr<Session> session;
-  std::vector<int> members;            // session rank of each rank of this world
+  std::vector<int> members;  // session rank of each rank of this world
   int rank = 0;
   int timeout_ms = 0;
   std::uint64_t generation = kRootGeneration;

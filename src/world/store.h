@@ -38,7 +38,7 @@ struct Call {
 };
 
 struct Gathered {
-  std::uint64_t serial = 0;  // serial, ..., serial + members - 1 were never given to another gather of this store
+  std::uint64_t serial = 0;       // serial, ..., serial + members - 1 were never given to another gather of this store
   std::vector<SharedPart> parts;  // of all members in order; in Phase::recover of those that are left
 };
 
