@@ -12,8 +12,8 @@ enum class Availability : std::uint8_t { available, not_built, not_usable };
 std::string_view name(Availability availability);
 
 struct Backend {
-  std::string name;      // "inproc", "shm", "cuda_peer", "mpi", ...
-  std::string kind;      // "memory", "collective", "port"
+  std::string name;  // "inproc", "shm", "cuda_peer", "mpi", ...
+  std::string kind;  // "memory", "collective", "port"
   Availability availability = Availability::available;
   std::string reason{};  // empty when available
   std::string remedy{};
@@ -22,8 +22,8 @@ std::vector<Backend> backends();
 
 struct Topology {
   int ranks = 0;
-  std::vector<std::string> hosts;             // [R]
-  std::vector<std::vector<LinkKind>> links;   // [R][R]
+  std::vector<std::string> hosts;            // [R]
+  std::vector<std::vector<LinkKind>> links;  // [R][R]
 };
 Topology topology(const World& world);
 

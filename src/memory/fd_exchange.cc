@@ -198,8 +198,12 @@ Expected<std::vector<Fd>> FdExchange::swap(const World& world, const std::vector
       if (peer == world.rank() || fds[peer]) continue;
       if (!world.alive(peer)) return unexpected(lost_peer(peer));
       if (deadline.expired()) {
-        return unexpected({.kind = FailureKind::timeout, .phase = Phase::memory, .peer = peer, .expected = world.size() - 1,
-                           .seen = world.size() - 1 - missing, .detail = "it did not pass its memory"});
+        return unexpected({.kind = FailureKind::timeout,
+                           .phase = Phase::memory,
+                           .peer = peer,
+                           .expected = world.size() - 1,
+                           .seen = world.size() - 1 - missing,
+                           .detail = "it did not pass its memory"});
       }
     }
   }

@@ -25,7 +25,7 @@ class FdExchange {
 
   // Collective. endpoints[r] is rank r's; returns every rank's descriptor, this rank's own place empty.
   Expected<std::vector<world_internal::Fd>> swap(const World& world, const std::vector<Endpoint>& endpoints, int fd,
-                                               Deadline deadline) const;
+                                                 Deadline deadline) const;
 
  private:
   world_internal::Fd listener_;

@@ -53,7 +53,10 @@ struct Offer {
     offer.endpoint.address = in.get_text();
     offer.endpoint.secret = in.get_text();
     offer.object = part.object;
-    if (!in.finished()) offer.error = "its offer of memory is malformed; do all ranks run the same version?";
+    if (!in.finished() || offer.transport > static_cast<std::uint8_t>(Transport::mpi)) {
+      offer.transport = 0;
+      offer.error = "its offer of memory is malformed; do all ranks run one release?";
+    }
     return offer;
   }
   std::string describe() const { return fmt::format("{} bytes of {}", bytes, name(static_cast<Transport>(transport))); }
@@ -98,8 +101,10 @@ class Inproc final : public SymmetricMemory {
 Expected<std::unique_ptr<SymmetricMemory>> create_inproc(const World& world, Offer mine, Deadline deadline) {
   if (mine.error.empty()) {
     auto arena = map_private(mine.bytes);
-    if (arena) mine.object = std::make_shared<Mapping>(std::move(*arena));
-    else mine.error = arena.error().detail;
+    if (arena)
+      mine.object = std::make_shared<Mapping>(std::move(*arena));
+    else
+      mine.error = arena.error().detail;
   }
   auto offers = agree(world, mine, deadline);
   if (!offers) return unexpected(std::move(offers.error()));
@@ -124,8 +129,7 @@ class Shm final : public SymmetricMemory {
 Expected<Fd> sealed_file(std::size_t bytes, unsigned int flags) {
   Fd fd(memfd_create("tokenyard", MFD_CLOEXEC | MFD_ALLOW_SEALING | flags));
   if (!fd) return unexpected(system_failure("memfd_create"));
-  if (ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0 ||
-      fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+  if (ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0 || fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
     return unexpected(system_failure(fmt::format("cannot make a sealed memory file of {} bytes", bytes)));
   }
   return fd;
@@ -147,15 +151,18 @@ Expected<Mapping> map_peer(int fd, std::size_t bytes, int peer) {
   const int seals = fcntl(fd, F_GET_SEALS);
   const auto file_bytes = fstat(fd, &status) == 0 ? static_cast<std::size_t>(status.st_size) : 0;
   if (seals < 0 || (seals & F_SEAL_SHRINK) == 0 || file_bytes < bytes || file_bytes >= bytes + kHugePage) {
-    return unexpected({.kind = FailureKind::mismatch, .phase = Phase::memory, .peer = peer,
-                       .detail = fmt::format("its memory file has {} bytes and seals {}; expected {} sealed bytes", file_bytes, seals, bytes)});
+    return unexpected(
+        {.kind = FailureKind::mismatch,
+         .phase = Phase::memory,
+         .peer = peer,
+         .detail = fmt::format("its memory file has {} bytes and seals {}; expected {} sealed bytes", file_bytes, seals, bytes)});
   }
   return map_shared(fd, file_bytes);
 }
 
 // Everything of create_shm between the two agreements: this rank's own arena, then the peers'.
-Expected<std::vector<Mapping>> swap_arenas(const World& world, const FdExchange& exchange, const std::vector<Offer>& offers,
-                                           const Fd& file, Deadline deadline) {
+Expected<std::vector<Mapping>> swap_arenas(const World& world, const FdExchange& exchange, const std::vector<Offer>& offers, const Fd& file,
+                                           Deadline deadline) {
   std::vector<FdExchange::Endpoint> endpoints;
   for (const Offer& offer : offers) endpoints.push_back(offer.endpoint);
   auto fds = exchange.swap(world, endpoints, file.get(), deadline);
@@ -176,9 +183,12 @@ Expected<std::unique_ptr<SymmetricMemory>> create_shm(const World& world, Offer 
   if (mine.error.empty()) {
     file = arena_file(mine.bytes);
     exchange = FdExchange::listen();
-    if (!file) mine.error = file.error().detail;
-    else if (!exchange) mine.error = exchange.error().detail;
-    else mine.endpoint = exchange->endpoint();
+    if (!file)
+      mine.error = file.error().detail;
+    else if (!exchange)
+      mine.error = exchange.error().detail;
+    else
+      mine.endpoint = exchange->endpoint();
   }
   const auto offers = agree(world, mine, deadline);
   if (!offers) return unexpected(offers.error());
@@ -209,9 +219,10 @@ Transport choose(const World& world, Transport wanted) {
       break;
     case Transport::shm:
       if (const auto peer = first_peer_without_memory(world)) {
-        usage_error("transport shm: rank {} (host {}) and rank {} (host {}) share no memory: other machine, network namespace or user; "
-                    "place all ranks on one host, or use a transport for networks", world.rank(), world.host(world.rank()), *peer,
-                    world.host(*peer));
+        usage_error(
+            "transport shm: rank {} (host {}) and rank {} (host {}) share no memory: other machine, network namespace or user; "
+            "place all ranks on one host, or use a transport for networks",
+            world.rank(), world.host(world.rank()), *peer, world.host(*peer));
       }
       break;
     default:
@@ -226,8 +237,10 @@ Expected<std::unique_ptr<SymmetricMemory>> SymmetricMemory::create(const World& 
                                                                    Deadline deadline) {
   transport = choose(world, transport);
   Offer mine{.bytes = bytes, .transport = static_cast<std::uint8_t>(transport), .error = {}, .endpoint = {}, .object = nullptr};
-  if (const auto rounded = arena_bytes(bytes)) mine.bytes = *rounded;
-  else mine.error = rounded.error().detail;
+  if (const auto rounded = arena_bytes(bytes))
+    mine.bytes = *rounded;
+  else
+    mine.error = rounded.error().detail;
   return transport == Transport::inproc ? create_inproc(world, std::move(mine), deadline) : create_shm(world, std::move(mine), deadline);
 }
 

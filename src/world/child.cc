@@ -69,8 +69,15 @@ Expected<Child> spawn(const ChildOptions& options) {
   if (!null) return unexpected(system_failure("/dev/null", errno));
   const auto argv = pointers(options.argv);
   const auto environment = pointers(options.environment);
-  Plan plan{.argv = argv.data(), .environment = environment.data(), .group = options.group, .parent = getpid(), .null = null.get(),
-            .out = options.out, .err = options.err, .report = report_write.get(), .signals = {}};
+  Plan plan{.argv = argv.data(),
+            .environment = environment.data(),
+            .group = options.group,
+            .parent = getpid(),
+            .null = null.get(),
+            .out = options.out,
+            .err = options.err,
+            .report = report_write.get(),
+            .signals = {}};
   sigset_t all;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &plan.signals);

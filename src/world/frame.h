@@ -22,7 +22,7 @@ inline constexpr std::uint32_t kMagic = 0x44594b54;  // "TKYD"
 inline constexpr std::uint16_t kVersion = 1;
 inline constexpr std::size_t kHeaderBytes = 16;
 inline constexpr std::size_t kMaxFrameBytes = kMaxPartBytes + sizeof(std::int32_t) * kMaxWorldSize + 64;  // a part, and who it is for
-inline constexpr std::size_t kMaxHelloBytes = 4096;  // before a client is known
+inline constexpr std::size_t kMaxHelloBytes = 4096;                                                       // before a client is known
 
 struct Hello {
   std::string token;

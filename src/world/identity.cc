@@ -104,8 +104,10 @@ ProcessWatch::ProcessWatch(const Identity& self, const Identity& peer) {
   if (!same_pids || peer.start_time == 0) return;
   pidfd_ = Fd(static_cast<int>(syscall(SYS_pidfd_open, peer.pid, 0)));
   // Asked after the descriptor exists: if the pid was reused before, the start times differ, and it cannot be reused after.
-  if (pidfd_) ended_ = start_time_of(peer.pid) != peer.start_time;
-  else ended_ = errno == ESRCH;
+  if (pidfd_)
+    ended_ = start_time_of(peer.pid) != peer.start_time;
+  else
+    ended_ = errno == ESRCH;
 }
 
 bool ProcessWatch::ended() const {

@@ -13,13 +13,13 @@
 namespace tokenyard::world_internal {
 
 struct Identity {
-  std::string host;               // for people
-  std::string boot_id;            // of the running kernel: equal means the same machine
+  std::string host;                 // for people
+  std::string boot_id;              // of the running kernel: equal means the same machine
   std::uint64_t net_namespace = 0;  // abstract sockets, over which shared memory is passed, are per network namespace
   std::uint64_t pid_namespace = 0;
   std::uint32_t user = 0;
   std::int32_t pid = 0;
-  std::uint64_t start_time = 0;   // clock ticks after boot: with it, a pid names one process for ever
+  std::uint64_t start_time = 0;  // clock ticks after boot: with it, a pid names one process for ever
   std::int32_t local_rank = 0;
 
   static Identity of_this_process(int local_rank);

@@ -5,11 +5,13 @@
 namespace tokenyard::world_internal {
 
 LocalHub::LocalHub(int size)
-    : ledger_(size,
-              [this](int rank, GatherKey key, const Ledger::Outcome& outcome) {
-                outcomes_.emplace(std::pair(rank, key), outcome);
-                changed_.notify_all();
-              }),
+    : ledger_(
+          size,
+          [this](int rank, GatherKey key, const Ledger::Outcome& outcome) {
+            outcomes_.emplace(std::pair(rank, key), outcome);
+            changed_.notify_all();
+          },
+          [this](int rank) { lost_[rank].store(true, std::memory_order_release); }),
       lost_(new std::atomic<bool>[size]()) {}
 
 Expected<Gathered> LocalHub::gather(int rank, const Call& call, SharedPart mine, Deadline deadline) {
@@ -24,7 +26,7 @@ Expected<Gathered> LocalHub::gather(int rank, const Call& call, SharedPart mine,
 
 void LocalHub::lose(int rank, std::string reason) {
   const std::lock_guard lock(mutex_);
-  if (ledger_.lose(rank, std::move(reason))) lost_[rank].store(true, std::memory_order_release);
+  ledger_.lose(rank, std::move(reason));
 }
 
 void LocalHub::close(int rank) {

@@ -11,7 +11,9 @@ namespace tokenyard::world_internal {
 
 ServerProtocol::ServerProtocol(int size, std::string token)
     : token_(std::move(token)),
-      ledger_(size, [this](int rank, GatherKey key, const Ledger::Outcome& outcome) { deliver(rank, key, outcome); }),
+      ledger_(
+          size, [this](int rank, GatherKey key, const Ledger::Outcome& outcome) { deliver(rank, key, outcome); },
+          [this](int rank) { announce(rank); }),
       ranks_(size),
       greeted_(size) {}
 
@@ -59,8 +61,8 @@ void ServerProtocol::greet(Connection& connection, const Hello& hello) {
   }
   if (hello.rank < 0 || hello.rank >= ledger_.size()) return reject(connection, fmt::format("rank {} of {}", hello.rank, hello.size));
   if (greeted_[hello.rank]) {
-    return reject(connection, fmt::format("rank {} has joined before: do two processes have the same RANK, or two worlds the same port?",
-                                          hello.rank));
+    return reject(connection,
+                  fmt::format("rank {} has joined before: do two processes have the same RANK, or two worlds the same port?", hello.rank));
   }
   greeted_[hello.rank] = true;
   connection.rank = hello.rank;
@@ -98,8 +100,9 @@ void ServerProtocol::close(int id, const std::string& reason) {
   lose(connection.rank, fmt::format("was lost: {}", reason));
 }
 
-void ServerProtocol::lose(int rank, const std::string& reason) {
-  if (!ledger_.lose(rank, reason)) return;
+void ServerProtocol::lose(int rank, const std::string& reason) { ledger_.lose(rank, reason); }
+
+void ServerProtocol::announce(int rank) {
   for (Connection* other : ranks_) {
     if (other != nullptr) send(*other, RankLost{rank});
   }

@@ -80,6 +80,7 @@ class ServerProtocol {
   void greet(Connection& connection, const Hello& hello);
   void gather(Connection& connection, GatherRequest&& request);
   void reject(Connection& connection, const std::string& reason);
+  void announce(int rank);
   void deliver(int rank, GatherKey key, const Ledger::Outcome& outcome);
   void send(Connection& connection, const Message& message);
 

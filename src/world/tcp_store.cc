@@ -24,7 +24,10 @@ std::string who_holds(const StoreAddress& address) {
 }
 
 Failure rendezvous_failure(const StoreAddress& address, const Hello& hello, FailureKind kind, const std::string& reason) {
-  return {.kind = kind, .phase = Phase::rendezvous, .rank = hello.rank, .peer = address.holder,
+  return {.kind = kind,
+          .phase = Phase::rendezvous,
+          .rank = hello.rank,
+          .peer = address.holder,
           .detail = fmt::format("{} {}", who_holds(address), reason)};
 }
 
@@ -135,7 +138,10 @@ Failure TcpStore::store_failure(const Call& call, FailureKind kind, const std::s
     const auto at = std::find(call.members.begin(), call.members.end(), rank);
     return at == call.members.end() ? -1 : static_cast<int>(at - call.members.begin());
   };
-  return {.kind = kind, .phase = call.phase, .rank = index_of(rank_), .peer = index_of(address_.holder),
+  return {.kind = kind,
+          .phase = call.phase,
+          .rank = index_of(rank_),
+          .peer = index_of(address_.holder),
           .detail = fmt::format("{} {}", who_holds(address_), reason)};
 }
 
@@ -157,9 +163,12 @@ void TcpStore::listen() {
       pollfd readable{.fd = socket_.get(), .events = POLLIN, .revents = 0};
       poll(&readable, 1, -1);
       const ssize_t bytes = recv(socket_.get(), buffer.data(), buffer.size(), MSG_DONTWAIT);
-      if (bytes > 0) reader_.feed(std::span(buffer).first(static_cast<std::size_t>(bytes)));
-      else if (bytes == 0) end = "ended";
-      else if (errno != EAGAIN && errno != EINTR) end = fmt::format("ended: {}", std::strerror(errno));
+      if (bytes > 0)
+        reader_.feed(std::span(buffer).first(static_cast<std::size_t>(bytes)));
+      else if (bytes == 0)
+        end = "ended";
+      else if (errno != EAGAIN && errno != EINTR)
+        end = fmt::format("ended: {}", std::strerror(errno));
     }
   }
   break_off(std::move(end));

@@ -59,8 +59,8 @@ class TcpStore final : public Store {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::map<GatherKey, Pending> pending_;
-  std::string broken_;          // why, when the connection is of no use
-  bool ended_ = false;          // the thread has
+  std::string broken_;  // why, when the connection is of no use
+  bool ended_ = false;  // the thread has
   std::thread thread_;
 };
 

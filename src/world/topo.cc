@@ -27,12 +27,16 @@ Backend shm() {
   constexpr std::size_t kBytes = 4096;
   const world_internal::Fd file(memfd_create("tokenyard-probe", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   const char* failed = nullptr;
-  if (!file) failed = "memfd_create";
-  else if (ftruncate(file.get(), kBytes) != 0) failed = "ftruncate of a memory file";
+  if (!file)
+    failed = "memfd_create";
+  else if (ftruncate(file.get(), kBytes) != 0)
+    failed = "ftruncate of a memory file";
   if (failed == nullptr) {
     void* mapped = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
-    if (mapped == MAP_FAILED) failed = "mmap of a memory file";
-    else munmap(mapped, kBytes);
+    if (mapped == MAP_FAILED)
+      failed = "mmap of a memory file";
+    else
+      munmap(mapped, kBytes);
   }
   if (failed == nullptr && !world_internal::Fd(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0))) failed = "a Unix socket";
   if (failed != nullptr) {
@@ -54,8 +58,11 @@ Backend mpi() {
 }
 
 Backend later(std::string name, std::string kind, std::string instead) {
-  return {.name = std::move(name), .kind = std::move(kind), .availability = Availability::not_built,
-          .reason = "this release runs on CPUs within one host", .remedy = std::move(instead)};
+  return {.name = std::move(name),
+          .kind = std::move(kind),
+          .availability = Availability::not_built,
+          .reason = "this release runs on CPUs within one host",
+          .remedy = std::move(instead)};
 }
 
 }  // namespace

@@ -45,14 +45,16 @@ TEST(DoorbellWait, ASleepEndsInTime) {
 TEST(DoorbellWait, WaitingEndsWhenTickGivesUp) {
   Doorbell doorbell{};
   int ticks = 0;
-  EXPECT_FALSE(wait_on(doorbell, [] { return false; }, [&] { return ++ticks == 5; }));
+  EXPECT_FALSE(wait_on(
+      doorbell, [] { return false; }, [&] { return ++ticks == 5; }));
   EXPECT_EQ(ticks, 5);
 }
 
 TEST(DoorbellWait, WhatBecomesTrueWithTheLastTickCounts) {
   Doorbell doorbell{};
   bool ready = false;
-  EXPECT_TRUE(wait_on(doorbell, [&] { return ready; }, [&] { return ready = true; }));
+  EXPECT_TRUE(wait_on(
+      doorbell, [&] { return ready; }, [&] { return ready = true; }));
 }
 
 // Two threads hand a number back and forth, each sleeping for the other. A lost wake-up would cost a tick of a millisecond
@@ -70,7 +72,8 @@ TEST(DoorbellWait, NoWakeUpIsLost) {
         sides[1].number.store(round, std::memory_order_release);
         ring(sides[1].doorbell);
       }
-      ASSERT_TRUE(wait_on(sides[me].doorbell, [&] { return sides[me].number.load(std::memory_order_acquire) == round; }, [] { return false; }));
+      ASSERT_TRUE(wait_on(
+          sides[me].doorbell, [&] { return sides[me].number.load(std::memory_order_acquire) == round; }, [] { return false; }));
       if (me == 1) {
         sides[0].number.store(round, std::memory_order_release);
         ring(sides[0].doorbell);
@@ -94,7 +97,8 @@ TEST(DoorbellWait, WaitingCostsLittleProcessorTime) {
   };
   const auto before = used();
   const auto until = Clock::now() + std::chrono::milliseconds(300);
-  EXPECT_FALSE(wait_on(doorbell, [] { return false; }, [&] { return Clock::now() >= until; }));
+  EXPECT_FALSE(wait_on(
+      doorbell, [] { return false; }, [&] { return Clock::now() >= until; }));
   EXPECT_LT(used() - before, std::chrono::milliseconds(150));
 }
 

@@ -17,11 +17,20 @@ Bytes bytes_of(std::string_view text) {
 
 // One of each, with values that differ from the defaults everywhere.
 std::vector<Message> one_of_each() {
-  Failure failure{.kind = FailureKind::timeout, .phase = Phase::barrier, .rank = 3, .peer = 70000, .expected = 1LL << 40, .seen = -2, .detail = "why"};
+  Failure failure{
+      .kind = FailureKind::timeout, .phase = Phase::barrier, .rank = 3, .peer = 70000, .expected = 1LL << 40, .seen = -2, .detail = "why"};
   const Call call{.key = {7, 1ULL << 50}, .phase = Phase::memory, .members = {4, 0, 65535}};
   return {
-      Hello{"secret", 8, 5}, Welcome{}, Reject{"no"}, GatherRequest{call, 12345, bytes_of("mine")}, GatherPart{{1, 2}, bytes_of("part")},
-      GatherDone{{3, 4}, 99}, GatherFailed{{5, 6}, failure}, RankLost{6}, GiveUp{"tired"}, Bye{},
+      Hello{"secret", 8, 5},
+      Welcome{},
+      Reject{"no"},
+      GatherRequest{call, 12345, bytes_of("mine")},
+      GatherPart{{1, 2}, bytes_of("part")},
+      GatherDone{{3, 4}, 99},
+      GatherFailed{{5, 6}, failure},
+      RankLost{6},
+      GiveUp{"tired"},
+      Bye{},
   };
 }
 

@@ -34,7 +34,8 @@ std::vector<FdExchange::Endpoint> all_endpoints(const World& world, const FdExch
   std::vector<FdExchange::Endpoint> endpoints;
   for (const auto& bytes : world.all_gather(std::as_bytes(std::span(mine)))) {
     const std::string text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-    endpoints.push_back({.address = text.substr(exchange.endpoint().secret.size()), .secret = text.substr(0, exchange.endpoint().secret.size())});
+    endpoints.push_back(
+        {.address = text.substr(exchange.endpoint().secret.size()), .secret = text.substr(0, exchange.endpoint().secret.size())});
   }
   return endpoints;
 }
@@ -59,8 +60,10 @@ TEST(MemoryPassing, EveryRankGetsEveryRanksDescriptor) {
       ASSERT_TRUE(fds.has_value()) << fds.error().message();
       ASSERT_EQ(static_cast<int>(fds->size()), size);
       for (int rank = 0; rank < size; ++rank) {
-        if (rank == world.rank()) EXPECT_FALSE((*fds)[rank]);
-        else EXPECT_EQ(length_of((*fds)[rank]), 1000 + rank);
+        if (rank == world.rank())
+          EXPECT_FALSE((*fds)[rank]);
+        else
+          EXPECT_EQ(length_of((*fds)[rank]), 1000 + rank);
       }
     });
   }

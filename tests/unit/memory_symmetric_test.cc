@@ -1,3 +1,4 @@
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -11,6 +12,7 @@
 
 #include "memory/symmetric_memory.h"
 #include "tokenyard/error.h"
+#include "world/fd.h"
 
 namespace tokenyard {
 namespace {
@@ -202,24 +204,27 @@ TEST(MemoryTransports, WithoutMemoryIsAUsageError) {
 
 // Nobody can shrink a peer's arena under it: that would be a SIGBUS there.
 TEST(MemoryTransports, SharedFilesAreSealed) {
-  run_ranks(2, [](World& world) {
+  int tried = 0;
+  run_ranks(2, [&](World& world) {
     const Memory memory = create(world, 8192, Transport::shm);
     if (world.rank() == 0) {
-      // The descriptors are closed; a mapping's file can still be opened through /proc.
+      // The descriptors are closed, but root can open a mapping's file through /proc.
       std::ifstream maps("/proc/self/maps");
-      int tried = 0;
       for (std::string line; std::getline(maps, line);) {
         if (line.find("memfd:tokenyard") == std::string::npos) continue;
         const std::string path = "/proc/self/map_files/" + line.substr(0, line.find(' '));
+        const world_internal::Fd file(open(path.c_str(), O_RDWR | O_CLOEXEC));
+        if (!file) continue;
         ++tried;
-        EXPECT_NE(truncate(path.c_str(), 0), 0) << path;
+        EXPECT_NE(ftruncate(file.get(), 0), 0);
+        EXPECT_NE(ftruncate(file.get(), 1 << 20), 0);
       }
-      EXPECT_GE(tried, 2);
     }
     world.barrier();
     EXPECT_EQ(memory->view(1)[8191], std::byte{0});
     world.barrier();
   });
+  if (tried == 0) GTEST_SKIP() << "only root may open the files of mappings";
 }
 
 }  // namespace

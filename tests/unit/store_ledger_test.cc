@@ -16,17 +16,24 @@ using Time = Deadline::Clock::time_point;
 struct Book {
   std::map<std::pair<int, GatherKey>, Ledger::Outcome> outcomes;
   int deliveries = 0;
+  std::vector<int> announced;  // as lost
   Ledger ledger;
 
-  explicit Book(int size) : ledger(size, [this](int rank, GatherKey key, const Ledger::Outcome& outcome) {
-    ++deliveries;
-    EXPECT_TRUE(outcomes.emplace(std::pair(rank, key), outcome).second) << "rank " << rank << " was answered twice";
-  }) {}
+  explicit Book(int size)
+      : ledger(
+            size,
+            [this](int rank, GatherKey key, const Ledger::Outcome& outcome) {
+              ++deliveries;
+              EXPECT_TRUE(outcomes.emplace(std::pair(rank, key), outcome).second) << "rank " << rank << " was answered twice";
+            },
+            [this](int rank) { announced.push_back(rank); }) {}
 
   std::optional<std::string> arrive(int rank, const Call& call, int timeout_ms = 60'000) {
     return ledger.arrive(rank, call, part_of(rank), Deadline::after_ms(timeout_ms));
   }
-  static SharedPart part_of(int rank) { return std::make_shared<const Part>(Part{.bytes = {static_cast<std::byte>(rank)}, .object = nullptr}); }
+  static SharedPart part_of(int rank) {
+    return std::make_shared<const Part>(Part{.bytes = {static_cast<std::byte>(rank)}, .object = nullptr});
+  }
   const Ledger::Outcome& outcome(int rank, const Call& call) { return outcomes.at({rank, call.key}); }
   bool answered(int rank, const Call& call) const { return outcomes.contains({rank, call.key}); }
 };
@@ -110,6 +117,7 @@ TEST(StoreLedger, ALostRankFailsPendingAndLaterGathersThatIncludeIt) {
   EXPECT_TRUE(book.ledger.lose(3, "was killed"));
   EXPECT_FALSE(book.ledger.lose(3, "again"));
   EXPECT_TRUE(book.ledger.lost(3));
+  EXPECT_EQ(book.announced, std::vector<int>{3});
   ASSERT_TRUE(book.answered(0, all));
   EXPECT_EQ(book.outcome(0, all).error().kind, FailureKind::peer_lost);
   EXPECT_EQ(book.outcome(0, all).error().peer, 3);
@@ -129,6 +137,7 @@ TEST(StoreLedger, AClosedRankIsNamedButNotLost) {
   EXPECT_TRUE(book.ledger.close(1));
   EXPECT_FALSE(book.ledger.lose(1, "ended with exit code 0")) << "it had gone in order";
   EXPECT_FALSE(book.ledger.lost(1));
+  EXPECT_TRUE(book.announced.empty());
   const Call call = gather_of({0, 1, 2});
   EXPECT_FALSE(book.arrive(2, call));
   EXPECT_EQ(book.outcome(2, call).error().kind, FailureKind::peer_lost);
@@ -143,6 +152,55 @@ TEST(StoreLedger, AllThatAreGoneAreNamed) {
   EXPECT_FALSE(book.arrive(3, call));
   EXPECT_EQ(book.outcome(3, call).error().peer, 1);
   EXPECT_EQ(book.outcome(3, call).error().detail, "rank 1 was killed; rank 2 has closed its world");
+}
+
+Call meeting_of(std::vector<int> members) {
+  return {.key = {kRootGeneration, kRecoverSequence}, .phase = Phase::recover, .members = std::move(members)};
+}
+
+TEST(StoreLedger, SurvivorsMeetWithoutThoseThatAreGone) {
+  Book book(5);
+  const Call call = meeting_of({4, 3, 2, 1});
+  book.ledger.lose(2, "was killed before");
+  EXPECT_FALSE(book.arrive(1, call));
+  EXPECT_FALSE(book.arrive(4, call));
+  EXPECT_EQ(book.deliveries, 0);
+  book.ledger.lose(3, "was killed while they met");
+  for (const int rank : {4, 1}) {
+    const auto& outcome = book.outcome(rank, call);
+    ASSERT_TRUE(outcome.has_value());
+    ASSERT_EQ(outcome->parts.size(), 2U);
+    EXPECT_EQ(outcome->parts[0]->bytes[0], std::byte{4});
+    EXPECT_EQ(outcome->parts[1]->bytes[0], std::byte{1});
+  }
+  EXPECT_EQ(book.ledger.open_gathers(), 0U);
+}
+
+TEST(StoreLedger, WhoDoesNotComeToTheMeetingIsLost) {
+  Book book(3);
+  const Call call = meeting_of({0, 1, 2});
+  EXPECT_FALSE(book.arrive(2, call));
+  EXPECT_FALSE(book.arrive(0, call));
+  book.ledger.expire(long_from_now());
+  EXPECT_EQ(book.announced, std::vector<int>{1});
+  EXPECT_TRUE(book.ledger.lost(1));
+  EXPECT_EQ(book.outcome(0, call)->parts.size(), 2U);
+  EXPECT_FALSE(book.arrive(1, call));
+  EXPECT_EQ(book.outcome(1, call).error().detail, "rank 1 did not come when the survivors met");
+  EXPECT_EQ(book.ledger.open_gathers(), 0U);
+}
+
+// A rank that gives up while another thread of it waits for the others must not wait for ever.
+TEST(StoreLedger, WhoLeavesTheMeetingIsToldSo) {
+  Book book(3);
+  const Call call = meeting_of({0, 1, 2});
+  EXPECT_FALSE(book.arrive(1, call));
+  book.ledger.lose(1, "left its world");
+  EXPECT_FALSE(book.arrive(0, call));
+  EXPECT_FALSE(book.arrive(2, call));
+  EXPECT_EQ(book.outcome(1, call).error().kind, FailureKind::peer_lost);
+  EXPECT_EQ(book.outcome(0, call)->parts.size(), 2U);
+  EXPECT_EQ(book.deliveries, 3);
 }
 
 TEST(StoreLedger, DifferentCallsAreAMismatchThatNamesBoth) {
@@ -215,6 +273,7 @@ TEST(StoreLedger, RandomHistoriesAnswerEveryArrivalOnce) {
       if (members.empty()) continue;
       for (const int rank : members) arrivals.emplace_back(rank, calls.size());
       calls.push_back(gather_of(members, sequence));
+      if (random() % 4 == 0) calls.back().phase = Phase::recover;
     }
     std::shuffle(arrivals.begin(), arrivals.end(), random);
     int made = 0;
@@ -230,7 +289,10 @@ TEST(StoreLedger, RandomHistoriesAnswerEveryArrivalOnce) {
     EXPECT_EQ(book.ledger.open_gathers(), 0U);
     EXPECT_FALSE(book.ledger.next_deadline());
     for (const Call& call : calls) {
-      for (const int rank : call.members) EXPECT_EQ(book.outcome(rank, call).has_value(), book.outcome(call.members[0], call).has_value());
+      if (call.phase == Phase::recover) continue;  // those that are gone have an error, the others each other
+      for (const int rank : call.members) {
+        EXPECT_EQ(book.outcome(rank, call).has_value(), book.outcome(call.members[0], call).has_value());
+      }
     }
   }
 }

@@ -14,7 +14,8 @@ using Time = ServerProtocol::Time;
 // A client in bytes: what it sends is fed to the server, what the server has for it is decoded.
 class Client {
  public:
-  Client(ServerProtocol& server, int id, Time now = Deadline::Clock::now()) : server_(server), id_(id), connection_(&server.open(id, "a test", now)) {}
+  Client(ServerProtocol& server, int id, Time now = Deadline::Clock::now())
+      : server_(server), id_(id), connection_(&server.open(id, "a test", now)) {}
 
   void say(const Message& message) { say_bytes(encode(sequence_++, message)); }
   void say_bytes(const Bytes& bytes) { server_.receive(id_, bytes); }
@@ -179,11 +180,11 @@ TEST_F(StoreServer, ARankOutOfSequenceIsLost) {
   EXPECT_NE(client.only<Reject>().reason.find("message number 2, expected 1"), std::string::npos);
   const std::vector<Message> heard = ranks_[0].heard();
   ASSERT_EQ(heard.size(), 2U);
-  const Failure& failure = std::get<GatherFailed>(heard[0]).failure;
+  const Failure& failure = std::get<GatherFailed>(heard[1]).failure;
   EXPECT_EQ(failure.kind, FailureKind::peer_lost);
   EXPECT_EQ(failure.peer, 2);
   EXPECT_NE(failure.detail.find("message number 2, expected 1"), std::string::npos) << failure.detail;
-  EXPECT_EQ(std::get<RankLost>(heard[1]).rank, 2);
+  EXPECT_EQ(std::get<RankLost>(heard[0]).rank, 2);
   EXPECT_EQ(ranks_[1].only<RankLost>().rank, 2);
   expect_undisturbed();
 }

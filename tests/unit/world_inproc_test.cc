@@ -2,9 +2,9 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <functional>
 #include <mutex>
-#include <cstring>
 #include <random>
 #include <set>
 #include <thread>
@@ -145,7 +145,9 @@ TEST(WorldInproc, ANegativeColorGivesNoWorld) {
   run_ranks(4, [](World& world) {
     const auto sub = world.split(world.rank() < 2 ? -1 : 0, 0);
     EXPECT_EQ(sub.has_value(), world.rank() >= 2);
-    if (sub) { EXPECT_EQ(sub->size(), 2); }
+    if (sub) {
+      EXPECT_EQ(sub->size(), 2);
+    }
     EXPECT_FALSE(world.split(-7, 0));
     world.barrier();
   });
@@ -225,8 +227,10 @@ TEST(WorldInproc, ALateRankLearnsThatItWasGivenUpAndTheNextCallWorks) {
 TEST(WorldInproc, DifferentCallsAreAMismatch) {
   run_ranks(2, [](World& world) {
     const Failure failure = failure_of([&] {
-      if (world.rank() == 0) world.barrier();
-      else static_cast<void>(world.split(0, 0));
+      if (world.rank() == 0)
+        world.barrier();
+      else
+        static_cast<void>(world.split(0, 0));
     });
     EXPECT_EQ(failure.kind, FailureKind::mismatch);
     EXPECT_NE(failure.detail.find("barrier"), std::string::npos) << failure.detail;
@@ -313,6 +317,43 @@ TEST(WorldInproc, WorldsWithoutTheLostRankCarryOn) {
       expect_gathers(*pair, 20);
     }
   });
+}
+
+TEST(WorldInproc, SurvivorsGoOnAsASmallerWorld) {
+  run_ranks(5, [](World& world) {
+    const auto sub = world.split(0, -world.rank());
+    if (world.rank() == 1) return world.leave();
+    if (world.rank() == 3) return;  // closes its world
+    // The survivors have made different numbers of calls.
+    for (int i = 0; i < world.rank(); ++i) EXPECT_EQ(failure_of([&] { world.barrier(); }).kind, FailureKind::peer_lost);
+    const Survivors left = world.survivors();
+    EXPECT_EQ(left.ranks, (std::vector<int>{0, 2, 4}));
+    EXPECT_EQ(left.ranks[left.world.rank()], world.rank());
+    EXPECT_NE(left.world.generation(), world.generation());
+    expect_gathers(left.world, 10);
+    // The same of a sub-world, in its own numbers: rank r of the world is 4 - r there.
+    const Survivors of_sub = sub->survivors();
+    EXPECT_EQ(of_sub.ranks, (std::vector<int>{0, 2, 4}));
+    EXPECT_EQ(of_sub.world.rank(), (4 - world.rank()) / 2);
+    expect_gathers(of_sub.world, 10);
+  });
+}
+
+TEST(WorldInproc, WhoComesTooLateIsNoSurvivor) {
+  run_ranks(
+      3,
+      [](World& world) {
+        if (world.rank() == 1) {
+          std::this_thread::sleep_for(std::chrono::milliseconds(600));
+          EXPECT_EQ(failure_of([&] { static_cast<void>(world.survivors()); }).kind, FailureKind::peer_lost);
+          return;
+        }
+        const Survivors left = world.survivors();
+        EXPECT_EQ(left.ranks, (std::vector<int>{0, 2}));
+        EXPECT_FALSE(world.alive(1));
+        expect_gathers(left.world, 5);
+      },
+      200);
 }
 
 TEST(WorldInproc, CopiesNameTheSameWorld) {
