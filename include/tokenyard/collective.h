@@ -34,7 +34,7 @@ class Collectives {
   // in [sum counts, ...] -> out [counts[rank], ...]: float32 sums in rank order, rounded once (float64 stays float64).
   virtual void reduce_scatter_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out) = 0;
   // send_counts[d] rows of in, ordered by d, go to rank d; out takes receive_counts[s] rows from each s, ordered by s. When this
-  // rank sends itself none but receives some, those rows of out are left as they are: the caller has put them there.
+  // rank's own two counts are 0 and not 0, its own rows are not copied: they stay where they are in in, or already are in out.
   virtual void all_to_all_v(const ConstTensorView& in, std::span<const std::int64_t> send_counts, const TensorView& out,
                             std::span<const std::int64_t> receive_counts) = 0;
 

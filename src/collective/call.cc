@@ -78,7 +78,7 @@ void Call::set_all_to_all(const ConstTensorView& in, std::span<const std::int64_
   check_rows("in", in, set_spans(send_, "send_counts", send_counts));
   check_rows("out", out, set_spans(receive_, "receive_counts", receive_counts));
   check_overlap(0, 0, false);
-  in_place_ = send_counts[rank_] == 0;
+  in_place_ = send_counts[rank_] == 0 || receive_counts[rank_] == 0;
 }
 
 void Call::set_views(Operation operation, const ConstTensorView& in, const TensorView& out) {
