@@ -43,10 +43,24 @@ TEST(FailureNames, EveryKindAndPhase) {
                                                        {FailureKind::aborted, "aborted"},   {FailureKind::mismatch, "mismatch"},
                                                        {FailureKind::overflow, "overflow"}, {FailureKind::system, "system"}};
   for (const auto& [kind, text] : kinds) EXPECT_EQ(text, name(kind));
-  const char* phases[] = {"none",    "rendezvous",      "split",           "gather",        "barrier",
-                          "memory",  "dispatch_credit", "dispatch_counts", "dispatch_rows", "combine_weights",
-                          "combine_credit", "combine_rows", "combine_read", "collective"};
-  for (std::size_t i = 0; i < std::size(phases); ++i) EXPECT_EQ(phases[i], name(static_cast<Phase>(i)));
+  const std::pair<Phase, const char*> phases[] = {
+      {Phase::none, "none"},
+      {Phase::rendezvous, "rendezvous"},
+      {Phase::split, "split"},
+      {Phase::gather, "gather"},
+      {Phase::barrier, "barrier"},
+      {Phase::recover, "recover"},
+      {Phase::memory, "memory"},
+      {Phase::dispatch_credit, "dispatch_credit"},
+      {Phase::dispatch_counts, "dispatch_counts"},
+      {Phase::dispatch_rows, "dispatch_rows"},
+      {Phase::combine_weights, "combine_weights"},
+      {Phase::combine_credit, "combine_credit"},
+      {Phase::combine_rows, "combine_rows"},
+      {Phase::combine_read, "combine_read"},
+      {Phase::collective, "collective"},
+  };
+  for (const auto& [phase, text] : phases) EXPECT_EQ(text, name(phase));
 }
 
 }  // namespace

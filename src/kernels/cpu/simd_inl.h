@@ -38,7 +38,9 @@ template <class D>
 HWY_INLINE hn::Vec<D> fused_multiply_add(D d, hn::Vec<D> a, hn::Vec<D> b, hn::Vec<D> c) {
   if constexpr (HWY_NATIVE_FMA) {
     return hn::MulAdd(a, b, c);
-  } else {  // Highway would round twice
+  } else if constexpr (hn::MaxLanes(D()) == 1) {  // from here on, Highway would round twice
+    return hn::Set(d, std::fma(hn::GetLane(a), hn::GetLane(b), hn::GetLane(c)));
+  } else {
     HWY_ALIGN hn::TFromD<D> x[hn::MaxLanes(d)], y[hn::MaxLanes(d)], z[hn::MaxLanes(d)];
     hn::Store(a, d, x);
     hn::Store(b, d, y);

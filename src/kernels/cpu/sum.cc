@@ -47,10 +47,11 @@ struct Block {
   template <bool kFull>
   static HWY_INLINE Block load_part(const void* row, std::int64_t begin, std::int64_t count) {
     const auto* from = static_cast<const Element<kDtype>*>(row) + begin;
-    if constexpr (kFull) return load_all(from);
-    HWY_ALIGN Element<kDtype> padded[kElements] = {};
-    std::memcpy(padded, from, static_cast<std::size_t>(count) * sizeof(padded[0]));
-    return load_all(padded);
+    if constexpr (kFull) {
+      return load_all(from);
+    } else {
+      return load_padded(from, count);
+    }
   }
 
   HWY_INLINE void add(const Block& x) {
@@ -100,6 +101,11 @@ struct Block {
   using U = hn::RebindToUnsigned<D>;
   static constexpr std::uint32_t kUpperHalf = 0xffff0000;
 
+  static HWY_NOINLINE Block load_padded(const Element<kDtype>* from, std::int64_t count) {
+    HWY_ALIGN Element<kDtype> padded[kElements] = {};
+    std::memcpy(padded, from, static_cast<std::size_t>(count) * sizeof(padded[0]));
+    return load_all(padded);
+  }
   template <bool kStream, class Raw>
   static HWY_INLINE void put(Raw raw, hn::Vec<Raw> value, hn::TFromD<Raw>* to) {
     if constexpr (kStream) {
@@ -167,7 +173,7 @@ void for_each_part(const Kernel& kernel, std::int64_t elements, std::int64_t lea
   if (i < elements) short_part(kernel, i, elements - i);
 }
 
-template <Dtype kDtype, bool kWeighted>
+template <Dtype kDtype>
 struct FoldKernel {
   const FoldArgs& args;
 
@@ -176,7 +182,7 @@ struct FoldKernel {
     auto sum = Block<kDtype>::zero();
     for (int r = 0; r < args.count; ++r) {
       const auto row = Block<kDtype>::template load_part<kFull>(args.rows[r], begin, count);
-      if constexpr (kWeighted) {
+      if (args.weights) {
         sum.add_product(hn::Set(sum.d, args.weights[r]), row);
       } else {
         sum.add(row);
@@ -187,35 +193,37 @@ struct FoldKernel {
 };
 
 void fold(const FoldArgs& args) {
-  visit_summable(args.dtype, [&](auto dtype) {
-    if (args.weights) {
-      for_each_part<dtype.value>(FoldKernel<dtype.value, true>{args}, args.elements);
-    } else {
-      for_each_part<dtype.value>(FoldKernel<dtype.value, false>{args}, args.elements);
-    }
-  });
+  visit_summable(args.dtype, [&](auto dtype) { for_each_part<dtype.value>(FoldKernel<dtype.value>{args}, args.elements); });
 }
 
 template <Dtype kDtype, Dtype kOut>
 struct ReduceKernel {
+  using Terms = Block<kDtype>;
   const ReduceArgs& args;
   bool stream;
 
   template <bool kFull>
   HWY_INLINE void part(std::int64_t begin, std::int64_t count) const {
-    using Terms = Block<kDtype>;
     auto sum = args.bias0 ? Terms::template load_part<kFull>(args.bias0, begin, count) : Terms::zero();
     sum.add(args.bias1 ? Terms::template load_part<kFull>(args.bias1, begin, count) : Terms::zero());
-    if (!args.group_ends) {
+    if (args.group_ends) {
+      sum = with_groups<kFull>(sum, begin, count);
+    } else {
       for (int p = 0; p < args.count; ++p) sum.add(Terms::template load_part<kFull>(args.partials[p], begin, count));
     }
-    for (int g = 0, p = 0; args.group_ends && g < args.num_groups; ++g) {
+    store_part<kOut, kFull>(sum, args.out, begin, count, stream);
+  }
+
+  // Not inlined: the registers are for the flat sum.
+  template <bool kFull>
+  HWY_NOINLINE Terms with_groups(Terms sum, std::int64_t begin, std::int64_t count) const {
+    for (int g = 0, p = 0; g < args.num_groups; ++g) {
       auto group = Terms::zero();
       for (; p < args.group_ends[g]; ++p) group.add(Terms::template load_part<kFull>(args.partials[p], begin, count));
       group.round();
       sum.add(group);
     }
-    store_part<kOut, kFull>(sum, args.out, begin, count, stream);
+    return sum;
   }
 };
 
