@@ -196,34 +196,28 @@ void fold(const FoldArgs& args) {
   visit_summable(args.dtype, [&](auto dtype) { for_each_part<dtype.value>(FoldKernel<dtype.value>{args}, args.elements); });
 }
 
-template <Dtype kDtype, Dtype kOut>
+// kGrouped at compile time: with both loops in one function the sums leave the registers.
+template <Dtype kDtype, Dtype kOut, bool kGrouped>
 struct ReduceKernel {
-  using Terms = Block<kDtype>;
   const ReduceArgs& args;
   bool stream;
 
   template <bool kFull>
   HWY_INLINE void part(std::int64_t begin, std::int64_t count) const {
+    using Terms = Block<kDtype>;
     auto sum = args.bias0 ? Terms::template load_part<kFull>(args.bias0, begin, count) : Terms::zero();
     sum.add(args.bias1 ? Terms::template load_part<kFull>(args.bias1, begin, count) : Terms::zero());
-    if (args.group_ends) {
-      sum = with_groups<kFull>(sum, begin, count);
+    if constexpr (kGrouped) {
+      for (int g = 0, p = 0; g < args.num_groups; ++g) {
+        auto group = Terms::zero();
+        for (; p < args.group_ends[g]; ++p) group.add(Terms::template load_part<kFull>(args.partials[p], begin, count));
+        group.round();
+        sum.add(group);
+      }
     } else {
       for (int p = 0; p < args.count; ++p) sum.add(Terms::template load_part<kFull>(args.partials[p], begin, count));
     }
     store_part<kOut, kFull>(sum, args.out, begin, count, stream);
-  }
-
-  // Not inlined: the registers are for the flat sum.
-  template <bool kFull>
-  HWY_NOINLINE Terms with_groups(Terms sum, std::int64_t begin, std::int64_t count) const {
-    for (int g = 0, p = 0; g < args.num_groups; ++g) {
-      auto group = Terms::zero();
-      for (; p < args.group_ends[g]; ++p) group.add(Terms::template load_part<kFull>(args.partials[p], begin, count));
-      group.round();
-      sum.add(group);
-    }
-    return sum;
   }
 };
 
@@ -235,7 +229,11 @@ void reduce_row(const ReduceArgs& args) {
   const auto to_line = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(args.out) % kLine);
   const bool stream = args.stream && to_line % kSize == 0;
   const std::int64_t lead = stream ? std::min(to_line / kSize % Block<kDtype>::kElements, args.elements) : 0;
-  for_each_part<kDtype>(ReduceKernel<kDtype, kOut>{args, stream}, args.elements, lead);
+  if (args.group_ends) {
+    for_each_part<kDtype>(ReduceKernel<kDtype, kOut, true>{args, stream}, args.elements, lead);
+  } else {
+    for_each_part<kDtype>(ReduceKernel<kDtype, kOut, false>{args, stream}, args.elements, lead);
+  }
 }
 
 // float64 to float64, or neither side.
