@@ -226,6 +226,10 @@ Result Engine::guarded(const protocol::CallHeader& header, Steps&& steps) {
   } catch (const std::exception& error) {  // out of memory, or a broken invariant: the peers must learn of it too
     failure = {.kind = FailureKind::system, .phase = Phase::none, .detail = error.what()};
   }
+  fail(header, std::move(failure));
+}
+
+void Engine::fail(const protocol::CallHeader& header, Failure failure) {
   failure.rank = world_.rank();
   failure.epoch = header.call;
   if (failure.peer < 0) failure.peer = world_.rank();
@@ -311,10 +315,11 @@ TensorView Engine::expert_rows(const Handle& handle, Dtype dtype, std::int64_t h
   }
   check();
   wait_idle();
-  std::byte* const memory = value_or_throw(transport_->expert_rows());
+  auto memory = transport_->expert_rows();
+  if (!memory) fail({.call = last_call_}, std::move(memory.error()));
   const std::vector<std::int64_t>& shape = state.metadata.rows_shape;
-  if (shape.size() == 2) return {memory, dtype, {shape[0], shape[1], hidden_size}};
-  return {memory, dtype, {shape[0], hidden_size}};
+  if (shape.size() == 2) return {*memory, dtype, {shape[0], shape[1], hidden_size}};
+  return {*memory, dtype, {shape[0], hidden_size}};
 }
 
 void Engine::check() const {

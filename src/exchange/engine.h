@@ -126,9 +126,11 @@ class Engine {
   CombineJob make_combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options, std::uint64_t call);
   Received execute(DispatchJob& job);
   Combined execute(CombineJob& job);
-  // Runs the steps of a call; a failure becomes sticky (unless the call was aborted) and is thrown.
+  // Runs the steps of a call.
   template <class Result, class Steps>
   Result guarded(const protocol::CallHeader& header, Steps&& steps);
+  // Ends a call: its failure is told to the peers, becomes sticky (unless the call was aborted) and is thrown.
+  [[noreturn]] void fail(const protocol::CallHeader& header, Failure failure);
 
   Expected<Received> dispatch_steps(DispatchJob& job);
   Expected<std::shared_ptr<HandleState>> plan_dispatch(const DispatchJob& job);
