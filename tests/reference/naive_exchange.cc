@@ -128,8 +128,10 @@ void lay_out_experts(Output& out, const std::vector<Input>& inputs, const Dispat
       for (Term& term : out.terms) {
         if (term.local != local || term.source != source) continue;
         if (limited && count == width) {
-          if (spec.drop) ++out.dropped[local];
-          else out.overflow = true;
+          if (spec.drop)
+            ++out.dropped[local];
+          else
+            out.overflow = true;
           continue;
         }
         term.slot = group + count++;
@@ -196,8 +198,10 @@ class Summation {
     for (int group : groups) {
       Row<Real> group_sum(spec_.hidden_size, Real(0));
       for (const Contribution& c : contributions) {
-        if (group == -1) sum = plus(std::move(sum), partial(c));
-        else if (spec_.groups[c.rank] == group) group_sum = plus(std::move(group_sum), partial(c));
+        if (group == -1)
+          sum = plus(std::move(sum), partial(c));
+        else if (spec_.groups[c.rank] == group)
+          group_sum = plus(std::move(group_sum), partial(c));
       }
       if (group != -1) sum = plus(std::move(sum), rounded(std::move(group_sum)));
     }
@@ -316,8 +320,9 @@ std::vector<CombineGradient> backward_in(const Dispatched& dispatched, const std
         const Real g = static_cast<Real>(read(spec.dtype, grad, h));
         write(spec.dtype, row, h, w ? *w * g : g);
       }
-      if (w) gradients[term.source].weights[term.token * top_k + term.k] +=
-          dot(grad, &inputs[r].y[term.slot * row_bytes], spec.dtype, spec.hidden_size);
+      if (w)
+        gradients[term.source].weights[term.token * top_k + term.k] +=
+            dot(grad, &inputs[r].y[term.slot * row_bytes], spec.dtype, spec.hidden_size);
     }
   }
   return gradients;
@@ -354,8 +359,10 @@ std::vector<Output> dispatch(const Placement& placement, const std::vector<Input
     }
     out.token_rows = static_cast<std::int64_t>(tokens.size());
     out.overflow = out.token_rows > spec.receive_rows;
-    if (expert_layout(spec.layout)) lay_out_experts(out, inputs, spec);
-    else lay_out_tokens(out, inputs, spec);
+    if (expert_layout(spec.layout))
+      lay_out_experts(out, inputs, spec);
+    else
+      lay_out_tokens(out, inputs, spec);
   }
   return outputs;
 }

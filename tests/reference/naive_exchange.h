@@ -34,7 +34,7 @@ struct DispatchSpec {
   int top_k = 1;
   std::int64_t row_bytes = 16;
   std::int64_t scale_bytes = 0;
-  std::int64_t max_tokens = 0;       // M
+  std::int64_t max_tokens = 0;  // M
   std::int64_t receive_rows = 0;
   std::int64_t expert_capacity = 0;  // C; 0: receive_rows in expert_padded, no limit in expert_major
   bool drop = false;
@@ -65,7 +65,7 @@ struct Output {
   std::vector<std::uint8_t> present;
   std::vector<std::int64_t> dropped;
   std::vector<Term> terms;
-  bool overflow = false;           // rows exceed receive_rows, or an expert its capacity without drop
+  bool overflow = false;  // rows exceed receive_rows, or an expert its capacity without drop
 };
 // inputs: one per rank. Every layout's outputs, also where a rank overflows (then as if nothing did).
 std::vector<Output> dispatch(const Placement& placement, const std::vector<Input>& inputs, const DispatchSpec& spec);
@@ -77,7 +77,7 @@ struct CombineSpec {
   Weighting weighting = Weighting::none;
   Order order = Order::rank_ascending;
   bool fold = true;
-  bool row_weights = false;  // every rank gives them, so combined_weights come back
+  bool row_weights = false;      // every rank gives them, so combined_weights come back
   std::vector<int> groups = {};  // of each rank; empty: one
 };
 // What one rank gives to combine. y [slots, hidden_size] in the layout of the dispatch.

@@ -18,11 +18,16 @@ struct Format {
 
 Format format_of(Dtype dtype) {
   switch (dtype) {
-    case Dtype::float32: return {24, -149, std::ldexp(16777215.0, 104)};
-    case Dtype::bfloat16: return {8, -133, std::ldexp(255.0, 120)};
-    case Dtype::float16: return {11, -24, 65504.0};
-    case Dtype::float8_e4m3: return {4, -9, 448.0};
-    default: throw std::logic_error("not a rounded format");
+    case Dtype::float32:
+      return {24, -149, std::ldexp(16777215.0, 104)};
+    case Dtype::bfloat16:
+      return {8, -133, std::ldexp(255.0, 120)};
+    case Dtype::float16:
+      return {11, -24, 65504.0};
+    case Dtype::float8_e4m3:
+      return {4, -9, 448.0};
+    default:
+      throw std::logic_error("not a rounded format");
   }
 }
 
@@ -85,10 +90,17 @@ float dot_in(const std::uint8_t* a, const std::uint8_t* b, Dtype dtype, std::int
 
 int bytes_of(Dtype dtype) {
   switch (dtype) {
-    case Dtype::float64: case Dtype::int64: return 8;
-    case Dtype::float32: case Dtype::int32: return 4;
-    case Dtype::bfloat16: case Dtype::float16: return 2;
-    default: return 1;
+    case Dtype::float64:
+    case Dtype::int64:
+      return 8;
+    case Dtype::float32:
+    case Dtype::int32:
+      return 4;
+    case Dtype::bfloat16:
+    case Dtype::float16:
+      return 2;
+    default:
+      return 1;
   }
 }
 
@@ -105,11 +117,16 @@ double round_to(Dtype dtype, double value) {
 
 double read(Dtype dtype, const std::uint8_t* elements, std::int64_t index) {
   switch (dtype) {
-    case Dtype::float64: return load<double>(elements, index);
-    case Dtype::float32: return load<float>(elements, index);
-    case Dtype::bfloat16: return decode(dtype, load<std::uint16_t>(elements, index), 8);
-    case Dtype::float16: return decode(dtype, load<std::uint16_t>(elements, index), 5);
-    default: throw std::logic_error("not a summable type");
+    case Dtype::float64:
+      return load<double>(elements, index);
+    case Dtype::float32:
+      return load<float>(elements, index);
+    case Dtype::bfloat16:
+      return decode(dtype, load<std::uint16_t>(elements, index), 8);
+    case Dtype::float16:
+      return decode(dtype, load<std::uint16_t>(elements, index), 5);
+    default:
+      throw std::logic_error("not a summable type");
   }
 }
 
@@ -118,10 +135,14 @@ void write(Dtype dtype, std::uint8_t* elements, std::int64_t index, double value
   if (dtype == Dtype::float32) return store(elements, index, static_cast<float>(value));
   const double rounded = round_to(dtype, value);
   switch (dtype) {
-    case Dtype::bfloat16: return store(elements, index, static_cast<std::uint16_t>(encode(dtype, rounded, 8)));
-    case Dtype::float16: return store(elements, index, static_cast<std::uint16_t>(encode(dtype, rounded, 5)));
-    case Dtype::float8_e4m3: return store(elements, index, static_cast<std::uint8_t>(encode(dtype, rounded, 4)));
-    default: throw std::logic_error("not a floating type");
+    case Dtype::bfloat16:
+      return store(elements, index, static_cast<std::uint16_t>(encode(dtype, rounded, 8)));
+    case Dtype::float16:
+      return store(elements, index, static_cast<std::uint16_t>(encode(dtype, rounded, 5)));
+    case Dtype::float8_e4m3:
+      return store(elements, index, static_cast<std::uint8_t>(encode(dtype, rounded, 4)));
+    default:
+      throw std::logic_error("not a floating type");
   }
 }
 

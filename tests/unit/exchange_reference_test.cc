@@ -14,8 +14,10 @@ namespace {
 using naive::Bytes;
 
 void expect_same_float(float a, double b, unsigned bits) {
-  if (std::isnan(a)) EXPECT_TRUE(std::isnan(b)) << "bits " << bits;
-  else EXPECT_TRUE(static_cast<double>(a) == b && std::signbit(a) == std::signbit(b)) << "bits " << bits << ": " << a << " against " << b;
+  if (std::isnan(a))
+    EXPECT_TRUE(std::isnan(b)) << "bits " << bits;
+  else
+    EXPECT_TRUE(static_cast<double>(a) == b && std::signbit(a) == std::signbit(b)) << "bits " << bits << ": " << a << " against " << b;
 }
 
 TEST(NaiveNumbers, ReadsEveryHalfAndBfloatLikeTheLibrary) {

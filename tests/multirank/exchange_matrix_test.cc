@@ -1,0 +1,64 @@
+// The exchange against the reference, bit for bit: pairwise over every factor, and seeded random cases.
+// TOKENYARD_SEED=n replays random case n.
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <map>
+#include <sstream>
+
+#include "multirank/exchange_processes.h"
+#include "multirank/exchange_run.h"
+
+namespace tokenyard::exchange_test {
+namespace {
+
+constexpr std::uint64_t kPairwiseSeed = 1;
+constexpr std::uint64_t kRandomSeed = 10'000;
+constexpr int kRandomCases = 60;
+
+std::vector<Case> random_cases() {
+  std::vector<Case> cases;
+  if (const char* seed = std::getenv("TOKENYARD_SEED")) return {random_case(std::strtoull(seed, nullptr, 10))};
+  for (int i = 0; i < kRandomCases; ++i) cases.push_back(random_case(kRandomSeed + static_cast<std::uint64_t>(i)));
+  return cases;
+}
+
+std::vector<Case> cases_of(const std::string& set) { return set == "pairwise" ? pairwise_cases(kPairwiseSeed) : random_cases(); }
+
+// argument: the set, then the indices of cases.
+void replay(World& world, const std::string& argument) {
+  std::istringstream words(argument);
+  std::string set;
+  words >> set;
+  const std::vector<Case> cases = cases_of(set);
+  for (std::size_t index = 0; words >> index;) {
+    const CaseData data = make_case_data(cases.at(index));
+    run_rank(data, world);
+  }
+}
+const RegisterBody kReplay("replay", replay);
+
+// In-process cases as threads, the others in processes: one launch for each number of ranks.
+void run_set(const std::string& set) {
+  std::map<int, std::string> indices_by_ranks;
+  const std::vector<Case> cases = cases_of(set);
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    if (cases[i].is(kMemory))
+      indices_by_ranks[static_cast<int>(cases[i].number(kRanks))] += " " + std::to_string(i);
+    else
+      run_threads(cases[i]);
+  }
+  for (const auto& [ranks, indices] : indices_by_ranks) {
+    for (const RankExit& exit : run_processes({.body = "replay", .argument = set + indices, .ranks = ranks})) {
+      EXPECT_EQ(exit.exit_code, 0) << "rank process " << exit.rank << " of " << ranks << ", " << set << " cases" << indices;
+    }
+  }
+}
+
+TEST(ExchangeMatrix, EveryPairOfFactors) { run_set("pairwise"); }
+
+TEST(ExchangeMatrix, RandomCases) { run_set("random"); }
+
+}  // namespace
+}  // namespace tokenyard::exchange_test
