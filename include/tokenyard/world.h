@@ -38,7 +38,8 @@ struct Survivors;
 class World {
  public:
   // RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and TOKENYARD_PORT (default MASTER_PORT + 1), TOKENYARD_TOKEN,
-  // TOKENYARD_TIMEOUT_MS, TOKENYARD_STORE (1: a launcher holds the store). Without RANK: a world of one rank.
+  // TOKENYARD_TIMEOUT_MS, TOKENYARD_STORE (1: a launcher holds the store). Under mpirun its OMPI_COMM_WORLD_RANK, _SIZE and
+  // _LOCAL_RANK stand in for the first three. Without any rank: a world of one.
   static World from_env();
   static World connect(const WorldOptions& options);
   // `size` ranks of this process, one per thread; element r belongs to rank r.

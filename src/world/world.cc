@@ -41,6 +41,13 @@ void check_size(int size) {
   }
 }
 
+// What torchrun and our launcher set, or else mpirun.
+std::optional<int> launched_int(const char* name, const char* mpi_name, int low) {
+  constexpr int kHigh = world_internal::kMaxWorldSize;
+  const auto value = env_int(name, low, kHigh);
+  return value ? value : env_int(mpi_name, low, kHigh);
+}
+
 std::vector<int> count_up(int size) {
   std::vector<int> numbers(size);
   for (int i = 0; i < size; ++i) numbers[i] = i;
@@ -128,13 +135,13 @@ World World::connect(const WorldOptions& options) {
 World World::from_env() {
   WorldOptions options;
   options.timeout_ms = env_int("TOKENYARD_TIMEOUT_MS", 1, 1'000'000'000).value_or(options.timeout_ms);
-  const auto rank = env_int("RANK", 0, world_internal::kMaxWorldSize - 1);
+  const auto rank = launched_int("RANK", "OMPI_COMM_WORLD_RANK", 0);
   if (!rank) return in_process(1, options.timeout_ms).front();
-  const auto size = env_int("WORLD_SIZE", 1, world_internal::kMaxWorldSize);
+  const auto size = launched_int("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", 1);
   if (!size) usage_error("RANK={} is set but WORLD_SIZE is not; set both, or neither for a world of one rank", *rank);
   options.rank = *rank;
   options.size = *size;
-  options.local_rank = env_int("LOCAL_RANK", 0, world_internal::kMaxWorldSize - 1).value_or(0);
+  options.local_rank = launched_int("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", 0).value_or(0);
   options.address = env("MASTER_ADDR").value_or(options.address);
   options.token = env("TOKENYARD_TOKEN").value_or("");
   options.store_elsewhere = env_int("TOKENYARD_STORE", 0, 1).value_or(0) == 1;
