@@ -235,9 +235,17 @@ def readme_shows_the_example(repository):
         yield "README.md:1: its C++ example is not examples/01_hello_exchange/main.cc, letter for letter"
 
 
+def errors_are_documented(repository):
+    header, page = repository.files.get("include/tokenyard/error.h", ""), repository.files.get("docs/errors.md", "")
+    for body in re.findall(r"enum class (?:FailureKind|Phase)[^{]*\{(.*?)\};", header, re.DOTALL):
+        for name in re.findall(r"^\s*(\w+),", body, re.MULTILINE):
+            if name != "none" and f"`{name}`" not in page:
+                yield f"docs/errors.md:1: says nothing about `{name}` of include/tokenyard/error.h"
+
+
 RULES = [
     file_sizes, function_sizes, parameters, macros, dependency_direction, public_headers_are_light, names_are_snake_case, pragma_once,
-    conditions, forbidden_words, layout, listed_in_cmake, readme_shows_the_example,
+    conditions, forbidden_words, layout, listed_in_cmake, readme_shows_the_example, errors_are_documented,
 ]
 
 

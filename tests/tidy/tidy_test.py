@@ -114,6 +114,11 @@ class RulesCanFail(unittest.TestCase):
         example = {"examples/01_hello_exchange/main.cc": "int main() {}\n"}
         self.breaks(tidy.readme_shows_the_example, {**example, "README.md": README.replace("main", "f")}, example)
 
+    def test_rule_errors_are_documented(self):
+        header = {"include/tokenyard/error.h": "enum class Phase : std::uint8_t {\n  none,\n  split,  // a\n  gather,\n};\n"}
+        self.breaks(tidy.errors_are_documented, {**header, "docs/errors.md": "`split`"})
+        self.keeps(tidy.errors_are_documented, {**header, "docs/errors.md": "`split`, `gather`"})
+
 
 class Scanner(unittest.TestCase):
     def test_names_lines_and_parameters(self):
