@@ -32,22 +32,10 @@ struct Side {
   DispatchOptions dispatch_options;
 };
 
-// MPI offers collectives only: no fixed slots, so in latency mode the baseline runs the same rows as token_major with exact counts.
-DispatchOptions baseline_dispatch(const Settings& settings) {
-  DispatchOptions options = dispatch_options(settings);
-  if (parse_mode(settings.mode) == Mode::latency) {
-    options.layout = options.layout == Layout::rank_slots ? Layout::token_major : options.layout;
-    options.sizing = Sizing::exact;
-    options.mode = Mode::throughput;
-  }
-  return options;
-}
-
 ExchangeOptions baseline_options(const Settings& settings, const Placement& placement) {
   ExchangeOptions options = exchange_options(settings, placement);
   options.transport = Transport::mpi;
-  options.mode = Mode::throughput;
-  options.expert_rows = false;
+  options.expert_rows = false;  // MPI sends from any memory
   return options;
 }
 
@@ -68,7 +56,7 @@ class BenchRank {
         pool_(settings.threads),
         direct_(world, exchange_options(settings, placement_), placement_, dispatch_options(settings)),
         layout_(parse_layout(settings.layout)) {
-    if (with_baseline) baseline_.emplace(world, baseline_options(settings, placement_), placement_, baseline_dispatch(settings));
+    if (with_baseline) baseline_.emplace(world, baseline_options(settings, placement_), placement_, dispatch_options(settings));
     for (int set = 0; set < kInputSets; ++set) batches_.push_back(make_batch(workload_of(settings, set), world.rank()));
     combine_options_.weighting = weighting_of(layout_);
     out_.resize(static_cast<std::size_t>(settings.tokens * combine_row_bytes()));

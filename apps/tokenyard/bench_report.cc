@@ -108,11 +108,8 @@ json bench_report(const Settings& settings, Runner runner, const std::string& no
   for (const Figure& figure : figures_of(measured["samples"].contains("combine"))) figures[figure.name] = figure_of(figure, measured);
   json baseline = {{"measured", no_baseline.empty()}};
   if (no_baseline.empty()) {
-    const bool latency = parse_mode(settings.mode) == Mode::latency;
-    baseline["what"] = "Exchange with Transport::mpi: pack, counts, MPI all-to-all-v, unpack, deduplicated";
-    baseline["mode"] = "throughput";
-    baseline["layout"] = latency && settings.layout == "rank_slots" ? "token_major" : settings.layout;
-    baseline["sizing"] = latency ? "exact" : settings.sizing;
+    baseline["what"] =
+        "the same exchange with Transport::mpi: rows packed per destination, deduplicated, counts, MPI all-to-all-v, unpacked";
   } else {
     baseline["why_not"] = no_baseline;
   }

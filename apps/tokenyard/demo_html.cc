@@ -25,9 +25,9 @@ constexpr const char* kHead = R"html(<!doctype html>
 <title>Tokenyard demo</title>
 <style>
 :root{--page:#f4f6f9;--card:#fff;--ink:#1b2330;--soft:#5a6676;--line:#dfe4eb;--heat:#2563d9;--good:#12805c;--bad:#c0342b;
---embed:#8f9bab;--route:#b4489b;--dispatch:#2f6fde;--experts:#e0832b;--combine:#1f9d76}
+--on:#fff;--embed:#7d8a9c;--route:#a83f90;--dispatch:#2f6fde;--experts:#c96a14;--combine:#178a66}
 @media(prefers-color-scheme:dark){:root{--page:#0c1016;--card:#141a23;--ink:#e7ecf3;--soft:#98a5b6;--line:#293342;--heat:#6aa2ff;
---good:#4fd0a5;--bad:#ff8a80;--embed:#77859a;--route:#e58bd0;--dispatch:#6aa2ff;--experts:#f5a65b;--combine:#4fd0a5}}
+--good:#4fd0a5;--bad:#ff8a80;--on:#0c1016;--embed:#77859a;--route:#e58bd0;--dispatch:#6aa2ff;--experts:#f5a65b;--combine:#4fd0a5}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:28px 18px 48px}
@@ -40,31 +40,35 @@ section{background:var(--card);border:1px solid var(--line);border-radius:12px;p
 .tile b{display:block;font-size:1.4rem;line-height:1.25;font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:.85rem}
 .good{color:var(--good)}.bad{color:var(--bad)}
-.ranks{display:grid;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));gap:18px 24px}
+.ranks{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:18px 28px}
 .rank header{display:flex;justify-content:space-between;font-size:.88rem;margin-bottom:5px}
 .rank header span{color:var(--soft);font-variant-numeric:tabular-nums}
 .cells{display:grid;grid-template-columns:repeat(16,1fr);gap:2px}
 .cells i{position:relative;aspect-ratio:1;border-radius:3px;background:var(--line);overflow:hidden}
 .cells i::before{content:"";position:absolute;inset:0;background:var(--heat);opacity:var(--v)}
-.scale{display:flex;align-items:center;gap:8px;margin-top:14px;color:var(--soft);font-size:.82rem}
+.scale{display:flex;align-items:center;gap:8px;margin-top:14px;color:var(--soft);font-size:.82rem;white-space:nowrap}
 .scale i{width:130px;height:10px;border-radius:5px;background:linear-gradient(90deg,var(--line),var(--heat))}
 .scroll{overflow-x:auto}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:0 16px}
 table{border-collapse:separate;border-spacing:3px;font-variant-numeric:tabular-nums;font-size:.9rem}
-th{font-weight:500;color:var(--soft);text-align:right;padding:5px 10px}
-th:first-child{text-align:left}
-td{position:relative;text-align:right;padding:7px 12px;border-radius:6px;white-space:nowrap;overflow:hidden}
+th{font-weight:500;color:var(--soft);text-align:right;padding:5px 8px;white-space:nowrap}
+th:first-child{text-align:left;padding-left:0}
+td{position:relative;text-align:right;padding:7px 9px;border-radius:6px;white-space:nowrap;overflow:hidden}
 td::before{content:"";position:absolute;inset:0;background:var(--heat);opacity:calc(var(--v)*.45)}
 td span{position:relative}
-.self{outline:1px dashed var(--line);outline-offset:-1px}
-.plain td,.plain th{padding:4px 14px 4px 0}
+.self{border:1px dashed var(--soft)}.self::before{display:none}
+.plain td,.plain th{padding:4px 12px 4px 0}
 .plain td::before{display:none}
 .plain{border-spacing:0}
 svg{display:block;min-width:700px;width:100%;height:auto}
 svg text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--ink)}
 svg .soft{fill:var(--soft)}
+svg .on{fill:var(--on);font-size:11.5px}
 svg .grid{stroke:var(--line)}
 .key{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.85rem;color:var(--soft);margin-bottom:10px}
 .key i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px;vertical-align:-1px}
+@media(max-width:560px){main{padding:20px 10px 36px}section{padding:14px 12px}table{font-size:.82rem}td{padding:6px 5px}
+.plain td,.plain th{padding:4px 8px 4px 0}svg{min-width:620px}}
 footer{color:var(--soft);font-size:.82rem;margin-top:20px}
 </style>
 </head>
@@ -126,9 +130,10 @@ std::string link_matrix(const json& report) {
     for (const json& bytes : row) most = std::max(most, bytes.get<double>());
   }
   std::string out =
-      "<section><h2>Bytes per link</h2>\n<p>What each rank (line) sent to each rank (column), dispatch and combine together; the dashed "
-      "diagonal never leaves its rank.</p>\n<div class=\"scroll\"><table><tr><th>from</th>";
-  for (std::size_t rank = 0; rank < links.size(); ++rank) out += fmt::format("<th>to rank {}</th>", rank);
+      "<section><h2>Bytes per link</h2>\n<p>Sent by each rank (line) to each rank (column), dispatch and combine together. Dashed: stays "
+      "on "
+      "its rank.</p>\n<div class=\"scroll\"><table><tr><th>from</th>";
+  for (std::size_t rank = 0; rank < links.size(); ++rank) out += fmt::format("<th>to {}</th>", rank);
   out += "</tr>\n";
   for (std::size_t from = 0; from < links.size(); ++from) {
     out += fmt::format("<tr><th>rank {}</th>", from);
@@ -147,17 +152,35 @@ std::string color_of(const std::string& phase) { return phase.substr(0, phase.fi
 
 constexpr double kLaneHeight = 52, kTop = 24, kLeft = 56, kRight = 985;
 
-std::string span_bar(const json& span, double end_us) {
-  const auto x = [&](const char* key) { return kLeft + (kRight - kLeft) * span[key].get<double>() / end_us; };
+double duration_us(const json& span) { return span["end_us"].get<double>() - span["begin_us"].get<double>(); }
+
+std::string rect(const json& span, double x, double width, double opacity) {
   const bool inner = span["inner"];
-  const std::string phase = span["phase"];
   const double y = kTop + span["rank"].get<double>() * kLaneHeight + (inner ? 30 : 4);
-  const double us = span["end_us"].get<double>() - span["begin_us"].get<double>();
   return fmt::format(
       "<rect x=\"{:.2f}\" y=\"{:.1f}\" width=\"{:.2f}\" height=\"{}\" rx=\"2\" fill=\"var(--{})\" opacity=\"{}\">"
       "<title>rank {}, {}{}: {}</title></rect>\n",
-      x("begin_us"), y, std::max(x("end_us") - x("begin_us"), 0.6), inner ? 8 : 24, color_of(phase), inner ? 0.55 : 1.0,
-      span["rank"].get<int>(), inner ? "inside the exchange: " : "", escaped(phase), time_text(us));
+      x, y, std::max(width, 0.6), inner ? 8 : 24, color_of(span["phase"]), opacity, span["rank"].get<int>(),
+      inner ? "inside the exchange: " : "", escaped(span["phase"]), time_text(duration_us(span)));
+}
+
+// The steps inside the exchange get shades in turn; bars with room for it say how long they are.
+std::string span_bars(const json& spans, double end_us) {
+  constexpr double kRoomForText = 62;
+  std::string out;
+  int inner_count = 0;
+  for (const json& span : spans) {
+    const bool inner = span["inner"];
+    const std::string phase = span["phase"];
+    if (inner && color_of(phase) == phase) continue;  // the whole call, which the outer bar shows
+    const double x = kLeft + (kRight - kLeft) * span["begin_us"].get<double>() / end_us;
+    const double width = (kRight - kLeft) * duration_us(span) / end_us;
+    out += rect(span, x, width, !inner ? 1.0 : inner_count++ % 2 == 0 ? 0.85 : 0.45);
+    if (inner || width < kRoomForText) continue;
+    out += fmt::format("<text class=\"on\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"middle\">{}</text>\n", x + width / 2,
+                       kTop + span["rank"].get<double>() * kLaneHeight + 20, time_text(duration_us(span)));
+  }
+  return out;
 }
 
 double linear_step(double end_us) {
@@ -173,7 +196,8 @@ std::string timeline(const json& report) {
   for (const json& span : report["timeline"]) end_us = std::max(end_us, span["end_us"].get<double>());
   const double bottom = kTop + kLaneHeight * static_cast<double>(report["load"].size());
   std::string out =
-      "<section><h2>One batch in time</h2>\n<p>The middle batch on every rank; the thin bars are the steps inside the exchange. "
+      "<section><h2>One batch in time</h2>\n<p>The middle batch on every rank; the thin bars are the steps inside the exchange (hover for "
+      "names). "
       "Uneven experts make the others wait in combine.</p>\n<div class=\"key\">";
   for (const char* phase : {"embed", "route", "dispatch", "experts", "combine"}) {
     out += fmt::format("<span><i style=\"background:var(--{0})\"></i>{0}</span>", phase);
@@ -191,14 +215,14 @@ std::string timeline(const json& report) {
   for (std::size_t rank = 0; rank < report["load"].size(); ++rank) {
     out += fmt::format("<text x=\"4\" y=\"{:.0f}\">rank {}</text>\n", kTop + kLaneHeight * static_cast<double>(rank) + 21, rank);
   }
-  for (const json& span : report["timeline"]) out += span_bar(span, end_us);
+  out += span_bars(report["timeline"], end_us);
   return out + "</svg></div></section>\n";
 }
 
 std::string phases(const json& report) {
   std::string out = fmt::format(
-      "<section><h2>Time per phase</h2>\n<p>Per batch the slowest rank, over {} batches. Absolute times depend on the machine; ranks share "
-      "its {} cores.</p>\n<div class=\"scroll\"><table class=\"plain\"><tr><th>phase</th><th>min</th><th>median</th><th>max</th></tr>\n",
+      "<section><h2>Time per phase</h2>\n<p>Per batch the slowest rank, over {} batches. Ranks share this machine's {} cores.</p>\n<div "
+      "class=\"scroll\"><table class=\"plain\"><tr><th>phase</th><th>min</th><th>median</th><th>max</th></tr>\n",
       report["batches"].get<int>(), report["machine"]["cores"].get<int>());
   for (const json& phase : report["phases"]) {
     out += fmt::format("<tr><th>{}</th><td>{}</td><td>{}</td><td>{}</td></tr>\n", phase["phase"].get<std::string>(),
@@ -232,7 +256,8 @@ std::string demo_html(const json& report) {
       report["checks"]["ok"].get<bool>() ? "Dispatched, computed, combined and verified" : "Not correct", report["load"].size(),
       preset["top_k"].get<int>(), preset["experts"].get<int>(), escaped(preset["name"]), escaped(report["text"]["source"]));
   if (!report["checks"]["ok"].get<bool>()) out += "<p class=\"bad\">" + escaped(report["checks"]["fault"]) + "</p>\n";
-  out += tiles(report) + heat_map(report) + link_matrix(report) + timeline(report) + phases(report) + footer(report);
+  out += tiles(report) + heat_map(report) + timeline(report);
+  out += "<div class=\"pair\">" + link_matrix(report) + phases(report) + "</div>" + footer(report);
   return out + "</main></body></html>\n";
 }
 

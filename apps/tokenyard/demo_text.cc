@@ -73,7 +73,7 @@ DemoText demo_text(const std::string& path, std::int64_t max_bytes) {
       text.bytes += read_file("--text", file.string());
       ++files;
     }
-    text.source = fmt::format("{} documents and sources of {}", files, checkout.filename().string());
+    text.source = fmt::format("{} documents and sources of tokenyard's repository", files);
   }
   if (std::ssize(text.bytes) > max_bytes) text.bytes.resize(static_cast<std::size_t>(max_bytes));
   return text;

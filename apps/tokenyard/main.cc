@@ -54,10 +54,22 @@ std::string help_of(const CLI::App& program) {
   return command + " --help";
 }
 
+// CLI11 would only say that some command is missing.
+void refuse_unknown_command(const CLI::App& program, int argc, char** argv) {
+  if (argc < 2 || argv[1][0] == '-') return;
+  std::string known;
+  for (const CLI::App* command : program.get_subcommands([](const CLI::App*) { return true; })) {
+    if (command->get_name() == argv[1]) return;
+    known += (known.empty() ? "" : ", ") + command->get_name();
+  }
+  throw UsageError(fmt::format("unknown command \"{}\"; known: {}; see 'tokenyard --help'", argv[1], known));
+}
+
 int run(int argc, char** argv) {
   CLI::App program("Tokenyard: expert-parallel dispatch and combine", "tokenyard");
   try {
     add_commands(program);
+    refuse_unknown_command(program, argc, argv);
     program.parse(argc, argv);
     return 0;
   } catch (const CLI::Success& asked) {  // --help, --version
