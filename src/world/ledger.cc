@@ -38,23 +38,14 @@ std::optional<std::string> Ledger::arrive(int rank, const Call& call, SharedPart
     deliver_(rank, call.key, unexpected(gone_itself(rank, seat, call.phase)));
     return std::nullopt;
   }
-  auto [at, created] = entries_.try_emplace(call.key, Entry{.phase = call.phase,
-                                                            .members = call.members,
-                                                            .seats = std::vector<Seat>(call.members.size()),
-                                                            .hurried = seat,
-                                                            .deadline = deadline,
-                                                            .failure = std::nullopt});
+  const auto [at, created] = entries_.try_emplace(
+      {call.key, call.members}, Entry{.phase = call.phase, .deadline = deadline, .hurried = seat, .seats = {}, .failure = std::nullopt});
   Entry& entry = at->second;
-  if (entry.members != call.members) {
-    Failure failure{.kind = FailureKind::mismatch, .phase = call.phase};
-    failure.detail = fmt::format("call {} of world {} was made with other members by another rank", call.key.sequence, call.key.generation);
-    fail(at, failure);
-    failure.rank = seat;
-    deliver_(rank, call.key, unexpected(failure));
-    return std::nullopt;
+  if (created) {
+    for (const int member : call.members) entry.seats.push_back({.rank = member, .part = nullptr});
   }
   if (entry.seats[seat].arrived) return fmt::format("rank {} made call {} of world {} twice", rank, call.key.sequence, call.key.generation);
-  entry.seats[seat] = {std::move(part), true};
+  entry.seats[seat] = {rank, std::move(part), true};
   ++entry.arrived;
   if (entry.failure) {
     Failure failure = *entry.failure;
@@ -94,19 +85,19 @@ void Ledger::complete(Entries::iterator at) {
   const Entry& entry = node.mapped();
   Gathered gathered{.serial = next_serial_, .parts = {}};
   next_serial_ += entry.seats.size();
-  const auto takes_part = [&](std::size_t seat) { return ranks_[entry.members[seat]].presence == Presence::here; };
-  for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
-    if (takes_part(seat)) gathered.parts.push_back(entry.seats[seat].part);
+  // Only where survivors meet, some may be gone.
+  const auto takes_part = [this](const Seat& seat) { return ranks_[seat.rank].presence == Presence::here; };
+  for (const Seat& seat : entry.seats) {
+    if (takes_part(seat)) gathered.parts.push_back(seat.part);
   }
   const Outcome outcome = std::move(gathered);
-  for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
-    if (!entry.seats[seat].arrived) continue;  // only where survivors meet
-    const int member = entry.members[seat];
+  for (int index = 0; const Seat& seat : entry.seats) {
     if (takes_part(seat)) {
-      deliver_(member, node.key(), outcome);
-    } else {
-      deliver_(member, node.key(), unexpected(gone_itself(member, static_cast<int>(seat), entry.phase)));
+      deliver_(seat.rank, node.key().first, outcome);
+    } else if (seat.arrived) {
+      deliver_(seat.rank, node.key().first, unexpected(gone_itself(seat.rank, index, entry.phase)));
     }
+    ++index;
   }
 }
 
@@ -120,11 +111,11 @@ Failure Ledger::gone_itself(int rank, int seat, Phase phase) const {
 void Ledger::fail(Entries::iterator at, Failure failure) {
   Entry& entry = at->second;
   if (entry.failure) return;
-  for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
-    if (!entry.seats[seat].arrived) continue;
-    entry.seats[seat].part.reset();
-    failure.rank = static_cast<int>(seat);
-    deliver_(entry.members[seat], at->first, unexpected(failure));
+  for (int index = 0; Seat & seat : entry.seats) {
+    failure.rank = index++;
+    if (!seat.arrived) continue;
+    seat.part.reset();
+    deliver_(seat.rank, at->first.first, unexpected(failure));
   }
   entry.failure = std::move(failure);
   if (!awaited(entry)) entries_.erase(at);
@@ -132,20 +123,20 @@ void Ledger::fail(Entries::iterator at, Failure failure) {
 
 // Whether a member that is still here has yet to learn how the gather ended.
 bool Ledger::awaited(const Entry& entry) const {
-  for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
-    if (!entry.seats[seat].arrived && ranks_[entry.members[seat]].presence == Presence::here) return true;
-  }
-  return false;
+  return std::any_of(entry.seats.begin(), entry.seats.end(),
+                     [this](const Seat& seat) { return !seat.arrived && ranks_[seat.rank].presence == Presence::here; });
 }
 
 std::optional<Failure> Ledger::gone_member(const Entry& entry) const {
   std::string detail;
   Failure failure{.kind = FailureKind::peer_lost, .phase = entry.phase};
-  for (std::size_t seat = 0; seat < entry.members.size(); ++seat) {
-    const Rank& rank = ranks_[entry.members[seat]];
-    if (rank.presence == Presence::here) continue;
-    if (failure.peer < 0) failure.peer = static_cast<int>(seat);
-    detail += fmt::format("{}rank {} {}", detail.empty() ? "" : "; ", seat, rank.reason);
+  for (int index = 0; const Seat& seat : entry.seats) {
+    const Rank& rank = ranks_[seat.rank];
+    if (rank.presence != Presence::here) {
+      if (failure.peer < 0) failure.peer = index;
+      detail += fmt::format("{}rank {} {}", detail.empty() ? "" : "; ", index, rank.reason);
+    }
+    ++index;
   }
   if (failure.peer < 0) return std::nullopt;
   failure.detail = std::move(detail);
@@ -158,8 +149,9 @@ bool Ledger::depart(int rank, Presence presence, std::string reason) {
   if (presence == Presence::lost) announce_(rank);
   for (auto at = entries_.begin(); at != entries_.end();) {
     const auto current = at++;  // settling may erase it
-    const Entry& entry = current->second;
-    if (std::find(entry.members.begin(), entry.members.end(), rank) == entry.members.end()) continue;
+    const auto& [name, entry] = *current;
+    const std::vector<int>& members = name.second;
+    if (std::find(members.begin(), members.end(), rank) == members.end()) continue;
     if (!entry.failure) {
       settle(current);
     } else if (!awaited(entry)) {
@@ -179,12 +171,14 @@ void Ledger::expire(Deadline::Clock::time_point now) {
     const Entry& entry = current->second;
     if (entry.failure || entry.deadline.at() > now) continue;
     std::vector<int> missing;
-    for (std::size_t seat = 0; seat < entry.seats.size(); ++seat) {
-      if (entry.seats[seat].arrived) continue;
-      missing.push_back(static_cast<int>(seat));
-      if (entry.phase == Phase::recover) late.push_back(entry.members[seat]);
+    for (int index = 0; const Seat& seat : entry.seats) {
+      if (!seat.arrived) missing.push_back(index);
+      ++index;
     }
-    if (entry.phase == Phase::recover) continue;
+    if (entry.phase == Phase::recover) {
+      for (const int index : missing) late.push_back(entry.seats[index].rank);
+      continue;
+    }
     Failure failure{.kind = FailureKind::timeout, .phase = entry.phase, .peer = missing.front()};
     failure.expected = static_cast<std::int64_t>(entry.seats.size());
     failure.seen = entry.arrived;
@@ -197,7 +191,7 @@ void Ledger::expire(Deadline::Clock::time_point now) {
 
 std::optional<Deadline::Clock::time_point> Ledger::next_deadline() const {
   std::optional<Deadline::Clock::time_point> next;
-  for (const auto& [key, entry] : entries_) {
+  for (const auto& [_, entry] : entries_) {
     if (!entry.failure && (!next || entry.deadline.at() < *next)) next = entry.deadline.at();
   }
   return next;

@@ -46,19 +46,20 @@ class Ledger {
     std::string reason;
   };
   struct Seat {
+    int rank;
     SharedPart part;
     bool arrived = false;
   };
   struct Entry {
     Phase phase;
-    std::vector<int> members;
-    std::vector<Seat> seats;
+    Deadline deadline;        // the earliest
+    int hurried = 0;          // the seat that has it
+    std::vector<Seat> seats;  // of the members, in their order
     int arrived = 0;
-    int hurried = 0;  // the seat with the earliest deadline
-    Deadline deadline;
     std::optional<Failure> failure;  // kept for the members that have not arrived yet
   };
-  using Entries = std::map<GatherKey, Entry>;
+  // By key and members: a rank reaches no gather that it is no member of, whatever key it says.
+  using Entries = std::map<std::pair<GatherKey, std::vector<int>>, Entry>;
 
   std::optional<std::string> malformed(int rank, const Call& call, const SharedPart& part) const;
   void settle(Entries::iterator at);

@@ -220,12 +220,17 @@ TEST(StoreLedger, DifferentCallsAreAMismatchThatNamesBoth) {
   EXPECT_EQ(book.ledger.open_gathers(), 0U);
 }
 
-TEST(StoreLedger, DifferentMembersAreAMismatch) {
+TEST(StoreLedger, ARankReachesNoGatherThatItIsNoMemberOf) {
   Book book(4);
-  EXPECT_FALSE(book.arrive(0, gather_of({0, 1, 2})));
-  EXPECT_FALSE(book.arrive(1, gather_of({1, 0, 2})));
-  EXPECT_EQ(book.outcome(0, gather_of({})).error().kind, FailureKind::mismatch);
-  EXPECT_EQ(book.outcome(1, gather_of({})).error().kind, FailureKind::mismatch);
+  const Call call = gather_of({0, 1});
+  EXPECT_FALSE(book.arrive(0, call));
+  Call same_key = gather_of({3, 0, 1});
+  same_key.phase = Phase::barrier;
+  EXPECT_FALSE(book.arrive(3, same_key));
+  book.ledger.lose(3, "was killed");
+  EXPECT_FALSE(book.arrive(1, call));
+  EXPECT_TRUE(book.outcome(0, call).has_value());
+  EXPECT_TRUE(book.outcome(1, call).has_value());
 }
 
 TEST(StoreLedger, MalformedCallsAreRefusedAndChangeNothing) {
