@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -37,7 +38,7 @@ bool is_finalised() {
 }
 
 // Set by a failure: MPI_Finalize may wait for the peer for ever.
-bool requests_left_behind = false;
+std::atomic<bool> requests_left_behind = false;
 
 void finalise_at_exit() {
   if (!requests_left_behind && !is_finalised()) MPI_Finalize();
@@ -366,7 +367,9 @@ std::optional<Failure> MpiCollectives::notice_from(int peer) const {
 void MpiCollectives::give_up(const Failure& why) {
   gave_up_ = why;
   leave_requests();
+  static std::mutex mutex;
   static std::deque<Notice> notices;  // until exit: MPI may still read them
+  const std::lock_guard lock(mutex);
   Notice& notice = notices.emplace_back(Notice{why.kind, why.peer, {}});
   std::memcpy(notice.detail, why.detail.data(), std::min(why.detail.size(), sizeof(notice.detail) - 1));
   for (int i = 1; i < ranks_; ++i) {

@@ -10,7 +10,7 @@ constexpr std::size_t align_up(std::size_t bytes, std::size_t alignment) { retur
 Staging::Offsets::Offsets(int ranks, std::int64_t slot_bytes) {
   record_bytes = align_up(call_record_bytes(ranks), 64);
   counters = sizeof(Doorbell) + sizeof(Status);
-  records = counters + kCounterKinds * ranks * sizeof(Counter);
+  records = counters + sizeof(Counter) * kCounterKinds * ranks;
   slots = align_up(records + 2 * record_bytes, 4096);
   end = slots + static_cast<std::size_t>(ranks) * kSlots * slot_bytes;
 }

@@ -35,7 +35,7 @@ Expected<std::vector<float>> CollectiveTransport::exchange_weights(const Combine
   }
   auto moved = attempt(Phase::combine_weights, [&] {
     all_to_all({reinterpret_cast<const std::byte*>(out), out_counts},
-               {reinterpret_cast<const std::byte*>(in.data()), received_rows(handle)}, k * 4);
+               {reinterpret_cast<const std::byte*>(in.data()), received_rows(handle)}, std::int64_t{4} * k);
   });
   if (!moved) return unexpected(moved.error());
   return in;
@@ -98,7 +98,7 @@ Expected<void> CollectiveTransport::publish_partials(const CombineCall& call, co
     if (call.header.row_weights == 0) return;
     const Counts out_rows = without_own(received_rows(*call.handle));
     const Counts in_rows = without_own(sent_rows(*call.handle));
-    const std::int64_t row_bytes = call.handle->top_k() * 4;
+    const std::int64_t row_bytes = std::int64_t{4} * call.handle->top_k();
     all_to_all({weights_out_.of(0), out_rows}, {weights_in_.of(total(in_rows) * row_bytes), in_rows}, row_bytes);
   });
 }

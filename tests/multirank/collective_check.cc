@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -133,7 +134,7 @@ class Checker {
   }
   void expect_row(const Rows& rows, std::int64_t index, const std::vector<std::byte>& expected, const char* what) const {
     const std::byte* seen = rows.bytes.data() + index * rows.stride_bytes;
-    EXPECT_EQ(std::memcmp(seen, expected.data(), expected.size()), 0)
+    EXPECT_TRUE(std::equal(expected.begin(), expected.end(), seen))
         << what << " row " << index << " of " << context_ << ", dtype " << name(dtype_) << ", elements " << elements_
         << (in_place_ ? ", in place" : "");
     for (std::int64_t i = rows.row_bytes; i < rows.stride_bytes; ++i) {
