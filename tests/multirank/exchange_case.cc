@@ -89,7 +89,7 @@ std::int64_t cost_per_token(const Case& c) {
   return c.number(kRanks) * std::max<std::int64_t>(1, c.number(kTopK) * copies) * (c.number(kRowBytes) / element_bytes(c) + 8);
 }
 
-constexpr std::int64_t kMaxCost = 300'000;
+constexpr std::int64_t kMaxCost = 200'000;
 
 // Of an expert layout on the fullest rank, at its bound.
 std::int64_t layout_bytes(const Case& c) {

@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::uint64_t kPairwiseSeed = 1;
 constexpr std::uint64_t kRandomSeed = 10'000;
-constexpr int kRandomCases = 60;
+constexpr int kRandomCases = 50;
 
 std::vector<Case> random_cases() {
   std::vector<Case> cases;

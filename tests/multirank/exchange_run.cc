@@ -160,7 +160,8 @@ class RankRun {
   // At least the rows of any capacity.
   std::int64_t capacity_bound(const naive::Output& expected) const {
     const auto groups = static_cast<std::int64_t>(expected.expert_counts.size()) + 1;
-    return std::max(expected.slots, data_.dispatch.receive_rows * data_.dispatch.top_k + groups * data_.dispatch.alignment);
+    const std::int64_t bound = data_.dispatch.receive_rows * data_.dispatch.top_k + groups * data_.dispatch.alignment;
+    return std::max({expected.slots, bound, data_.options.max_expert_rows});
   }
 
   // Rows of y: those that arrived, or the whole capacity.

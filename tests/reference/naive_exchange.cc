@@ -193,18 +193,8 @@ class Summation {
     }
     Row<Real> sum = plus(bias(inputs_[source].bias0, token), bias(inputs_[source].bias1, token));
     if (!spec_.fold) return unfolded(std::move(sum), contributions);
-    std::set<int> groups(spec_.groups.begin(), spec_.groups.end());
-    if (groups.size() < 2) groups = {-1};
-    for (int group : groups) {
-      Row<Real> group_sum(spec_.hidden_size, Real(0));
-      for (const Contribution& c : contributions) {
-        if (group == -1)
-          sum = plus(std::move(sum), partial(c));
-        else if (spec_.groups[c.rank] == group)
-          group_sum = plus(std::move(group_sum), partial(c));
-      }
-      if (group != -1) sum = plus(std::move(sum), rounded(std::move(group_sum)));
-    }
+    if (std::set<int>(spec_.groups.begin(), spec_.groups.end()).size() >= 2) return grouped(std::move(sum), contributions);
+    for (const Contribution& c : contributions) sum = plus(std::move(sum), partial(c));
     return sum;
   }
 
@@ -247,6 +237,16 @@ class Summation {
     Row<Real> acc(spec_.hidden_size, Real(0));
     for (const Term& term : c.terms) add_term(acc, c.rank, term);
     return rounded(std::move(acc));
+  }
+  // Each group on its own, rounded; then groups ascending. A group that contributes nothing is not there.
+  Row<Real> grouped(Row<Real> sum, const std::vector<Contribution>& contributions) const {
+    std::map<int, Row<Real>> group_sums;
+    for (const Contribution& c : contributions) {
+      Row<Real>& group_sum = group_sums.try_emplace(spec_.groups[c.rank], spec_.hidden_size, Real(0)).first->second;
+      group_sum = plus(std::move(group_sum), partial(c));
+    }
+    for (auto& [group, group_sum] : group_sums) sum = plus(std::move(sum), rounded(std::move(group_sum)));
+    return sum;
   }
   // k ascending and, for the shards of one k, ranks ascending.
   Row<Real> unfolded(Row<Real> sum, const std::vector<Contribution>& contributions) const {
