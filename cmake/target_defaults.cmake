@@ -19,5 +19,8 @@ function(ty_target_defaults target)
   endif()
   if(TY_WERROR)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
+    # GCC's flow analysis at -O3 sees overflows in the growth of a std::vector of bytes: shown, but no error.
+    target_compile_options(${target} PRIVATE
+      $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-error=stringop-overflow;-Wno-error=array-bounds;-Wno-error=restrict;-Wno-error=maybe-uninitialized>)
   endif()
 endfunction()
