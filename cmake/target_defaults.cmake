@@ -16,7 +16,7 @@ function(ty_target_defaults target)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     # g++ 12 at -O3 sees overflows inside std::vector that cannot happen.
     target_compile_options(${target} PRIVATE
-      $<$<COMPILE_LANGUAGE:CXX>:-Wno-stringop-overflow;-Wno-array-bounds;-Wno-restrict;-Wno-maybe-uninitialized>)
+      "$<$<COMPILE_LANGUAGE:CXX>:-Wno-stringop-overflow;-Wno-array-bounds;-Wno-restrict;-Wno-maybe-uninitialized>")
   endif()
   if(TY_WERROR)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
