@@ -1,18 +1,18 @@
-// fold, reduce and scale_row: four vectors of accumulators stay in registers while all terms of their elements go by.
+// A block of a row's elements in four vectors of accumulators, and the walk over a row in blocks; once per instruction set.
 
-#include <algorithm>
-#include <vector>
-
-#include "core/visit_dtype.h"
-#include "kernels/cpu/kernels.h"
-#include "kernels/cpu/targets.h"
-
-#undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "kernels/cpu/sum.cc"
-#include <hwy/foreach_target.h>
-#include <hwy/highway.h>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
 
 #include "kernels/cpu/simd_inl.h"
+
+// Highway's toggle instead of #pragma once: included again for every target.
+#if defined(TY_KERNELS_CPU_BLOCK_INL) == defined(HWY_TARGET_TOGGLE)
+#ifdef TY_KERNELS_CPU_BLOCK_INL
+#undef TY_KERNELS_CPU_BLOCK_INL
+#else
+#define TY_KERNELS_CPU_BLOCK_INL
+#endif
 
 HWY_BEFORE_NAMESPACE();
 namespace tokenyard::cpu::HWY_NAMESPACE {
@@ -173,163 +173,7 @@ void for_each_part(const Kernel& kernel, std::int64_t elements, std::int64_t lea
   if (i < elements) short_part(kernel, i, elements - i);
 }
 
-template <Dtype kDtype>
-struct FoldKernel {
-  const FoldArgs& args;
-
-  template <bool kFull>
-  HWY_INLINE void part(std::int64_t begin, std::int64_t count) const {
-    auto sum = Block<kDtype>::zero();
-    for (int r = 0; r < args.count; ++r) {
-      const auto row = Block<kDtype>::template load_part<kFull>(args.rows[r], begin, count);
-      if (args.weights) {
-        sum.add_product(hn::Set(sum.d, args.weights[r]), row);
-      } else {
-        sum.add(row);
-      }
-    }
-    store_part<kDtype, kFull>(sum, args.out, begin, count, false);
-  }
-};
-
-void fold(const FoldArgs& args) {
-  visit_summable(args.dtype, [&](auto dtype) { for_each_part<dtype.value>(FoldKernel<dtype.value>{args}, args.elements); });
-}
-
-// kGrouped at compile time: with both loops in one function the sums leave the registers.
-template <Dtype kDtype, Dtype kOut, bool kGrouped>
-struct ReduceKernel {
-  const ReduceArgs& args;
-  bool stream;
-
-  template <bool kFull>
-  HWY_INLINE void part(std::int64_t begin, std::int64_t count) const {
-    using Terms = Block<kDtype>;
-    auto sum = args.bias0 ? Terms::template load_part<kFull>(args.bias0, begin, count) : Terms::zero();
-    sum.add(args.bias1 ? Terms::template load_part<kFull>(args.bias1, begin, count) : Terms::zero());
-    if constexpr (kGrouped) {
-      for (int g = 0, p = 0; g < args.num_groups; ++g) {
-        auto group = Terms::zero();
-        for (; p < args.group_ends[g]; ++p) group.add(Terms::template load_part<kFull>(args.partials[p], begin, count));
-        group.round();
-        sum.add(group);
-      }
-    } else {
-      for (int p = 0; p < args.count; ++p) sum.add(Terms::template load_part<kFull>(args.partials[p], begin, count));
-    }
-    store_part<kOut, kFull>(sum, args.out, begin, count, stream);
-  }
-};
-
-template <Dtype kDtype, Dtype kOut>
-void reduce_row(const ReduceArgs& args) {
-  constexpr std::int64_t kLine = 64, kSize = sizeof(Element<kOut>);
-  // Streaming needs aligned vectors: a first part reaches the next cache line, or as near as whole blocks allow. Elements
-  // that straddle lines never get there.
-  const auto to_line = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(args.out) % kLine);
-  const bool stream = args.stream && to_line % kSize == 0;
-  const std::int64_t lead = stream ? std::min(to_line / kSize % Block<kDtype>::kElements, args.elements) : 0;
-  if (args.group_ends) {
-    for_each_part<kDtype>(ReduceKernel<kDtype, kOut, true>{args, stream}, args.elements, lead);
-  } else {
-    for_each_part<kDtype>(ReduceKernel<kDtype, kOut, false>{args, stream}, args.elements, lead);
-  }
-}
-
-// float64 to float64, or neither side.
-void reduce(const ReduceArgs& args) {
-  visit_summable(args.dtype, [&](auto dtype) {
-    visit_summable(args.out_dtype, [&](auto out_dtype) {
-      if constexpr ((dtype.value == Dtype::float64) == (out_dtype.value == Dtype::float64)) reduce_row<dtype.value, out_dtype.value>(args);
-    });
-  });
-}
-
-template <Dtype kDtype>
-struct ScaleKernel {
-  void* out;
-  const void* x;
-  float weight;
-
-  template <bool kFull>
-  HWY_INLINE void part(std::int64_t begin, std::int64_t count) const {
-    auto row = Block<kDtype>::template load_part<kFull>(x, begin, count);
-    row.scale(hn::Set(row.d, weight));
-    store_part<kDtype, kFull>(row, out, begin, count, false);
-  }
-};
-
-void scale_row(void* out, const void* x, float weight, Dtype dtype, std::int64_t elements) {
-  visit_summable(dtype, [&](auto type) { for_each_part<type.value>(ScaleKernel<type.value>{out, x, weight}, elements); });
-}
-
 }  // namespace tokenyard::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
-#if HWY_ONCE
-namespace tokenyard::cpu {
-
-HWY_EXPORT(fold);
-HWY_EXPORT(reduce);
-HWY_EXPORT(scale_row);
-
-namespace {
-
-// The nearest odd-or-exact float32: rounding it once more, to at most 22 bits, is rounding the double once.
-float round_to_odd(double value) {
-  const auto nearest = static_cast<float>(value);
-  const auto bits = std::bit_cast<std::uint32_t>(nearest);
-  if (nearest == value || std::isnan(value) || (bits & 1)) return nearest;
-  return std::bit_cast<float>(std::fabs(nearest) > std::fabs(value) ? bits - 1 : bits + 1);
-}
-
-template <Dtype kOut>
-auto round_to(double value) {
-  if constexpr (kOut == Dtype::bfloat16) return float_to_bfloat16(round_to_odd(value));
-  if constexpr (kOut == Dtype::float16) return float_to_float16(round_to_odd(value));
-  if constexpr (kOut == Dtype::float32) {
-    return std::isnan(value) ? std::bit_cast<float>(std::numeric_limits<std::int32_t>::max()) : static_cast<float>(value);
-  }
-  if constexpr (kOut == Dtype::float64) return std::isnan(value) ? std::bit_cast<double>(std::numeric_limits<std::int64_t>::max()) : value;
-}
-
-// float64 on one side only, which is rare: the sums first, then one conversion of each.
-template <class Sum>
-void reduce_then_convert(const ReduceArgs& args, Dtype sum_dtype) {
-  std::vector<Sum> sums(static_cast<std::size_t>(args.elements));
-  ReduceArgs to_sums = args;
-  to_sums.out_dtype = sum_dtype;
-  to_sums.out = sums.data();
-  to_sums.stream = false;
-  HWY_DYNAMIC_DISPATCH(reduce)(to_sums);
-  visit_summable(args.out_dtype, [&](auto out_dtype) {
-    auto* out = static_cast<std::byte*>(args.out);
-    for (const Sum sum : sums) {
-      const auto element = round_to<out_dtype.value>(sum);
-      std::memcpy(out, &element, sizeof(element));
-      out += sizeof(element);
-    }
-  });
-}
-
-}  // namespace
-
-void fold(const FoldArgs& args) { HWY_DYNAMIC_DISPATCH(fold)(args); }
-
-void reduce(const ReduceArgs& args) {
-  const bool wide = args.dtype == Dtype::float64;
-  if (wide == (args.out_dtype == Dtype::float64)) {
-    HWY_DYNAMIC_DISPATCH(reduce)(args);
-  } else if (wide) {
-    reduce_then_convert<double>(args, Dtype::float64);
-  } else {
-    reduce_then_convert<float>(args, Dtype::float32);
-  }
-}
-
-void scale_row(void* out, const void* x, float weight, Dtype dtype, std::int64_t elements) {
-  HWY_DYNAMIC_DISPATCH(scale_row)(out, x, weight, dtype, elements);
-}
-
-}  // namespace tokenyard::cpu
-#endif  // HWY_ONCE
+#endif  // TY_KERNELS_CPU_BLOCK_INL
