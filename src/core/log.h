@@ -7,15 +7,11 @@
 
 namespace tokenyard {
 
-enum class LogLevel : int { debug, info, warn };
+enum class LogLevel { info, warn };
 
 bool log_enabled(LogLevel level);
 void log_line(LogLevel level, std::string_view text);
 
-template <class... Values>
-void log_debug(fmt::format_string<Values...> text, Values&&... values) {
-  if (log_enabled(LogLevel::debug)) log_line(LogLevel::debug, fmt::format(text, std::forward<Values>(values)...));
-}
 template <class... Values>
 void log_info(fmt::format_string<Values...> text, Values&&... values) {
   if (log_enabled(LogLevel::info)) log_line(LogLevel::info, fmt::format(text, std::forward<Values>(values)...));
