@@ -24,6 +24,7 @@ if(NOT BUILD_SHARED_LIBS)
   set(TY_PC_REQUIRES "fmt spdlog libhwy")
   string(APPEND TY_PC_LIBS " -lpthread")
   if(TY_MPI)
+    find_package(MPI REQUIRED COMPONENTS CXX)  # src/ has found it too, for its own folder
     list(JOIN MPI_CXX_LIBRARIES " " mpi_libraries)
     string(APPEND TY_PC_LIBS " ${mpi_libraries}")
   endif()

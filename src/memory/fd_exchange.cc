@@ -126,7 +126,11 @@ Expected<void> send_to(const World& world, int peer, const FdExchange::Endpoint&
     if (errno != EAGAIN && errno != EINTR) {
       Failure failure = system_failure(fmt::format("cannot reach the memory socket of rank {}", peer));
       failure.peer = peer;
-      return unexpected(world.alive(peer) ? failure : lost_peer(peer));
+      // It may have given up because another rank is gone: that one is to be named.
+      for (int rank = 0; rank < world.size(); ++rank) {
+        if (!world.alive(rank)) return unexpected(lost_peer(rank));
+      }
+      return unexpected(std::move(failure));
     }
     if (!world.alive(peer)) return unexpected(lost_peer(peer));
     if (deadline.expired()) {
@@ -151,7 +155,7 @@ Expected<FdExchange> FdExchange::listen() {
   auto secret = random_bytes(kSecretBytes);
   if (!secret) return unexpected(secret.error());
   FdExchange exchange;
-  exchange.endpoint_.address = "tokenyard-";
+  exchange.endpoint_.address = fmt::format("tokenyard-{}-", getpid());
   for (const char c : *name) exchange.endpoint_.address += fmt::format("{:02x}", static_cast<unsigned char>(c));
   exchange.endpoint_.secret = std::move(*secret);
   exchange.listener_ = unix_socket();

@@ -5,13 +5,20 @@ import xml.etree.ElementTree as ElementTree
 
 from command_line import CommandLineTest
 
-SMALL = "--ranks 2 --tokens 32 --hidden-size 64 --experts 8 --top-k 2 --iterations 5 --warmup 1".split()
+SMALL = {"--ranks": 2, "--tokens": 32, "--hidden-size": 64, "--experts": 8, "--top-k": 2, "--iterations": 5, "--warmup": 1}
 FIGURES = ["dispatch", "combine", "combine_copy", "dispatch_and_combine"]
+
+
+def small_but(*more):
+    """SMALL as arguments, less those that `more` gives, and `more`: an option may be given once."""
+    given = {*more, *(("--experts", "--top-k") if "--preset" in more else ())}
+    kept = [word for option, value in SMALL.items() if option not in given for word in (option, value)]
+    return [*kept, *more]
 
 
 class BenchTest(CommandLineTest):
     def measure(self, name, *more):
-        text = self.succeed("bench", *SMALL, *more, "--json", name)
+        text = self.succeed("bench", *small_but(*more), "--json", name)
         return text, self.read_json(name)
 
     def test_a_run_tells_everything(self):
@@ -86,10 +93,8 @@ class BenchTest(CommandLineTest):
         return " ".join(ElementTree.parse(self.folder / name).getroot().itertext())
 
     def test_sweep_writes_json_and_a_plot(self):
-        arguments = [a for a in SMALL if a not in ("--ranks", "--tokens", "32")]
-        arguments.remove("2")  # of --ranks
-        text = self.succeed("bench", "sweep", *arguments, "--ranks", "1,2", "--tokens", "16,4", "--no-baseline", "--json", "sweep.json",
-                            "--svg", "sweep.svg")
+        sweep = small_but("--ranks", "1,2", "--tokens", "16,4", "--no-baseline", "--json", "sweep.json", "--svg", "sweep.svg")
+        text = self.succeed("bench", "sweep", *sweep)
         self.assertIn("of memcpy", text)
         runs = self.read_json("sweep.json")["runs"]
         self.assertEqual([(r["settings"]["ranks"], r["settings"]["tokens"]) for r in runs], [(1, 4), (1, 16), (2, 4), (2, 16)])

@@ -206,8 +206,8 @@ TEST(Launch, RunsMayOverlap) {
 // The launcher is told to end: its ranks are, and it returns.
 TEST(Launch, SignalsReachTheRanks) {
   for (const int signal : {SIGINT, SIGTERM}) {
-    struct sigaction before = {};
-    sigaction(signal, nullptr, &before);
+    struct sigaction before = {};  // the default: a shell that runs the tests in the background has them ignored
+    sigaction(signal, &before, nullptr);
     LaunchOptions options = shell("sleep 1000", 2);
     std::atomic<int> started{0};
     options.on_start = [&](int, int) { ++started; };

@@ -191,7 +191,7 @@ TEST_P(MemorySymmetric, HundredsOfCyclesLeaveNothingBehind) {
   EXPECT_EQ(count_entries("/proc/self/fd"), descriptors);
   EXPECT_EQ(count_entries("/dev/shm"), shared_files);
   EXPECT_EQ(count_lines("/proc/self/maps", "tokenyard"), mappings);
-  EXPECT_EQ(count_lines("/proc/net/unix", "tokenyard"), 0U);
+  EXPECT_EQ(count_lines("/proc/net/unix", "tokenyard-" + std::to_string(getpid()) + "-"), 0U);
 }
 
 TEST(MemoryTransports, AutomaticPicksInprocForThreads) {
