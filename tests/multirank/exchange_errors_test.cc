@@ -46,11 +46,8 @@ struct BadDispatch {
 
 const float kNan = std::numeric_limits<float>::quiet_NaN();
 
-std::vector<BadDispatch> bad_inputs() {
+std::vector<BadDispatch> bad_rows() {
   static std::vector<float> other(1024, 1.0F);
-  static std::vector<float> nan_weights = {1, 1, 1, 1, 1, kNan, 1, 1};
-  static std::vector<std::int64_t> high_id = {0, 1, 4, 1, 0, 1, 0, 1};
-  static std::vector<std::int32_t> ids32(64, 1);
   using In = DispatchInput;
   using Op = DispatchOptions;
   const auto f32 = Dtype::float32;
@@ -77,6 +74,18 @@ std::vector<BadDispatch> bad_inputs() {
          in.rows = {other.data(), f32, {4, 0}};
        }},
       {"data is null", [=](In& in, Op&) { in.rows.data = nullptr; }},
+  };
+}
+
+std::vector<BadDispatch> bad_routing_and_scales() {
+  static std::vector<float> other(1024, 1.0F);
+  static std::vector<float> nan_weights = {1, 1, 1, 1, 1, kNan, 1, 1};
+  static std::vector<std::int64_t> high_id = {0, 1, 4, 1, 0, 1, 0, 1};
+  static std::vector<std::int32_t> ids32(64, 1);
+  using In = DispatchInput;
+  using Op = DispatchOptions;
+  const auto f32 = Dtype::float32;
+  return {
       {"[4, 2] float32; expected int64 or int32",
        [=](In& in, Op&) {
          in.topk_ids = {other.data(), f32, {4, 2}};
@@ -163,8 +172,10 @@ TEST(ExchangeErrors, DispatchRejectsAndPeersLearnWhy) {
     Exchange exchange(world, small_options());
     exchange.add(small_placement(kRanks));
     const Tokens tokens(world.rank(), 1);
-    std::vector<BadDispatch> all = bad_inputs();
-    for (BadDispatch& bad : bad_options()) all.push_back(std::move(bad));
+    std::vector<BadDispatch> all = bad_rows();
+    for (auto* more : {bad_routing_and_scales, bad_options}) {
+      for (BadDispatch& bad : more()) all.push_back(std::move(bad));
+    }
     for (const BadDispatch& bad : all) {
       DispatchInput input = tokens.input();
       DispatchOptions options;
