@@ -39,6 +39,10 @@ void expect_rejection(World& world, const std::string& text, const std::function
   }
 }
 
+using In = DispatchInput;
+using Op = DispatchOptions;
+constexpr Dtype kF32 = Dtype::float32;
+
 struct BadDispatch {
   std::string text;  // what the error must say
   std::function<void(DispatchInput&, DispatchOptions&)> spoil;
@@ -48,30 +52,27 @@ const float kNan = std::numeric_limits<float>::quiet_NaN();
 
 std::vector<BadDispatch> bad_rows() {
   static std::vector<float> other(1024, 1.0F);
-  using In = DispatchInput;
-  using Op = DispatchOptions;
-  const auto f32 = Dtype::float32;
   return {
       {"[3, 8] float32", [=](In& in, Op&) { in.rows.shape[0] = 3; }},
       {"[32] float32",
        [=](In& in, Op&) {
-         in.rows = {other.data(), f32, {32}};
+         in.rows = {other.data(), kF32, {32}};
        }},
       {"strides [16, 2]",
        [=](In& in, Op&) {
-         in.rows = {other.data(), f32, {4, 8}}, in.rows.strides = {16, 2};
+         in.rows = {other.data(), kF32, {4, 8}}, in.rows.strides = {16, 2};
        }},
       {"20 bytes",
        [=](In& in, Op&) {
-         in.rows = {other.data(), f32, {4, 5}};
+         in.rows = {other.data(), kF32, {4, 5}};
        }},
       {"128 bytes",
        [=](In& in, Op&) {
-         in.rows = {other.data(), f32, {4, 32}};
+         in.rows = {other.data(), kF32, {4, 32}};
        }},
       {"0 bytes",
        [=](In& in, Op&) {
-         in.rows = {other.data(), f32, {4, 0}};
+         in.rows = {other.data(), kF32, {4, 0}};
        }},
       {"data is null", [=](In& in, Op&) { in.rows.data = nullptr; }},
   };
@@ -82,13 +83,10 @@ std::vector<BadDispatch> bad_routing_and_scales() {
   static std::vector<float> nan_weights = {1, 1, 1, 1, 1, kNan, 1, 1};
   static std::vector<std::int64_t> high_id = {0, 1, 4, 1, 0, 1, 0, 1};
   static std::vector<std::int32_t> ids32(64, 1);
-  using In = DispatchInput;
-  using Op = DispatchOptions;
-  const auto f32 = Dtype::float32;
   return {
       {"[4, 2] float32; expected int64 or int32",
        [=](In& in, Op&) {
-         in.topk_ids = {other.data(), f32, {4, 2}};
+         in.topk_ids = {other.data(), kF32, {4, 2}};
        }},
       {"top_k = 3",
        [=](In& in, Op&) {
@@ -105,22 +103,22 @@ std::vector<BadDispatch> bad_routing_and_scales() {
       {"topk_ids", [=](In& in, Op&) { in.topk_ids = {}; }},
       {"has 5 tokens",
        [=](In& in, Op&) {
-         in.rows = {other.data(), f32, {5, 8}}, in.topk_ids = {ids32.data(), Dtype::int32, {5, 2}}, in.topk_weights = {};
+         in.rows = {other.data(), kF32, {5, 8}}, in.topk_ids = {ids32.data(), Dtype::int32, {5, 2}}, in.topk_weights = {};
        }},
       {"topk_ids[1, 0] = 4", [=](In& in, Op&) { in.topk_ids.data = high_id.data(); }},
       {"topk_weights is [4, 1]",
        [=](In& in, Op&) {
-         in.topk_weights = {other.data(), f32, {4, 1}};
+         in.topk_weights = {other.data(), kF32, {4, 1}};
        }},
       {"float64", [=](In& in, Op&) { in.topk_weights.dtype = Dtype::float64; }},
       {"topk_weights[2, 1] = nan", [=](In& in, Op&) { in.topk_weights.data = nan_weights.data(); }},
       {"scales is [3, 2]",
        [=](In& in, Op&) {
-         in.scales = {other.data(), f32, {3, 2}};
+         in.scales = {other.data(), kF32, {3, 2}};
        }},
       {"scales are 20 bytes",
        [=](In& in, Op&) {
-         in.scales = {other.data(), f32, {4, 5}};
+         in.scales = {other.data(), kF32, {4, 5}};
        }},
       {"float64",
        [=](In& in, Op& op) {
@@ -128,16 +126,13 @@ std::vector<BadDispatch> bad_routing_and_scales() {
        }},
       {"scales is [4, 2]",
        [=](In& in, Op& op) {
-         in.scales = {other.data(), f32, {4, 2}}, in.rows = {other.data(), f32, {4, 16}}, op.quantise = ScaleFormat::float32;
+         in.scales = {other.data(), kF32, {4, 2}}, in.rows = {other.data(), kF32, {4, 16}}, op.quantise = ScaleFormat::float32;
        }},
   };
 }
 
 std::vector<BadDispatch> bad_options() {
   static std::vector<float> out(64);
-  using In = DispatchInput;
-  using Op = DispatchOptions;
-  const auto f32 = Dtype::float32;
   return {
       {"sizing = exact with mode = latency", [](In&, Op& op) { op.mode = Mode::latency; }},
       {"rank_slots needs mode = latency", [](In&, Op& op) { op.layout = Layout::rank_slots; }},
@@ -153,11 +148,11 @@ std::vector<BadDispatch> bad_options() {
       {"placement = -1", [](In&, Op& op) { op.placement = -1; }},
       {"copy_out is false",
        [=](In&, Op& op) {
-         op.out_rows = {out.data(), f32, {4, 8}};
+         op.out_rows = {out.data(), kF32, {4, 8}};
        }},
       {"out_rows is [4, 4] float32",
        [=](In&, Op& op) {
-         op.copy_out = true, op.out_rows = {out.data(), f32, {4, 4}};
+         op.copy_out = true, op.out_rows = {out.data(), kF32, {4, 4}};
        }},
       {"out_rows is [4, 8] float16",
        [=](In&, Op& op) {
@@ -198,7 +193,7 @@ std::vector<BadCombine> bad_combines() {
   static std::vector<double> other(1024, 1.0);
   using Y = ConstTensorView;
   using Op = CombineOptions;
-  const auto f32 = Dtype::float32;
+  const auto kF32 = Dtype::float32;
   const auto tensor = [=](std::initializer_list<std::int64_t> shape, Dtype dtype = Dtype::float32) {
     return TensorView(other.data(), dtype, shape);
   };
@@ -253,7 +248,7 @@ std::vector<BadCombine> bad_combines() {
       {"unfolded = true", [=](Y&, Op& op) { op.fold = false; }},
       {"data is null",
        [=](Y& y, Op&) {
-         y = ConstTensorView(nullptr, f32, {y.shape[0], y.shape[1]});
+         y = ConstTensorView(nullptr, kF32, {y.shape[0], y.shape[1]});
        }},
   };
 }
@@ -386,7 +381,6 @@ struct Mismatch {
 TEST(ExchangeErrors, DifferentDispatchesAreAMismatchThatNamesBoth) {
   static std::vector<float> other(1024, 1.0F);
   static std::vector<std::int64_t> ids(64, 1);
-  using In = DispatchInput;
   using Op = DispatchOptions;
   const std::vector<Mismatch> mismatches = {
       {"token_major", "expert_major", [](In&, Op& op, int rank) { op.layout = rank == 0 ? Layout::token_major : Layout::expert_major; }},
