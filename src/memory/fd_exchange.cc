@@ -112,6 +112,17 @@ Failure lost_peer(int peer) {
   return {.kind = FailureKind::peer_lost, .phase = Phase::memory, .peer = peer, .detail = "it ended before it passed its memory"};
 }
 
+// A rank that is gone. The sockets of a dying process close a moment before its death can be seen.
+std::optional<int> find_lost(const World& world) {
+  constexpr int kDyingMs = 200;
+  for (const Deadline deadline = Deadline::after_ms(kDyingMs); !deadline.expired(); std::this_thread::sleep_for(kTick)) {
+    for (int rank = 0; rank < world.size(); ++rank) {
+      if (!world.alive(rank)) return rank;
+    }
+  }
+  return std::nullopt;
+}
+
 Expected<void> send_to(const World& world, int peer, const FdExchange::Endpoint& to, int fd, Deadline deadline) {
   Message message{.secret = {}, .rank = world.rank()};
   if (to.secret.size() != kSecretBytes) {
@@ -126,11 +137,9 @@ Expected<void> send_to(const World& world, int peer, const FdExchange::Endpoint&
     if (errno != EAGAIN && errno != EINTR) {
       Failure failure = system_failure(fmt::format("cannot reach the memory socket of rank {}", peer));
       failure.peer = peer;
-      // It may have given up because another rank is gone: that one is to be named.
-      for (int rank = 0; rank < world.size(); ++rank) {
-        if (!world.alive(rank)) return unexpected(lost_peer(rank));
-      }
-      return unexpected(std::move(failure));
+      // It is going, or has given up because another rank is gone: that one is to be named.
+      const auto lost = find_lost(world);
+      return unexpected(lost ? lost_peer(*lost) : failure);
     }
     if (!world.alive(peer)) return unexpected(lost_peer(peer));
     if (deadline.expired()) {
