@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
+#include <map>
+#include <mutex>
 #include <numeric>
 #include <random>
 
@@ -14,6 +15,8 @@ using Random = std::mt19937_64;
 
 constexpr int kRounds = 2;
 constexpr std::int64_t kGivenScaleBytes = 12;
+constexpr int kPoolBits = 12;
+constexpr std::uint64_t kPoolValues = 1 << kPoolBits;
 
 // Independent streams of one seed.
 Random stream(std::uint64_t seed, std::initializer_list<std::uint64_t> path) {
@@ -115,6 +118,19 @@ void add_ids(const Case& c, Random& random, std::vector<std::int64_t>& ids) {
     chosen.push_back(id);
   }
   ids.insert(ids.end(), chosen.begin(), chosen.end());
+}
+
+// Values to choose from: drawing each anew would be most of what the tests do.
+Bytes value_pool(Dtype dtype, bool with_specials) {
+  Random random(static_cast<std::uint64_t>(dtype));
+  std::normal_distribution<double> normal;
+  const std::vector<double> specials = {0.0, -0.0, INFINITY, -INFINITY, NAN, 1e-40, -3e-8, 6e4, -3e38};
+  Bytes pool(kPoolValues * naive::bytes_of(dtype));
+  for (std::uint64_t i = 0; i < kPoolValues; ++i) {
+    const bool special = with_specials && i % 64 == 0;
+    naive::write(dtype, pool.data(), static_cast<std::int64_t>(i), special ? specials[i / 64 % specials.size()] : normal(random));
+  }
+  return pool;
 }
 
 std::vector<float> random_weights(std::uint64_t seed, std::int64_t count) {
@@ -366,13 +382,19 @@ Placement unused_placement(const Case& c) {
 }
 
 Bytes random_values(std::uint64_t seed, std::int64_t count, Dtype dtype, bool with_specials) {
+  static std::mutex mutex;
+  static std::map<std::pair<Dtype, bool>, Bytes> pools;
+  std::unique_lock lock(mutex);
+  Bytes& pool = pools[{dtype, with_specials}];
+  if (pool.empty()) pool = value_pool(dtype, with_specials);
+  lock.unlock();  // the pool does not change any more, nor does it move
+  const int size = naive::bytes_of(dtype);
   Random random(seed);
-  std::normal_distribution<double> normal;
-  const std::vector<double> specials = {0.0, -0.0, INFINITY, -INFINITY, NAN, 1e-40, -3e-8, 6e4, -3e38};
-  Bytes bytes(count * naive::bytes_of(dtype));
+  Bytes bytes(count * size);
+  std::uint64_t word = 0;
   for (std::int64_t i = 0; i < count; ++i) {
-    const bool special = with_specials && random() % 64 == 0;
-    naive::write(dtype, bytes.data(), i, special ? specials[random() % specials.size()] : normal(random));
+    word = i % 5 == 0 ? random() : word >> kPoolBits;
+    std::memcpy(&bytes[i * size], &pool[(word % kPoolValues) * size], size);
   }
   return bytes;
 }
