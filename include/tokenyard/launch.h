@@ -27,7 +27,9 @@ struct RankExit {
 };
 
 // Starts the ranks with exec, waits for all of them, and leaves no process behind, also when it throws. Each rank gets RANK, WORLD_SIZE,
-// LOCAL_RANK, MASTER_ADDR, TOKENYARD_PORT and TOKENYARD_STORE=1. A death is noticed through a pidfd and told to the other ranks.
+// LOCAL_RANK, MASTER_ADDR, TOKENYARD_PORT, TOKENYARD_STORE=1 and a random TOKENYARD_TOKEN. A death is noticed through a pidfd and
+// told to the other ranks. Meanwhile SIGINT and SIGTERM go to the ranks, which are killed if they outlive them by grace_ms; a
+// launcher that is killed takes its ranks with it. The calling thread must be able to wait for its children (SIGCHLD not ignored).
 // UsageError for ranks < 1 or an empty argv; TransportError when a program cannot be started.
 std::vector<RankExit> launch(const LaunchOptions& options);
 

@@ -41,6 +41,7 @@ class World {
   // TOKENYARD_TIMEOUT_MS, TOKENYARD_STORE (1: a launcher holds the store). Under mpirun its OMPI_COMM_WORLD_RANK, _SIZE and
   // _LOCAL_RANK stand in for the first three. Without any rank: a world of one.
   static World from_env();
+  // Where rank 0 holds the store, the end of its last handle waits, within timeout_ms, for the other ranks to close theirs.
   static World connect(const WorldOptions& options);
   // `size` ranks of this process, one per thread; element r belongs to rank r.
   static std::vector<World> in_process(int size, int timeout_ms = 100'000);
@@ -68,7 +69,8 @@ class World {
 
   // False once the rank's process has ended or, in process, its thread has left with an exception. Never blocks.
   bool alive(int peer) const;
-  // Marks this rank as lost for the others (a rank thread that gives up; processes need not call it).
+  // Marks this rank as lost for the others, in all worlds of its rendezvous (a rank thread that gives up; processes need not
+  // call it). A rank whose handles are all gone has left in order: calls that include it fail, but it stays alive().
   void leave() const;
 
   const std::shared_ptr<world_internal::State>& state() const { return state_; }

@@ -25,7 +25,8 @@ void sleep_until_rung(Doorbell& doorbell, std::uint32_t seen, std::chrono::micro
 void relax();
 
 constexpr int kSpins = 200;
-constexpr int kYields = 20;
+// Longer than a small call takes, because sleeping and being woken cost as much as one; a yield gives the core to who needs it.
+constexpr std::chrono::microseconds kYieldFor{300};
 constexpr std::chrono::microseconds kTick{1000};
 
 // Spins briefly, then yields, then sleeps: ranks that share a core must not burn each other's time. `ready()` is the
@@ -37,11 +38,11 @@ bool wait_on(Doorbell& doorbell, Ready&& ready, Tick&& tick) {
     if (ready()) return true;
     relax();
   }
-  for (int i = 0; i < kYields; ++i) {
+  auto next_tick = std::chrono::steady_clock::now() + kYieldFor;
+  while (std::chrono::steady_clock::now() < next_tick) {
     if (ready()) return true;
     sched_yield();
   }
-  auto next_tick = std::chrono::steady_clock::now();
   while (true) {
     const std::uint32_t seen = doorbell.rings.load(std::memory_order_seq_cst);
     if (ready()) return true;

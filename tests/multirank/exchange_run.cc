@@ -216,8 +216,8 @@ class RankRun {
     const bool expert = data_.dispatch.layout == Layout::expert_major || data_.dispatch.layout == Layout::expert_padded;
     const std::int64_t columns = expert ? 1 : data_.dispatch.top_k;
     row_weights_ = matrix(nullptr, slots(received), columns, Dtype::float32);
-    std::memset(row_weights_.bytes.data(), 0xff, row_weights_.bytes.size());
-    std::memcpy(row_weights_.bytes.data(), weights.data(), weights.size() * sizeof(float));
+    std::fill(row_weights_.bytes.begin(), row_weights_.bytes.end(), 0xff);
+    if (!weights.empty()) std::memcpy(row_weights_.bytes.data(), weights.data(), weights.size() * sizeof(float));
     TensorView view = shaped(row_weights_.view, received);
     if (expert) --view.ndim;
     return view;

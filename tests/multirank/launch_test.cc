@@ -213,6 +213,7 @@ TEST(Launch, SignalsReachTheRanks) {
     options.on_start = [&](int, int) { ++started; };
     std::jthread sender([&] {
       while (started < 2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      std::this_thread::sleep_for(std::chrono::milliseconds(300));  // until the shells run: one that starts may miss the signal
       kill(getpid(), signal);
     });
     for (const RankExit& exit : launch(options)) EXPECT_EQ(exit.signal, signal);

@@ -2,7 +2,6 @@
 #include <signal.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cstring>
 #include <set>
 #include <string>
@@ -10,6 +9,7 @@
 
 #include "multirank/exchange_processes.h"
 #include "multirank/world_failures.h"
+#include "multirank/world_stopped.h"
 #include "tokenyard/error.h"
 #include "tokenyard/launch.h"
 #include "tokenyard/world.h"
@@ -96,17 +96,8 @@ const RegisterBody survivors("world.survivors", [](World& world, const std::stri
 });
 
 TEST(WorldProcesses, SurvivorsMeetWithoutTheDeadAndTheStopped) {
-  std::atomic<int> stopped{0};
-  exchange_test::ProcessRun run{.body = "world.survivors", .ranks = 5, .timeout_ms = 1000};
-  run.on_start = [&](int rank, int pid) {
-    if (rank == 3) stopped = pid;
-  };
-  // The launcher waits for the stopped rank: whoever stopped it has to end it.
-  std::jthread killer([&] {
-    std::this_thread::sleep_for(std::chrono::milliseconds(4000));
-    kill(stopped, SIGKILL);
-  });
-  expect_ok(run_processes(run), {1, 3});
+  EndStopped end(5000);
+  expect_ok(run_processes({.body = "world.survivors", .ranks = 5, .timeout_ms = 2000, .on_start = end.on_start()}), {1, 3});
 }
 
 // Nobody calls the store: the process itself is watched.
@@ -121,7 +112,7 @@ const RegisterBody watched("world.watched", [](World& world, const std::string&)
 TEST(WorldProcesses, DeathShowsInAlive) { expect_ok(run_processes({.body = "world.watched", .ranks = 3}), {0}); }
 
 const RegisterBody stopped("world.stopped", [](World& world, const std::string&) {
-  const std::vector<int> pids = gather(world, getpid());
+  world.barrier();
   if (world.rank() == 1) raise(SIGSTOP);
   const Stopwatch watch;
   const Failure failure = failure_of([&] { world.barrier(); });
@@ -130,12 +121,12 @@ const RegisterBody stopped("world.stopped", [](World& world, const std::string&)
   EXPECT_EQ(failure.kind, FailureKind::timeout);
   EXPECT_EQ(failure.peer, 1);
   EXPECT_TRUE(world.alive(1)) << "stopped, not dead";
-  if (world.rank() == 0) kill(pids[1], SIGKILL);
-  EXPECT_TRUE(comes_true(kNoticedWithinMs, [&] { return !world.alive(1); }));
+  EXPECT_TRUE(comes_true(10'000, [&] { return !world.alive(1); })) << "the test ends it";
 });
 
 TEST(WorldProcesses, AStoppedRankIsNamedAtTheDeadline) {
-  expect_ok(run_processes({.body = "world.stopped", .ranks = 3, .timeout_ms = 1500}), {1});
+  EndStopped end(4000);
+  expect_ok(run_processes({.body = "world.stopped", .ranks = 3, .timeout_ms = 1500, .on_start = end.on_start()}), {1});
 }
 
 const RegisterBody store_killed("world.store_killed", [](World& world, const std::string& port) {
@@ -157,21 +148,21 @@ TEST(WorldProcesses, TheDeathOfTheStoresHolderIsSaid) {
 }
 
 const RegisterBody store_stopped("world.store_stopped", [](World& world, const std::string& port) {
-  const std::vector<int> pids = gather(world, getpid());
-  const World met = meet_at(world, port, 1000);
+  const World met = meet_at(world, port, 3000);
   met.barrier();
   if (met.rank() == 0) raise(SIGSTOP);
   const Stopwatch watch;
   const Failure failure = failure_of([&] { met.barrier(); });
-  EXPECT_LT(watch.ms(), 2000);
+  EXPECT_LT(watch.ms(), 3000 + 1000);
   EXPECT_EQ(failure.kind, FailureKind::timeout);
   EXPECT_EQ(failure.peer, 0);
   EXPECT_NE(failure.detail.find("did not answer"), std::string::npos) << failure.detail;
-  if (met.rank() == 1) kill(pids[0], SIGKILL);
 });
 
 TEST(WorldProcesses, AStoppedHolderOfTheStoreIsNamedAtTheDeadline) {
-  expect_ok(run_processes({.body = "world.store_stopped", .argument = std::to_string(free_port()), .ranks = 3}), {0});
+  EndStopped end(6000);
+  const std::string port = std::to_string(free_port());
+  expect_ok(run_processes({.body = "world.store_stopped", .argument = port, .ranks = 3, .on_start = end.on_start()}), {0});
 }
 
 // A rank that ends without a word, and with exit code 0, is as gone as one that was killed.

@@ -1,7 +1,7 @@
 #pragma once
 // Row movers of the CPU: SIMD with run-time dispatch (Highway). Every function is pure over its arguments and gives the
 // same bits on every instruction set: true fused multiply-add everywhere, no flush to zero, and a NaN result is always
-// the positive NaN with all mantissa bits set. Inside a row, rows, partials, x and out may have any alignment.
+// the positive NaN with all mantissa bits set. Pointers may have any alignment.
 
 #include <cstddef>
 #include <cstdint>

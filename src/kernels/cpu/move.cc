@@ -1,5 +1,6 @@
 // Copies of rows, past the caches where the caller asks for it.
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/cpu/kernels.h"
@@ -33,6 +34,21 @@ void stream_row(void* to, const void* from, std::size_t bytes) {
   std::memcpy(out + i, in + i, bytes - i);
 }
 
+// Line by line to all targets, which lie on cache lines: one read of `from`, ahead of which the next rows are fetched.
+void stream_lines(void* const* to, int count, const void* from, std::size_t bytes) {
+  constexpr std::size_t kLine = 64;
+  constexpr std::size_t kAhead = 16 * kLine;
+  const hn::CappedTag<std::uint8_t, kLine> d;
+  const auto* in = static_cast<const std::uint8_t*>(from);
+  for (std::size_t i = 0; i < bytes; i += kLine) {
+    hwy::Prefetch(in + i + kAhead);
+    for (std::size_t j = i; j < i + kLine; j += hn::Lanes(d)) {
+      const auto part = hn::LoadU(d, in + j);
+      for (int t = 0; t < count; ++t) hn::Stream(part, d, static_cast<std::uint8_t*>(to[t]) + j);
+    }
+  }
+}
+
 const char* target_name() { return hwy::TargetName(HWY_TARGET); }
 
 }  // namespace tokenyard::cpu::HWY_NAMESPACE
@@ -42,6 +58,7 @@ HWY_AFTER_NAMESPACE();
 namespace tokenyard::cpu {
 
 HWY_EXPORT(stream_row);
+HWY_EXPORT(stream_lines);
 HWY_EXPORT(target_name);
 
 void copy_row(void* to, const void* from, std::size_t bytes, bool stream) {
@@ -53,6 +70,11 @@ void copy_row(void* to, const void* from, std::size_t bytes, bool stream) {
 }
 
 void copy_row_to_many(void* const* to, int count, const void* from, std::size_t bytes, bool stream) {
+  const auto on_a_line = [](const void* row) { return reinterpret_cast<std::uintptr_t>(row) % 64 == 0; };
+  if (stream && bytes % 64 == 0 && std::all_of(to, to + count, on_a_line)) {
+    HWY_DYNAMIC_DISPATCH(stream_lines)(to, count, from, bytes);
+    return;
+  }
   // The first copy brings the row into the cache, where the others find it: streamed stores leave it there.
   for (int i = 0; i < count; ++i) copy_row(to[i], from, bytes, stream);
 }
