@@ -38,15 +38,15 @@ enum class Phase : std::uint8_t {
   split,
   gather,
   barrier,
-  recover,           // survivors of a lost rank meeting again
+  recover,  // survivors of a lost rank meeting again
   memory,
-  dispatch_credit,   // waiting for a destination to grant a receive buffer
-  dispatch_counts,   // waiting for the row counts of every source
-  dispatch_rows,     // waiting for rows to arrive
-  combine_weights,   // waiting for the source's weights (Weighting::at_source)
-  combine_credit,    // waiting for the owner's staging slots to be free
-  combine_rows,      // waiting for partial sums
-  combine_read,      // waiting for peers to have read expert rows
+  dispatch_credit,  // waiting for a destination to grant a receive buffer
+  dispatch_counts,  // waiting for the row counts of every source
+  dispatch_rows,    // waiting for rows to arrive
+  combine_weights,  // waiting for the source's weights (Weighting::at_source)
+  combine_credit,   // waiting for the owner's staging slots to be free
+  combine_rows,     // waiting for partial sums
+  combine_read,     // waiting for peers to have read expert rows
   collective,
 };
 std::string_view name(Phase phase);
@@ -55,12 +55,12 @@ std::string_view name(Phase phase);
 struct Failure {
   FailureKind kind = FailureKind::system;
   Phase phase = Phase::none;
-  int rank = -1;             // who reports
-  int peer = -1;             // who is blamed: the end of the chain of ranks that wait for each other
-  std::uint64_t epoch = 0;   // the call number on this exchange
+  int rank = -1;            // who reports
+  int peer = -1;            // who is blamed: the end of the chain of ranks that wait for each other
+  std::uint64_t epoch = 0;  // the call number on this exchange
   std::int64_t expected = 0;
   std::int64_t seen = 0;
-  std::string detail{};      // free text: reason, remedy
+  std::string detail{};  // free text: reason, remedy
   // One line with every field that applies.
   std::string message() const;
 };

@@ -51,7 +51,7 @@ struct ExchangeOptions {
   int num_threads = 1;   // threads that move rows on this rank; may differ between ranks
   bool validate = true;  // check ids and weights by value; off: an id >= E counts as no expert
   bool trace = false;    // keep phase spans for Exchange::take_spans
-  int timeout_ms = 0;                    // deadline of every wait; 0: the world's (TOKENYARD_TIMEOUT_MS)
+  int timeout_ms = 0;    // deadline of every wait; 0: the world's (TOKENYARD_TIMEOUT_MS)
 };
 
 struct DispatchInput {

@@ -10,9 +10,9 @@ namespace tokenyard {
 inline constexpr int kQuantiseBlock = 128;
 
 enum class ScaleFormat : std::uint8_t {
-  float32,        // scale = a / 448
-  float32_pow2,   // "round_scale": scale = 2^ceil(log2(a / 448)), q = e4m3(x / scale)
-  ue8m0,          // the rounded scale as its biased exponent, four per int32, lowest byte first
+  float32,       // scale = a / 448
+  float32_pow2,  // "round_scale": scale = 2^ceil(log2(a / 448)), q = e4m3(x / scale)
+  ue8m0,         // the rounded scale as its biased exponent, four per int32, lowest byte first
 };
 
 // Scale elements of one row: ceil(hidden_size / 128) float32, or that number / 4 (rounded up) int32 for ue8m0.

@@ -37,8 +37,8 @@ struct BasicTensorView {
   }
   // A mutable view reads as a const one.
   template <class Other>
-    requires(std::is_same_v<Pointer, const void*> && std::is_same_v<Other, void*>)
-  BasicTensorView(const BasicTensorView<Other>& other)  // NOLINT(google-explicit-constructor): a const view is a view
+  requires(std::is_same_v<Pointer, const void*>&& std::is_same_v<Other, void*>)
+      BasicTensorView(const BasicTensorView<Other>& other)  // NOLINT(google-explicit-constructor): a const view is a view
       : data(other.data), dtype(other.dtype), ndim(other.ndim), shape(other.shape), strides(other.strides) {}
 
   // Whether a tensor was given (an empty one, with a zero in its shape, was).

@@ -8,12 +8,23 @@ namespace tokenyard {
 namespace {
 
 constexpr NamedValue<Dtype> kDtypes[] = {
-    {Dtype::float64, "float64"},   {Dtype::float32, "float32"},         {Dtype::bfloat16, "bfloat16"},
-    {Dtype::float16, "float16"},   {Dtype::float8_e4m3, "float8_e4m3"}, {Dtype::ue8m0, "ue8m0"},
-    {Dtype::int64, "int64"},       {Dtype::int32, "int32"},             {Dtype::uint8, "uint8"},
-    {Dtype::float64, "f64"},       {Dtype::float32, "f32"},             {Dtype::bfloat16, "bf16"},
-    {Dtype::float16, "fp16"},      {Dtype::float8_e4m3, "fp8"},         {Dtype::int64, "i64"},
-    {Dtype::int32, "i32"},         {Dtype::uint8, "u8"},
+    {Dtype::float64, "float64"},
+    {Dtype::float32, "float32"},
+    {Dtype::bfloat16, "bfloat16"},
+    {Dtype::float16, "float16"},
+    {Dtype::float8_e4m3, "float8_e4m3"},
+    {Dtype::ue8m0, "ue8m0"},
+    {Dtype::int64, "int64"},
+    {Dtype::int32, "int32"},
+    {Dtype::uint8, "uint8"},
+    {Dtype::float64, "f64"},
+    {Dtype::float32, "f32"},
+    {Dtype::bfloat16, "bf16"},
+    {Dtype::float16, "fp16"},
+    {Dtype::float8_e4m3, "fp8"},
+    {Dtype::int64, "i64"},
+    {Dtype::int32, "i32"},
+    {Dtype::uint8, "u8"},
 };
 
 constexpr std::uint32_t kFloatSign = 0x80000000;
@@ -59,14 +70,18 @@ using Float8E4m3 = SmallFloat<3, 7>;
 int size_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::float64:
-    case Dtype::int64: return 8;
+    case Dtype::int64:
+      return 8;
     case Dtype::float32:
-    case Dtype::int32: return 4;
+    case Dtype::int32:
+      return 4;
     case Dtype::bfloat16:
-    case Dtype::float16: return 2;
+    case Dtype::float16:
+      return 2;
     case Dtype::float8_e4m3:
     case Dtype::ue8m0:
-    case Dtype::uint8: return 1;
+    case Dtype::uint8:
+      return 1;
   }
   TY_ASSERT(!"a known dtype");
 }

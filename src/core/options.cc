@@ -21,8 +21,11 @@ constexpr NamedValue<Weighting> kWeightings[] = {
     {Weighting::at_source, "at_source"},
 };
 constexpr NamedValue<Transport> kTransports[] = {
-    {Transport::automatic, "automatic"}, {Transport::automatic, "auto"}, {Transport::inproc, "inproc"},
-    {Transport::shm, "shm"},             {Transport::mpi, "mpi"},
+    {Transport::automatic, "automatic"},
+    {Transport::automatic, "auto"},
+    {Transport::inproc, "inproc"},
+    {Transport::shm, "shm"},
+    {Transport::mpi, "mpi"},
 };
 
 }  // namespace

@@ -28,10 +28,9 @@ TEST(OptionNames, EveryEnumerationReadsWhatItWrites) {
                                             {Weighting::at_input, "at_input"},
                                             {Weighting::at_expert, "at_expert"},
                                             {Weighting::at_source, "at_source"}});
-  expect_names<Transport>(parse_transport, {{Transport::automatic, "automatic"},
-                                            {Transport::inproc, "inproc"},
-                                            {Transport::shm, "shm"},
-                                            {Transport::mpi, "mpi"}});
+  expect_names<Transport>(
+      parse_transport,
+      {{Transport::automatic, "automatic"}, {Transport::inproc, "inproc"}, {Transport::shm, "shm"}, {Transport::mpi, "mpi"}});
   EXPECT_EQ(Transport::automatic, parse_transport("auto"));
 }
 

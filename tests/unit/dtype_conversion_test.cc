@@ -92,13 +92,13 @@ TEST_P(DtypeConversion, EveryNanIsTheSameNan) {
 
 INSTANTIATE_TEST_SUITE_P(
     Formats, DtypeConversion,
-    ::testing::Values(
-        Format{"bfloat16", SmallFloat::bfloat16(), [](std::uint32_t bits) { return bfloat16_to_float(static_cast<std::uint16_t>(bits)); },
-               float_to_bfloat16},
-        Format{"float16", SmallFloat::float16(), [](std::uint32_t bits) { return float16_to_float(static_cast<std::uint16_t>(bits)); },
-               float_to_float16},
-        Format{"float8_e4m3", SmallFloat::float8_e4m3(),
-               [](std::uint32_t bits) { return float8_e4m3_to_float(static_cast<std::uint8_t>(bits)); }, float_to_float8_e4m3}),
+    ::testing::Values(Format{"bfloat16", SmallFloat::bfloat16(),
+                             [](std::uint32_t bits) { return bfloat16_to_float(static_cast<std::uint16_t>(bits)); }, float_to_bfloat16},
+                      Format{"float16", SmallFloat::float16(),
+                             [](std::uint32_t bits) { return float16_to_float(static_cast<std::uint16_t>(bits)); }, float_to_float16},
+                      Format{"float8_e4m3", SmallFloat::float8_e4m3(),
+                             [](std::uint32_t bits) { return float8_e4m3_to_float(static_cast<std::uint8_t>(bits)); },
+                             float_to_float8_e4m3}),
     [](const auto& info) { return info.param.name; });
 
 TEST(DtypeConversionKnown, Values) {

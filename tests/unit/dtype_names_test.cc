@@ -14,10 +14,14 @@ struct Known {
   bool summable;
 };
 constexpr Known kKnown[] = {
-    {Dtype::float64, "float64", "f64", 8, true},           {Dtype::float32, "float32", "f32", 4, true},
-    {Dtype::bfloat16, "bfloat16", "bf16", 2, true},        {Dtype::float16, "float16", "fp16", 2, true},
-    {Dtype::float8_e4m3, "float8_e4m3", "fp8", 1, false},  {Dtype::ue8m0, "ue8m0", "ue8m0", 1, false},
-    {Dtype::int64, "int64", "i64", 8, false},              {Dtype::int32, "int32", "i32", 4, false},
+    {Dtype::float64, "float64", "f64", 8, true},
+    {Dtype::float32, "float32", "f32", 4, true},
+    {Dtype::bfloat16, "bfloat16", "bf16", 2, true},
+    {Dtype::float16, "float16", "fp16", 2, true},
+    {Dtype::float8_e4m3, "float8_e4m3", "fp8", 1, false},
+    {Dtype::ue8m0, "ue8m0", "ue8m0", 1, false},
+    {Dtype::int64, "int64", "i64", 8, false},
+    {Dtype::int32, "int32", "i32", 4, false},
     {Dtype::uint8, "uint8", "u8", 1, false},
 };
 

@@ -27,9 +27,7 @@ TEST(FailureMessage, FieldsThatDoNotApplyAreLeftOut) {
   EXPECT_EQ("overflow: expected 8, seen 9", (Failure{.kind = FailureKind::overflow, .expected = 8, .seen = 9}).message());
 }
 
-TEST(FailureMessage, IsOneLine) {
-  EXPECT_EQ("system; first second", (Failure{.detail = "first\nsecond"}).message());
-}
+TEST(FailureMessage, IsOneLine) { EXPECT_EQ("system; first second", (Failure{.detail = "first\nsecond"}).message()); }
 
 TEST(FailureMessage, IsTheTextOfTheException) {
   const Failure failure{.kind = FailureKind::aborted, .rank = 0, .detail = "hidden_size 100"};

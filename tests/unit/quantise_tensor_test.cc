@@ -12,7 +12,7 @@ namespace tokenyard {
 namespace {
 
 TEST(ScaleColumns, OnePerBlockOrFourToAWord) {
-  const std::pair<std::int64_t, std::pair<int, int>> known[] = {{0, {0, 0}},   {1, {1, 1}},     {128, {1, 1}},  {129, {2, 1}},
+  const std::pair<std::int64_t, std::pair<int, int>> known[] = {{0, {0, 0}},   {1, {1, 1}},   {128, {1, 1}},   {129, {2, 1}},
                                                                 {512, {4, 1}}, {513, {5, 2}}, {7168, {56, 14}}};
   for (const auto& [hidden_size, columns] : known) {
     EXPECT_EQ(columns.first, scale_columns(hidden_size, ScaleFormat::float32)) << hidden_size;

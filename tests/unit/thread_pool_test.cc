@@ -99,7 +99,11 @@ TEST(ThreadPool, TheFirstExceptionIsRethrownAfterAllPartsEnded) {
 TEST(ThreadPool, AnExceptionOfTheCallersPartIsRethrownToo) {
   for (const int threads : {1, 3}) {
     ThreadPool pool(threads);
-    EXPECT_THROW(pool.parallel_for(9, 1, [](std::int64_t, std::int64_t, int thread) { if (thread == 0) throw 7; }), int);
+    EXPECT_THROW(pool.parallel_for(9, 1,
+                                   [](std::int64_t, std::int64_t, int thread) {
+                                     if (thread == 0) throw 7;
+                                   }),
+                 int);
   }
 }
 

@@ -31,7 +31,7 @@ struct FoldArgs {
   int count = 0;                      // 0 gives +0
   Dtype dtype = Dtype::float32;
   std::int64_t elements = 0;
-  void* out = nullptr;                // may be one of rows
+  void* out = nullptr;  // may be one of rows
 };
 void fold(const FoldArgs& args);
 
@@ -40,9 +40,9 @@ void fold(const FoldArgs& args);
 struct ReduceArgs {
   const void* const* partials = nullptr;  // [count], of `dtype`
   int count = 0;
-  const int* group_ends = nullptr;        // null: flat
+  const int* group_ends = nullptr;  // null: flat
   int num_groups = 0;
-  const void* bias0 = nullptr;            // of `dtype`
+  const void* bias0 = nullptr;  // of `dtype`
   const void* bias1 = nullptr;
   Dtype dtype = Dtype::float32;
   Dtype out_dtype = Dtype::float32;
@@ -63,7 +63,7 @@ float dot(const void* a, const void* b, Dtype dtype, std::int64_t elements);
 // `scale_stride` bytes from one float32 or word to the next. Arithmetic as in tokenyard/quantise.h.
 struct QuantiseArgs {
   const void* x = nullptr;
-  Dtype dtype = Dtype::float32;   // bfloat16, float16, float32
+  Dtype dtype = Dtype::float32;  // bfloat16, float16, float32
   std::int64_t elements = 0;
   ScaleFormat format = ScaleFormat::float32;
   std::uint8_t* q = nullptr;
