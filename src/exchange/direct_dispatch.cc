@@ -16,7 +16,6 @@ namespace tokenyard::exchange_internal {
 using protocol::CallHeader;
 using protocol::load_acquire;
 using protocol::MessageKind;
-using protocol::store_release;
 
 Expected<void> DirectTransport::exchange_counts(const CallHeader& header, std::span<const std::int32_t> mine,
                                                 std::vector<std::int32_t>& all) {
