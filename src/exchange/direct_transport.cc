@@ -113,7 +113,7 @@ Expected<std::uint64_t> DirectTransport::reset(std::uint64_t last_call) {
   wait_.clear_failure();
   unsettled_call_ = last_combine_ = 0;
   last_pull_ = {};
-  dispatch_epoch_ = agreed[1] + 2 * protocol::kMaxDepth;
+  dispatch_epoch_ = agreed[1] + std::uint64_t{2} * protocol::kMaxDepth;
   world_.barrier();  // nobody sees a failure that is over
   grants_->board->restart([&] { grants_->next_epoch = dispatch_epoch_; }, [&](int buffer) { grants_->publish(buffer); });
   return agreed[0];

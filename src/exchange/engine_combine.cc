@@ -230,14 +230,14 @@ void Engine::sum_tokens(const CombineJob& job, const CombineCall& call, const Ro
   const int rank = world_.rank();
   const bool grouped = has_groups(options_.reduction_groups);
   const bool stream = cpu::should_stream(plan.num_tokens * call.row_bytes);
-  static const std::vector<int> kFlat;
+  static const std::vector<int> flat;
   constexpr std::int64_t kGrain = 4;
   pool_.parallel_for(plan.num_tokens, kGrain, [&](std::int64_t begin, std::int64_t end, int) {
     SumOrder order;
     std::vector<const void*> partials;
     std::vector<std::byte> scratch((call.unfolded ? k : 1) * call.row_bytes);
     for (std::int64_t token = begin; token < end; ++token) {
-      order.arrange(plan, token, job.options.order, grouped ? options_.reduction_groups : kFlat);
+      order.arrange(plan, token, job.options.order, grouped ? options_.reduction_groups : flat);
       partials.clear();
       for (int j = 0; j < (call.unfolded ? k : 1); ++j) {
         for (const std::int64_t at : order.entries) {

@@ -115,7 +115,8 @@ Expected<Groups> group_experts(HandleState& handle, const LayoutOptions& options
     return groups;
   }
   std::int64_t bound = options.max_expert_rows;
-  if (bound == 0) bound = padded(shape.receive_rows * handle.top_k() + options.local_experts * (options.alignment - 1), options.alignment);
+  if (bound == 0)
+    bound = padded(shape.receive_rows * handle.top_k() + std::int64_t{options.local_experts} * (options.alignment - 1), options.alignment);
   if (options.sizing == Sizing::capacity && end > bound) {
     return unexpected(expert_overflow(end, bound, "rows of expert_major against max_expert_rows; raise it"));
   }

@@ -107,7 +107,7 @@ MemoryPlan Exchange::memory_plan(const ExchangeOptions& options, int ranks) {
   const protocol::ArenaShape shape = shape_of(checked, ranks);
   const protocol::ArenaLayout layout = host_arena_layout(shape);
   const auto rows = checked.receive_rows;
-  const auto k = checked.top_k;
+  const std::int64_t k = checked.top_k;
   MemoryPlan plan;
   auto add = [&plan](const char* purpose, std::int64_t bytes, std::string formula) {
     plan.items.push_back({purpose, bytes, std::move(formula)});
