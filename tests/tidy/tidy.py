@@ -6,6 +6,7 @@
 A rule is a function from a Repository to breaches; RULES lists them, tidy_test.py shows that each can fail.
 """
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
@@ -63,16 +64,17 @@ class Repository:
 
     @staticmethod
     def read(root):
-        listed = subprocess.run(["git", "-C", str(root), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=False)
-        if listed.returncode == 0:
+        git = ["git", "-C", str(root), "ls-files", "-co", "--exclude-standard"]
+        listed = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
+        if listed and listed.returncode == 0:
             paths = listed.stdout.splitlines()
-        else:  # an unpacked archive
+        else:  # an unpacked archive, or a machine without git
             paths = [str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()]
         skipped = {"build", "out", ".git", ".venv"}
         return Repository({
             path: (root / path).read_text(encoding="utf-8") for path in sorted(paths)
             if PurePosixPath(path).suffix in TEXT and path.split("/")[0] not in skipped and (root / path).is_file()
-            and "/corpus/" not in path
+            and "/corpus/" not in path and "__pycache__" not in path
         })
 
     def code(self, *roots, suffixes=CODE):
