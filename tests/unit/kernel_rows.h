@@ -21,13 +21,13 @@ namespace tokenyard::testing {
 // Between two pages that cannot be read or written: flush with one of them, or somewhere inside.
 class GuardedRow {
  public:
-  GuardedRow(SeededRandom& random, std::size_t bytes) : bytes_(bytes), inside_((bytes / kPage + 2) * kPage) {
+  GuardedRow(SeededRandom& random, std::size_t bytes, std::int64_t alignment = 1) : bytes_(bytes), inside_((bytes / kPage + 2) * kPage) {
     map_ = mmap(nullptr, inside_ + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (map_ == MAP_FAILED || mprotect(begin(), inside_, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
     std::memset(begin(), kWatch, inside_);
     const auto room = static_cast<std::int64_t>(inside_ - bytes);
     const std::int64_t offsets[] = {0, room, random.between(0, room)};
-    row_ = begin() + random.pick(offsets);
+    row_ = begin() + random.pick(offsets) / alignment * alignment;
   }
   ~GuardedRow() { munmap(map_, inside_ + 2 * kPage); }
   GuardedRow(const GuardedRow&) = delete;

@@ -32,18 +32,21 @@ TEST(KernelsCopy, AnyLengthAndAlignmentStreamedOrNot) {
 TEST(KernelsCopy, ToMany) {
   SeededRandom random;
   testing::on_every_target([&] {
-    for (int count = 0; count <= 9; ++count) {
-      const std::size_t bytes = 16 * random.between(1, 500);
+    for (int repeat = 0; repeat < 60; ++repeat) {
+      const int count = repeat % 10;
+      // Whole cache lines on cache lines go another way.
+      const std::int64_t unit = random.one_in(2) ? 64 : 16;
+      const std::size_t bytes = unit * random.between(1, 200);
       const auto data = random_bytes(random, bytes);
       const GuardedRow from(random, bytes);
       std::copy(data.begin(), data.end(), from.data());
       std::vector<std::unique_ptr<GuardedRow>> rows;
       std::vector<void*> to;
       for (int i = 0; i < count; ++i) {
-        rows.push_back(std::make_unique<GuardedRow>(random, bytes));
+        rows.push_back(std::make_unique<GuardedRow>(random, bytes, unit));
         to.push_back(rows.back()->data());
       }
-      copy_row_to_many(to.data(), count, from.data(), bytes, count % 2 == 0);
+      copy_row_to_many(to.data(), count, from.data(), bytes, random.one_in(2));
       stream_fence();
       for (const auto& row : rows) {
         EXPECT_TRUE(std::equal(data.begin(), data.end(), row->data()));
