@@ -245,7 +245,7 @@ namespace {
 // The error to report of a run: the lowest rank's that is no TransportError, which may be the consequence of another rank's
 // error; else the first that was raised.
 std::exception_ptr root_cause(std::vector<std::pair<int, std::exception_ptr>> errors) {
-  const auto first = errors.front().second;
+  auto first = errors.front().second;
   std::stable_sort(errors.begin(), errors.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   for (const auto& [rank, error] : errors) {
     try {
