@@ -118,6 +118,7 @@ class DirectCollectives final : public Collectives {
   std::vector<const CallRecord*> records_;
   std::vector<Lane> lanes_;
   OrderedSum sum_;
+  Deadline::Clock::time_point next_look_{};
   std::atomic<bool> cancelled_{false};
   std::optional<Failure> gave_up_;  // repeated by every later call: counters no longer fit
 };
@@ -200,7 +201,9 @@ void DirectCollectives::move_rows() {
           }
           return false;
         },
-        [&](int peer) { return lanes_[peer].sends() || lanes_[peer].receives(); });
+        [&](int peer) {
+          return (lanes_[peer].sends() && !staging_.has_room(peer)) || (lanes_[peer].receives() && !staging_.has_chunk(peer));
+        });
   }
 }
 
@@ -283,36 +286,45 @@ void DirectCollectives::reduce_chunk(std::int64_t begin, std::int64_t size) {
 
 template <class Ready, class Blocks>
 void DirectCollectives::wait(Ready&& ready, Blocks&& blocks) {
-  std::optional<Deadline> deadline;  // set at the first tick: most waits end before
   std::optional<Failure> failure;
-  const bool held = wait_on(staging_.doorbell(), ready, [&] {
-    if (!deadline) deadline = Deadline::after_ms(timeout_ms_);
-    failure = diagnose(blocks, deadline->expired());
-    return failure.has_value();
-  });
-  if (!held) {
+  // A long call among the living must not hide that somebody died: look now and then although chunks keep coming.
+  if (Deadline::Clock::now() >= next_look_) failure = diagnose(blocks, false);
+  if (!failure) {
+    std::optional<Deadline> deadline;  // set at the first tick: most waits end before
+    const bool held = wait_on(staging_.doorbell(), ready, [&] {
+      if (!deadline) deadline = Deadline::after_ms(timeout_ms_);
+      failure = diagnose(blocks, deadline->expired());
+      return failure.has_value();
+    });
+    if (held) failure.reset();
+  }
+  if (failure) {
     give_up(*failure);
     throw TransportError(std::move(*failure));
   }
   staging_.status(rank_).waiting_on.store(0, std::memory_order_release);
 }
 
-// One look at the peers that this rank waits for, about every millisecond.
+// One look at the peers that this rank waits for, about every millisecond. What a peer did before it died or gave up counts.
 template <class Blocks>
 std::optional<Failure> DirectCollectives::diagnose(Blocks&& blocks, bool expired) {
+  next_look_ = Deadline::Clock::now() + kTick;
   if (cancelled_.load(std::memory_order_relaxed)) return cancellation();
   int first = -1;
   for (int i = 1; i < ranks_; ++i) {
     const int peer = peer_after(i);
     if (!blocks(peer)) continue;
     if (first < 0) first = peer;
-    if (const std::uint64_t packed = staging_.status(peer).failure.load(std::memory_order_acquire)) {
+    const std::uint64_t packed = staging_.status(peer).failure.load(std::memory_order_acquire);
+    const bool is_alive = world_.alive(peer);
+    if ((packed == 0 && is_alive) || !blocks(peer)) continue;
+    if (packed != 0) {
       const int named = failure_peer(packed);
       Failure why = failure(failure_kind(packed), named >= 0 ? named : peer);
-      why.detail = "rank " + std::to_string(peer) + " gave up before; " + why.detail;
+      why.detail = "rank " + std::to_string(peer) + " gave up before" + (why.detail.empty() ? "" : "; " + why.detail);
       return why;
     }
-    if (!world_.alive(peer)) return failure(FailureKind::peer_lost, peer);
+    return failure(FailureKind::peer_lost, peer);
   }
   Status& mine = staging_.status(rank_);
   mine.waiting_on.store(first + 1, std::memory_order_release);
