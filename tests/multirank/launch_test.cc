@@ -236,7 +236,7 @@ TEST(Launch, RanksThatIgnoreTheSignalAreKilledAfterTheGraceTime) {
 }
 
 // Runs as a rank, and is a launcher itself; the test kills it.
-const exchange_test::RegisterBody nested("launch.nested", [](World&, const std::string& path) {
+const exchange_test::RegisterBody kNested("launch.nested", [](World&, const std::string& path) {
   LaunchOptions options = shell("sleep 1000; true", 2);
   std::ofstream file(path);
   options.on_start = [&](int, int pid) { file << pid << std::endl; };
@@ -266,7 +266,7 @@ TEST(Launch, RanksEndWithAKilledLauncher) {
 }
 
 // A rank that has ended is told to the others by the launcher, even if its connection lives on in a child of it.
-const exchange_test::RegisterBody forked("launch.forked", [](World& world, const std::string&) {
+const exchange_test::RegisterBody kForked("launch.forked", [](World& world, const std::string&) {
   world.barrier();
   if (world.rank() == 1) {
     if (fork() == 0) {  // holds a copy of the connection

@@ -52,7 +52,7 @@ void expect_ok(const std::vector<RankExit>& exits, int killed = -1) {
   for (const RankExit& exit : exits) EXPECT_EQ(exit.exit_code, exit.rank == killed ? 128 + SIGKILL : 0) << "rank " << exit.rank;
 }
 
-const RegisterBody agree("memory.agree", [](World& world, const std::string&) {
+const RegisterBody kAgree("memory.agree", [](World& world, const std::string&) {
   for (const std::size_t bytes : {std::size_t{1}, std::size_t{12345}, std::size_t{9} << 20}) {
     const Memory memory = create(world, bytes);
     EXPECT_EQ(memory->transport(), Transport::shm);
@@ -78,7 +78,7 @@ TEST(MemoryProcesses, ViewsAgree) {
   for (const int ranks : {1, 2, 5}) expect_ok(run_processes({.body = "memory.agree", .ranks = ranks}));
 }
 
-const RegisterBody outlive("memory.outlive", [](World& world, const std::string&) {
+const RegisterBody kOutlive("memory.outlive", [](World& world, const std::string&) {
   Memory memory = create(world, 1 << 20);
   std::memset(memory->view(world.rank()), world.rank() + 1, memory->bytes());
   world.barrier();
@@ -95,7 +95,7 @@ const RegisterBody outlive("memory.outlive", [](World& world, const std::string&
 
 TEST(MemoryProcesses, ViewsOutliveTheirOwnersMemoryAndLife) { expect_ok(run_processes({.body = "memory.outlive", .ranks = 3}), 2); }
 
-const RegisterBody cycles("memory.cycles", [](World& world, const std::string&) {
+const RegisterBody kCycles("memory.cycles", [](World& world, const std::string&) {
   const auto cycle = [&](int count) {
     for (int i = 0; i < count; ++i) create(world, 64 << 10)->view(0)[world.rank()] = std::byte{1};
   };
@@ -109,7 +109,7 @@ const RegisterBody cycles("memory.cycles", [](World& world, const std::string&) 
 
 TEST(MemoryProcesses, HundredsOfCyclesLeaveNothingBehind) { expect_ok(run_processes({.body = "memory.cycles", .ranks = 3})); }
 
-const RegisterBody dies("memory.dies", [](World& world, const std::string& when) {
+const RegisterBody kDies("memory.dies", [](World& world, const std::string& when) {
   world.barrier();
   if (world.rank() == 1 && when == "before") raise(SIGKILL);
   if (world.rank() == 1) {
@@ -137,7 +137,7 @@ TEST(MemoryProcesses, ARankKilledDuringCreationIsNamedAndLeavesNothing) {
   }
 }
 
-const RegisterBody stops("memory.stops", [](World& world, const std::string&) {
+const RegisterBody kStops("memory.stops", [](World& world, const std::string&) {
   world.barrier();
   if (world.rank() == 1) raise(SIGSTOP);
   const auto memory = SymmetricMemory::create(world, 4096, Transport::automatic, Deadline::after_ms(700));
@@ -152,7 +152,7 @@ TEST(MemoryProcesses, AStoppedRankIsNamedAtTheDeadline) {
 }
 
 // Rank 0 sleeps on a doorbell in its own memory; rank 1 rings it from another process.
-const RegisterBody doorbell("memory.doorbell", [](World& world, const std::string&) {
+const RegisterBody kDoorbell("memory.doorbell", [](World& world, const std::string&) {
   const Memory memory = create(world, 4096);
   struct Page {
     Doorbell doorbell;

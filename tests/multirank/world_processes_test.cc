@@ -50,7 +50,7 @@ void expect_ok(const std::vector<RankExit>& exits, const std::set<int>& killed =
   }
 }
 
-const RegisterBody meet("world.meet", [](World& world, const std::string&) {
+const RegisterBody kMeet("world.meet", [](World& world, const std::string&) {
   EXPECT_FALSE(world.is_in_process());
   const std::vector<int> pids = gather(world, getpid());
   EXPECT_EQ(std::set<int>(pids.begin(), pids.end()).size(), static_cast<std::size_t>(world.size()));
@@ -67,7 +67,7 @@ const RegisterBody meet("world.meet", [](World& world, const std::string&) {
 TEST(WorldProcesses, EightRanksMeet) { expect_ok(run_processes({.body = "world.meet", .ranks = 8})); }
 TEST(WorldProcesses, OneRankMeetsItself) { expect_ok(run_processes({.body = "world.meet", .ranks = 1})); }
 
-const RegisterBody killed("world.killed", [](World& world, const std::string&) {
+const RegisterBody kKilled("world.killed", [](World& world, const std::string&) {
   world.barrier();
   if (world.rank() == 2) raise(SIGKILL);
   const Stopwatch watch;
@@ -85,7 +85,7 @@ const RegisterBody killed("world.killed", [](World& world, const std::string&) {
 
 TEST(WorldProcesses, AKilledRankIsNamedAtOnce) { expect_ok(run_processes({.body = "world.killed", .ranks = 4}), {2}); }
 
-const RegisterBody survivors("world.survivors", [](World& world, const std::string&) {
+const RegisterBody kSurvivors("world.survivors", [](World& world, const std::string&) {
   world.barrier();
   if (world.rank() == 1) raise(SIGKILL);
   if (world.rank() == 3) raise(SIGSTOP);
@@ -101,7 +101,7 @@ TEST(WorldProcesses, SurvivorsMeetWithoutTheDeadAndTheStopped) {
 }
 
 // Nobody calls the store: the process itself is watched.
-const RegisterBody watched("world.watched", [](World& world, const std::string&) {
+const RegisterBody kWatched("world.watched", [](World& world, const std::string&) {
   world.barrier();
   if (world.rank() == 0) raise(SIGKILL);
   const Stopwatch watch;
@@ -111,7 +111,7 @@ const RegisterBody watched("world.watched", [](World& world, const std::string&)
 
 TEST(WorldProcesses, DeathShowsInAlive) { expect_ok(run_processes({.body = "world.watched", .ranks = 3}), {0}); }
 
-const RegisterBody stopped("world.stopped", [](World& world, const std::string&) {
+const RegisterBody kStopped("world.stopped", [](World& world, const std::string&) {
   world.barrier();
   if (world.rank() == 1) raise(SIGSTOP);
   const Stopwatch watch;
@@ -129,7 +129,7 @@ TEST(WorldProcesses, AStoppedRankIsNamedAtTheDeadline) {
   expect_ok(run_processes({.body = "world.stopped", .ranks = 3, .timeout_ms = 1500, .on_start = end.on_start()}), {1});
 }
 
-const RegisterBody store_killed("world.store_killed", [](World& world, const std::string& port) {
+const RegisterBody kStoreKilled("world.store_killed", [](World& world, const std::string& port) {
   const World met = meet_at(world, port, 60'000);
   met.barrier();
   if (met.rank() == 0) raise(SIGKILL);
@@ -147,7 +147,7 @@ TEST(WorldProcesses, TheDeathOfTheStoresHolderIsSaid) {
   expect_ok(run_processes({.body = "world.store_killed", .argument = std::to_string(free_port()), .ranks = 3}), {0});
 }
 
-const RegisterBody store_stopped("world.store_stopped", [](World& world, const std::string& port) {
+const RegisterBody kStoreStopped("world.store_stopped", [](World& world, const std::string& port) {
   const World met = meet_at(world, port, 3000);
   met.barrier();
   if (met.rank() == 0) raise(SIGSTOP);
@@ -166,7 +166,7 @@ TEST(WorldProcesses, AStoppedHolderOfTheStoreIsNamedAtTheDeadline) {
 }
 
 // A rank that ends without a word, and with exit code 0, is as gone as one that was killed.
-const RegisterBody vanished("world.vanished", [](World& world, const std::string&) {
+const RegisterBody kVanished("world.vanished", [](World& world, const std::string&) {
   world.barrier();
   if (world.rank() == 1) _exit(0);
   const Stopwatch watch;
@@ -177,7 +177,7 @@ const RegisterBody vanished("world.vanished", [](World& world, const std::string
 TEST(WorldProcesses, ARankThatEndsWithoutAWordIsNamed) { expect_ok(run_processes({.body = "world.vanished", .ranks = 3})); }
 
 // The environment, in a process of its own.
-const RegisterBody environment("world.environment", [](World& world, const std::string&) {
+const RegisterBody kEnvironment("world.environment", [](World& world, const std::string&) {
   EXPECT_EQ(world.timeout_ms(), 4321);
   const auto set = [](const std::vector<std::pair<const char*, std::string>>& values) {
     for (const char* name : {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TOKENYARD_PORT", "TOKENYARD_STORE",
