@@ -132,11 +132,11 @@ struct Block {
     return hn::Or(hn::ShiftRight<16>(round_to_upper_half(d, even)), upper);
   }
   HWY_INLINE Block in_order() const {
-    if constexpr (kSplit) {
-      // Unqualified: the scalar target, which never comes here, lacks these functions.
-      const auto a = InterleaveLower(d, v0, v1), b = InterleaveUpper(d, v0, v1);
-      const auto e = InterleaveLower(d, v2, v3), f = InterleaveUpper(d, v2, v3);
-      return {ConcatLowerLower(d, b, a), ConcatUpperUpper(d, b, a), ConcatLowerLower(d, f, e), ConcatUpperUpper(d, f, e)};
+    if constexpr (kSplit) {  // by way of memory: how registers interleave depends on their size
+      HWY_ALIGN Accumulator<kDtype> lanes[kElements];
+      hn::StoreInterleaved2(v0, v1, d, lanes);
+      hn::StoreInterleaved2(v2, v3, d, lanes + 2 * kLanes);
+      return {hn::Load(d, lanes), hn::Load(d, lanes + kLanes), hn::Load(d, lanes + 2 * kLanes), hn::Load(d, lanes + 3 * kLanes)};
     } else {
       return *this;
     }
