@@ -148,10 +148,10 @@ TEST(Launch, NothingIsLeftWhenItThrows) {
 
 TEST(Launch, AfterADeathTheOthersHaveTheGraceTime) {
   LaunchOptions options = shell("test $RANK = 0 && exit 3; test $RANK = 1 && sleep 0.2 && exit 4; sleep 1000", 3);
-  options.grace_ms = 1500;
+  options.grace_ms = 3000;
   const Stopwatch watch;
   const std::vector<RankExit> exits = launch(options);
-  EXPECT_GE(watch.ms(), 1400);
+  EXPECT_GE(watch.ms(), 3000);
   EXPECT_LT(watch.ms(), 20'000);
   EXPECT_EQ(exits[0].exit_code, 3);
   EXPECT_EQ(exits[1].exit_code, 4);
@@ -223,13 +223,24 @@ TEST(Launch, SignalsReachTheRanks) {
   }
 }
 
+bool ignores(int pid, int signal) {
+  std::ifstream file("/proc/" + std::to_string(pid) + "/status");
+  for (std::string line; std::getline(file, line);) {
+    if (line.starts_with("SigIgn:")) return (std::stoull(line.substr(8), nullptr, 16) >> (signal - 1) & 1) != 0;
+  }
+  return false;
+}
+
 TEST(Launch, RanksThatIgnoreTheSignalAreKilledAfterTheGraceTime) {
-  LaunchOptions options = shell("trap '' TERM; echo ready; sleep 1000", 1);
+  LaunchOptions options = shell("trap '' TERM; sleep 1000", 1);
   options.grace_ms = 500;
-  std::jthread sender([&] {
-    std::this_thread::sleep_for(std::chrono::milliseconds(500));
-    kill(getpid(), SIGTERM);
-  });
+  std::jthread sender;
+  options.on_start = [&](int, int pid) {
+    sender = std::jthread([pid] {
+      EXPECT_TRUE(comes_true(30'000, [pid] { return ignores(pid, SIGTERM); }));
+      kill(getpid(), SIGTERM);
+    });
+  };
   const Stopwatch watch;
   EXPECT_EQ(launch(options)[0].signal, SIGKILL);
   EXPECT_LT(watch.ms(), 20'000);

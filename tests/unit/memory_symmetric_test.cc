@@ -160,6 +160,7 @@ TEST_P(MemorySymmetric, WhatTheMachineDoesNotHaveIsRefusedOnAllRanks) {
 }
 
 TEST_P(MemorySymmetric, ARankThatDoesNotComeIsNamed) {
+  std::atomic<int> given_up{0};
   run_ranks(3, [&](World& world) {
     if (world.rank() != 1) {
       const auto memory = SymmetricMemory::create(world, 4096, GetParam(), Deadline::after_ms(200));
@@ -167,9 +168,9 @@ TEST_P(MemorySymmetric, ARankThatDoesNotComeIsNamed) {
       EXPECT_EQ(memory.error().kind, FailureKind::timeout);
       EXPECT_EQ(memory.error().phase, Phase::memory);
       EXPECT_EQ(memory.error().peer, 1);
-    } else {
-      std::this_thread::sleep_for(std::chrono::milliseconds(500));
+      ++given_up;
     }
+    while (given_up < 2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   });
   run_ranks(3, [&](World& world) {
     if (world.rank() == 1) return world.leave();
