@@ -1,0 +1,220 @@
+#pragma once
+// A call as kernels see it: its number, its flags, waits with a deadline, and how it ends.
+
+#include "kernels/cuda/context.h"
+#include "kernels/cuda/ptx.cuh"
+#include "tokenyard/error.h"
+
+namespace tokenyard::cuda {
+
+using protocol::Flag;
+
+__device__ inline std::byte* arena(const Context& c, int rank) { return c.arenas[rank]; }
+// What `writer` writes for `owner`.
+__device__ inline protocol::DeviceMailbox& mailbox(const Context& c, int owner, int writer) {
+  return *reinterpret_cast<protocol::DeviceMailbox*>(arena(c, owner) + c.layout.mailboxes + writer * c.layout.mailbox_bytes);
+}
+__device__ inline std::byte* receive_rows(const Context& c, int owner, int buffer) {
+  return arena(c, owner) + c.layout.rows + buffer * c.layout.rows_bytes;
+}
+__device__ inline std::byte* receive_scales(const Context& c, int owner, int buffer) {
+  return arena(c, owner) + c.layout.scales + buffer * c.layout.scales_bytes;
+}
+__device__ inline std::byte* receive_records(const Context& c, int owner, int buffer) {
+  return arena(c, owner) + c.layout.records + buffer * c.layout.records_bytes;
+}
+__device__ inline std::byte* staging(const Context& c, int owner) { return arena(c, owner) + c.layout.staging; }
+__device__ inline std::byte* expert_rows(const Context& c, int owner) { return arena(c, owner) + c.layout.expert_rows; }
+__device__ inline float* weights_in(const Context& c, int owner) { return reinterpret_cast<float*>(arena(c, owner) + c.layout.weights_in); }
+__device__ inline float* weights_back(const Context& c, int owner) {
+  return reinterpret_cast<float*>(arena(c, owner) + c.layout.weights_back);
+}
+__device__ inline std::int32_t* count_row(const Context& c, int owner, int writer, std::uint64_t call) {
+  return reinterpret_cast<std::int32_t*>(arena(c, owner) + c.layout.counts +
+                                         static_cast<std::int64_t>((call % 2) * c.shape.ranks + writer) * c.layout.counts_bytes);
+}
+__device__ inline protocol::DeviceBeacon& beacon(const Context& c, int owner) {
+  return *reinterpret_cast<protocol::DeviceBeacon*>(arena(c, owner) + c.layout.beacon);
+}
+
+// The number of the call under way. The kernels of a call are ordered by the stream, so plain reads do.
+__device__ inline std::uint64_t call_number(const Context& c) { return *const_cast<volatile std::uint64_t*>(&c.state->call) + 1; }
+__device__ inline bool has_failed(const Context& c) {
+  const volatile protocol::DeviceState& state = *c.state;
+  return state.status != 0 || state.dead_call == state.call + 1;
+}
+
+// The first failure of a call is the one that is told.
+__device__ inline void record_failure(const Context& c, protocol::ErrorRecord record) {
+  const bool sticky = record.kind != static_cast<std::uint32_t>(FailureKind::aborted);
+  record.call = call_number(c);
+  if (atomicExch(reinterpret_cast<unsigned long long*>(&c.state->dead_call), record.call) == record.call) return;
+  if (sticky)
+    atomicExch(&c.state->status, record.kind + 1);
+  else
+    c.state->unsettled = record.call;
+  protocol::ErrorRecord& to = sticky ? *c.failure : *c.abort;
+  record.set = 0;
+  to = record;
+  __threadfence_system();
+  *const_cast<volatile std::uint32_t*>(&to.set) = 1;
+}
+
+__device__ inline void fail(const Context& c, FailureKind kind, Phase phase, int peer, std::int64_t seen) {
+  protocol::ErrorRecord record;
+  record.kind = static_cast<std::uint32_t>(kind);
+  record.phase = static_cast<std::uint32_t>(phase);
+  record.peer = peer;
+  record.expected = static_cast<std::int64_t>(call_number(c));
+  record.seen = seen;
+  record_failure(c, record);
+}
+
+// Whether `peer` will never set the flag: it rejected the call, ended, or another block has failed.
+__device__ inline bool is_hopeless(const Context& c, int peer, Phase phase, std::uint64_t seen) {
+  const std::uint64_t call = call_number(c);
+  if (has_failed(c)) return true;
+  if (ptx::load_acquire(&mailbox(c, c.rank, peer).aborted) >= call) {
+    fail(c, FailureKind::aborted, phase, peer, static_cast<std::int64_t>(seen));
+    return true;
+  }
+  const std::uint32_t lost = ptx::load_relaxed(&c.stop->lost_peer);
+  if (lost != 0) {
+    fail(c, FailureKind::peer_lost, phase, static_cast<int>(lost) - 1, static_cast<std::int64_t>(seen));
+    return true;
+  }
+  if (ptx::load_relaxed(&c.stop->cancel) != 0) {
+    fail(c, FailureKind::system, phase, c.rank, static_cast<std::int64_t>(seen));
+    return true;
+  }
+  return false;
+}
+
+// Waits in this thread until `peer` has set `flag` for the call under way or a later one. False: the call has failed.
+__device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase, std::uint64_t call) {
+  const std::uint64_t* word = &mailbox(c, c.rank, peer).flags[static_cast<int>(flag)];
+  if (ptx::load_acquire(word) >= call) return true;
+  protocol::DeviceBeacon& mine = beacon(c, c.rank);
+  const std::uint64_t begin = ptx::global_timer_ns();
+  constexpr int kLookEvery = 256;  // waits are short: look for trouble now and then
+  while (true) {
+    for (int i = 0; i < kLookEvery; ++i) {
+      if (ptx::load_acquire(word) >= call) {
+        mine.waiting_on = 0;
+        return true;
+      }
+    }
+    const std::uint64_t seen = ptx::load_acquire(word);
+    mine.call = call;
+    mine.phase = static_cast<std::uint32_t>(phase);
+    mine.waiting_on = static_cast<std::uint32_t>(peer) + 1;
+    if (is_hopeless(c, peer, phase, seen)) return ptx::load_acquire(word) >= call && !has_failed(c);
+    if (ptx::global_timer_ns() - begin > c.timeout_ns) {
+      fail(c, FailureKind::timeout, phase, peer, static_cast<std::int64_t>(seen));
+      return false;
+    }
+  }
+}
+__device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase) {
+  return wait_for_flag(c, flag, peer, phase, call_number(c));
+}
+
+// The whole block waits for `flag` of every rank, itself included. Block-uniform; false: the call has failed. Ends with a
+// barrier, behind which all threads see what the flags publish.
+__device__ inline bool wait_for_all(const Context& c, Flag flag, Phase phase) {
+  bool arrived = true;
+  for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) arrived = wait_for_flag(c, flag, peer, phase) && arrived;
+  return __syncthreads_and(arrived) != 0;
+}
+
+// Tells `peer`, by one thread. release at system scope: publishes what this thread has done and seen before.
+__device__ inline void set_flag(const Context& c, Flag flag, int peer) {
+  ptx::store_release(&mailbox(c, peer, c.rank).flags[static_cast<int>(flag)], call_number(c));
+}
+// By the threads of one block, after a barrier behind the work to publish. The fence makes other threads' work, which the
+// barrier has ordered before, part of what the flag publishes.
+__device__ inline void set_flag_everywhere(const Context& c, Flag flag) {
+  for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
+    __threadfence_system();
+    set_flag(c, flag, (c.rank + 1 + i) % c.ranks);
+  }
+}
+
+// What this rank is about to do, to every peer; by the threads of one block (block 0 of a call's first kernel).
+__device__ inline void announce(const Context& c, protocol::CallHeader header, std::uint64_t buffer) {
+  header.call = call_number(c);
+  for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
+    protocol::DeviceMailbox& box = mailbox(c, (c.rank + i) % c.ranks, c.rank);
+    box.headers[header.call % protocol::kRing] = header;
+    box.buffer[header.call % protocol::kRing] = buffer;
+    __threadfence_system();
+    ptx::store_release(&box.flags[static_cast<int>(Flag::begun)], header.call);
+  }
+}
+
+// After Flag::begun of `peer` was seen: does it make the same call?
+__device__ inline bool agrees(const Context& c, protocol::CallHeader header, int peer, Phase phase) {
+  header.call = call_number(c);
+  const protocol::CallHeader theirs = mailbox(c, c.rank, peer).headers[header.call % protocol::kRing];
+  if (theirs == header) return true;
+  if (ptx::load_acquire(&mailbox(c, c.rank, peer).flags[static_cast<int>(Flag::begun)]) > header.call + 2) return true;  // long past
+  protocol::ErrorRecord record;
+  record.kind = static_cast<std::uint32_t>(FailureKind::mismatch);
+  record.phase = static_cast<std::uint32_t>(phase);
+  record.peer = peer;
+  record.expected = static_cast<std::int64_t>(header.call);
+  record.seen = static_cast<std::int64_t>(theirs.call);
+  record.mine = header;
+  record.theirs = theirs;
+  record_failure(c, record);
+  return false;
+}
+
+// The whole block waits until every peer has begun this call, and checks that it is the same one. Block-uniform.
+__device__ inline bool wait_until_begun(const Context& c, const protocol::CallHeader& header, Phase phase) {
+  bool good = true;
+  for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
+    good = wait_for_flag(c, Flag::begun, peer, phase) && agrees(c, header, peer, phase) && good;
+  }
+  return __syncthreads_and(good) != 0;
+}
+
+// Called first in a call, by the whole block that announces it: what earlier calls left behind must be over. Peers have read
+// this rank's expert rows (pull), and have left a call that was aborted. Block-uniform.
+__device__ inline bool settle(const Context& c) {
+  bool good = true;
+  const std::uint64_t last_pull = c.state->last_pull;
+  const std::uint64_t unsettled = c.state->unsettled;
+  for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
+    if (unsettled != 0) good = wait_for_flag(c, Flag::left, peer, Phase::dispatch_credit, unsettled) && good;
+    if (last_pull != 0) good = wait_for_flag(c, Flag::reads, peer, Phase::combine_read, last_pull) && good;
+  }
+  good = __syncthreads_and(good) != 0;
+  if (threadIdx.x == 0 && good) c.state->unsettled = 0;
+  return good;
+}
+
+// True, in every thread, in the block of this kernel that comes here last: all others' work is visible to it. Call it once
+// per ticket and kernel, by all threads of all blocks.
+__device__ inline bool is_last_block(const Context& c, int ticket) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    const std::uint32_t blocks = gridDim.x * gridDim.y;
+    last = atomicAdd(&c.tickets[ticket], 1U) == blocks - 1;
+    if (last) c.tickets[ticket] = 0;
+    __threadfence_system();
+  }
+  __syncthreads();
+  return last;
+}
+
+// Ends the call, in the last block of its last kernel. A call that has failed is left: peers may go on to the next one.
+__device__ inline void end_call(const Context& c) {
+  if (has_failed(c)) set_flag_everywhere(c, Flag::left);
+  __syncthreads();
+  if (threadIdx.x == 0) c.state->call = c.state->call + 1;
+}
+
+}  // namespace tokenyard::cuda

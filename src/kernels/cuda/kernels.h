@@ -1,0 +1,149 @@
+#pragma once
+// The kernels of the exchange on GPUs, as the host starts them. Each launch function enqueues one kernel on `stream`; the
+// caller asks cudaGetLastError(). Kernels of one exchange run one after the other; those of one call
+// share its number, which lives in Context::state: the first kernel of a call announces it, the last one ends it.
+// Once a call has failed (state->status, state->dead_call), its later kernels do nothing but end it.
+
+#include <cstdint>
+
+#include "kernels/cuda/context.h"
+#include "tokenyard/options.h"
+
+namespace tokenyard::cuda {
+
+// [rows][columns] elements at any strides, in bytes.
+struct Matrix {
+  const std::byte* data = nullptr;
+  std::int64_t row_stride = 0;
+  std::int64_t column_stride = 0;
+};
+
+// ---- dispatch, throughput mode: plan, move, land (throughput) or dispatch_slots (latency), then the layout's kernels ----
+
+// Routing of this rank's tokens.
+struct RoutingArgs {
+  Matrix ids;  // [T][K] int64 or int32
+  bool wide_ids = true;
+  Matrix weights;  // [T][K] float32; data null: 1
+  std::int32_t num_tokens = 0;
+  std::int32_t top_k = 1;
+  std::uint32_t token_base = 0;
+  bool validate = false;  // an id >= E is an error (sticky, FailureKind::mismatch) instead of no expert
+  placement_internal::TableView table;  // device pointers
+};
+
+// What must hold for every rank's counts, or the call is an overflow on all ranks.
+struct LimitArgs {
+  std::int64_t expert_capacity = 0;   // 0: none
+  std::int64_t max_layout_rows = 0;   // expert_major with capacity; 0: none
+  std::int32_t alignment = 1;
+  bool drop = false;
+  bool expert_layout = false;
+};
+
+// What the host reads after the call: pinned.
+struct HostCounts {
+  std::uint64_t call = 0;
+  std::int32_t num_rows = 0;
+  std::int32_t layout_rows = 0;
+  std::int32_t map_rows = 0;  // length of the gather map
+};
+
+struct PlanArgs {
+  Context context;
+  protocol::CallHeader header;  // call and handle_call are filled in by the kernel
+  std::int32_t buffer = 0;      // the receive buffer this rank offers
+  RoutingArgs routing;
+  LimitArgs limits;
+  HandleView handle;
+  std::uint64_t* masks = nullptr;       // scratch [M][words of R bits]
+  std::int32_t* chunk_counts = nullptr; // scratch [ceil(M / kPlanChunk)][R]
+  std::int32_t* counts = nullptr;       // scratch: this rank's row of the count matrix, zero between kernels
+};
+constexpr int kPlanChunk = 256;
+
+// Rows as the caller has them; quantised on the way when asked.
+struct SourceArgs {
+  const std::byte* rows = nullptr;
+  std::int64_t row_stride = 0;
+  std::int64_t row_bytes = 0;  // of what travels
+  Matrix scales;               // [T][scale_columns] of scale_element bytes
+  std::int32_t scale_columns = 0;
+  std::int32_t scale_element = 0;  // bytes of one; 0: no scales
+  bool quantise = false;
+  ScaleFormat format = ScaleFormat::float32;
+  Dtype dtype = Dtype::bfloat16;  // of rows, with quantise
+  std::int32_t hidden_size = 0;   // with quantise
+  std::int64_t scale_bytes() const { return std::int64_t{scale_columns} * scale_element; }
+};
+
+struct MoveArgs {
+  Context context;
+  protocol::CallHeader header;
+  std::int32_t buffer = 0;  // cached and latency dispatches announce it here: they have no plan
+  RoutingArgs routing;      // not read when cached
+  SourceArgs source;
+  HandleView handle;
+  bool cached = false;  // slots of the handle are final, no records travel
+  int blocks = 1;       // of the grid: at most what may be resident at once beside everything else on the device
+};
+
+// ---- combine ----
+
+struct CombineArgs {
+  Context context;
+  protocol::CallHeader header;  // call and handle_call (handle.header->call) are filled in by the kernel
+  HandleView handle;
+  Layout layout = Layout::token_major;
+  Mode mode = Mode::throughput;
+  const std::byte* y = nullptr;  // rows in the layout of the dispatch; null: only row weights travel
+  std::int64_t y_pitch = 0;      // bytes from row to row
+  Dtype dtype = Dtype::bfloat16; // float32, bfloat16, float16
+  std::int32_t elements = 0;     // H
+  Weighting weighting = Weighting::none;
+  Order order = Order::rank_ascending;
+  bool fold = true;
+  bool pull = false;  // y is this rank's expert_rows region, dense
+  const std::int32_t* shard_ordinals = nullptr;  // [L]: this rank's place, ascending, among the shards of the replica it serves
+  const std::int32_t* groups = nullptr;          // [R] reduction group of each rank; null: flat
+  Matrix source_weights;                         // [T][K], at_source
+  const float* row_weights = nullptr;            // dense, in the layout's shape ([i][K] or output rows)
+  const std::byte* bias0 = nullptr;              // [T][H] of dtype
+  const std::byte* bias1 = nullptr;
+  std::int64_t bias0_pitch = 0;
+  std::int64_t bias1_pitch = 0;
+  std::byte* out = nullptr;  // [T][H]; null: only weights come back
+  std::int64_t out_pitch = 0;
+  Dtype out_dtype = Dtype::bfloat16;
+  float* combined_weights = nullptr;  // [T][K] dense; null: not asked for
+  int blocks = 1;  // of the grid: at most what may be resident at once beside everything else on the device
+};
+
+// ---- launches ----
+void launch_plan(const PlanArgs& args, Stream stream);
+void launch_move(const MoveArgs& args, Stream stream);
+
+void launch_combine_weights(const CombineArgs& args, Stream stream);  // at_source: this rank's weights go to where its rows went
+void launch_combine_push(const CombineArgs& args, Stream stream);     // fold or copy, into the owners' staging
+void launch_combine_sum(const CombineArgs& args, Stream stream);      // waits for all partial sums, adds them up
+void launch_combine_pull(const CombineArgs& args, Stream stream);     // sums straight from the peers' expert rows
+void launch_combine_fused(const CombineArgs& args, Stream stream);    // push and sum in one kernel: small batches
+
+// Gradients of a weighted combine on the expert rank, expert layouts: per output row r (of handle.output_row) with source weight w:
+// row_gradient[r] = dot(g_r, y_r) in the lane order of cpu::dot, then g_r = round(w * g_r) in place. Other rows' gradient is 0.
+struct DifferentiateArgs {
+  HandleView handle;
+  protocol::ArenaShape shape;
+  const float* weights = nullptr;  // [receive_rows][K]: travelled weights, or weights_in of the arena (at_source)
+  std::byte* g = nullptr;
+  std::int64_t g_pitch = 0;
+  const std::byte* y = nullptr;
+  std::int64_t y_pitch = 0;
+  Dtype dtype = Dtype::bfloat16;
+  std::int32_t elements = 0;
+  float* row_gradient = nullptr;  // [output rows]
+  std::int64_t output_rows = 0;
+};
+void launch_differentiate(const DifferentiateArgs& args, Stream stream);
+
+}  // namespace tokenyard::cuda

@@ -1,0 +1,72 @@
+#pragma once
+// The flags of the exchange between GPUs. As on the host (mailbox.h), a rank waits only for words in its own arena, which
+// the peer writes. Every flag holds the number of the last call for which it was set: flags only grow, so nothing is
+// reset between calls and a captured graph may be replayed. All are zero in a fresh arena.
+
+#include <cstdint>
+
+#include "protocol/call.h"
+#include "protocol/mailbox.h"
+
+namespace tokenyard::protocol {
+
+// Order in which a call sets them.
+enum class Flag : std::uint8_t {
+  begun,     // the writer has begun the call: its receive buffer (dispatch) or staging (combine) may be written, rows it
+             // offers for pulling are ready, and header_of(call) says what call it makes
+  counts,    // throughput dispatch: its row of the count matrix lies in the counts region
+  rows,      // its rows and records lie in the receive buffer
+  weights,   // combine, at_source: its weights lie in weights_in
+  partials,  // combine: its partial sums (and row weights) lie in staging
+  reads,     // combine by pull: it has read everything it wants from the receiver's expert rows
+  left,      // it gave up the call: nothing of it is under way any more
+};
+constexpr int kFlags = 7;
+
+// One per (owner, writer), in the owner's arena.
+struct alignas(128) DeviceMailbox {
+  CallHeader headers[kRing];       // of call c at c % kRing; published by Flag::begun
+  std::uint64_t flags[kFlags];     // by Flag; release: publishes what the flag says
+  std::uint64_t buffer[kRing];     // with begun, dispatch: the receive buffer that the writer offers for call c
+  std::uint64_t tokens[kRing];     // with rows, latency mode: how many tokens the writer has
+  std::uint64_t aborted;           // the last call that the writer rejected; the reason lies below (release)
+  char reason[kReasonBytes];
+};
+
+// What a rank tells everybody about itself; read by hosts, after a deadline, to find whom the chain of waits ends at.
+struct alignas(128) DeviceBeacon {
+  std::uint64_t call = 0;
+  std::uint32_t phase = 0;
+  std::uint32_t waiting_on = 0;  // peer + 1; 0: not waiting
+};
+
+// In a rank's own device memory; only its kernels touch it, one after the other on one stream.
+struct DeviceState {
+  std::uint64_t call = 0;       // the last call that has ended
+  std::uint64_t last_pull = 0;  // the last combine whose partial sums peers pulled from here
+  std::uint64_t unsettled = 0;  // a call that failed with `aborted`: peers may not have left it yet
+  std::uint64_t dead_call = 0;  // the call under way that has failed: its later kernels only end it
+  std::uint32_t status = 0;     // FailureKind + 1 of the sticky failure; 0: healthy
+  std::uint32_t reserved = 0;
+};
+
+// One failure, in pinned host memory: written once by the device (`set` last, release at system scope), read by the host.
+struct ErrorRecord {
+  std::uint32_t set = 0;
+  std::uint32_t kind = 0;   // FailureKind
+  std::uint32_t phase = 0;  // Phase
+  std::int32_t peer = -1;
+  std::uint64_t call = 0;
+  std::int64_t expected = 0;
+  std::int64_t seen = 0;
+  CallHeader mine;    // mismatch: what both ranks were doing
+  CallHeader theirs;  // mismatch
+};
+
+// In pinned host memory: what the host tells kernels that wait.
+struct StopWord {
+  std::uint32_t lost_peer = 0;  // peer + 1 of a rank that ended; 0: none
+  std::uint32_t cancel = 0;     // 1: the exchange is being destroyed
+};
+
+}  // namespace tokenyard::protocol
