@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "protocol/call.h"
+#include "protocol/host_device.h"
 #include "protocol/mailbox.h"
 
 namespace tokenyard::protocol {
@@ -29,9 +30,18 @@ struct alignas(128) DeviceMailbox {
   std::uint64_t flags[kFlags];     // by Flag; release: publishes what the flag says
   std::uint64_t buffer[kRing];     // with begun, dispatch: the receive buffer that the writer offers for call c
   std::uint64_t tokens[kRing];     // with rows, latency mode: how many tokens the writer has
+  std::uint64_t failed;            // pack_failure() of the writer's sticky failure; 0: healthy
   std::uint64_t aborted;           // the last call that the writer rejected; the reason lies below (release)
   char reason[kReasonBytes];
 };
+
+// kind: a FailureKind, phase: a Phase, peer: whom the writer blames, or -1.
+constexpr TY_HOST_DEVICE std::uint64_t pack_failure(std::uint32_t kind, std::uint32_t phase, int peer) {
+  return static_cast<std::uint64_t>(peer + 1) << 32 | phase << 8 | (kind + 1);
+}
+constexpr TY_HOST_DEVICE std::uint32_t failure_kind(std::uint64_t packed) { return static_cast<std::uint32_t>(packed & 0xff) - 1; }
+constexpr TY_HOST_DEVICE std::uint32_t failure_phase(std::uint64_t packed) { return static_cast<std::uint32_t>(packed >> 8 & 0xff); }
+constexpr TY_HOST_DEVICE int failure_peer(std::uint64_t packed) { return static_cast<int>(packed >> 32) - 1; }
 
 // What a rank tells everybody about itself; read by hosts, after a deadline, to find whom the chain of waits ends at.
 struct alignas(128) DeviceBeacon {
@@ -46,8 +56,7 @@ struct DeviceState {
   std::uint64_t last_pull = 0;  // the last combine whose partial sums peers pulled from here
   std::uint64_t unsettled = 0;  // a call that failed with `aborted`: peers may not have left it yet
   std::uint64_t dead_call = 0;  // the call under way that has failed: its later kernels only end it
-  std::uint32_t status = 0;     // FailureKind + 1 of the sticky failure; 0: healthy
-  std::uint32_t reserved = 0;
+  std::uint64_t failed = 0;     // pack_failure() of the sticky failure; 0: healthy
 };
 
 // One failure, in pinned host memory: written once by the device (`set` last, release at system scope), read by the host.

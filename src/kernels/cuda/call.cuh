@@ -41,7 +41,7 @@ __device__ inline protocol::DeviceBeacon& beacon(const Context& c, int owner) {
 __device__ inline std::uint64_t call_number(const Context& c) { return *const_cast<volatile std::uint64_t*>(&c.state->call) + 1; }
 __device__ inline bool has_failed(const Context& c) {
   const volatile protocol::DeviceState& state = *c.state;
-  return state.status != 0 || state.dead_call == state.call + 1;
+  return state.failed != 0 || state.dead_call == state.call + 1;
 }
 
 // The first failure of a call is the one that is told.
@@ -50,7 +50,7 @@ __device__ inline void record_failure(const Context& c, protocol::ErrorRecord re
   record.call = call_number(c);
   if (atomicExch(reinterpret_cast<unsigned long long*>(&c.state->dead_call), record.call) == record.call) return;
   if (sticky)
-    atomicExch(&c.state->status, record.kind + 1);
+    c.state->failed = protocol::pack_failure(record.kind, record.phase, record.peer);
   else
     c.state->unsettled = record.call;
   protocol::ErrorRecord& to = sticky ? *c.failure : *c.abort;
@@ -76,6 +76,13 @@ __device__ inline bool is_hopeless(const Context& c, int peer, Phase phase, std:
   if (has_failed(c)) return true;
   if (ptx::load_acquire(&mailbox(c, c.rank, peer).aborted) >= call) {
     fail(c, FailureKind::aborted, phase, peer, static_cast<std::int64_t>(seen));
+    return true;
+  }
+  const std::uint64_t theirs = ptx::load_acquire(&mailbox(c, c.rank, peer).failed);
+  if (theirs != 0) {  // it blames somebody, or nobody but itself
+    const int blamed = protocol::failure_peer(theirs);
+    fail(c, static_cast<FailureKind>(protocol::failure_kind(theirs)), static_cast<Phase>(protocol::failure_phase(theirs)),
+         blamed < 0 ? peer : blamed, static_cast<std::int64_t>(seen));
     return true;
   }
   const std::uint32_t lost = ptx::load_relaxed(&c.stop->lost_peer);
@@ -213,6 +220,9 @@ __device__ inline bool is_last_block(const Context& c, int ticket) {
 // Ends the call, in the last block of its last kernel. A call that has failed is left: peers may go on to the next one.
 __device__ inline void end_call(const Context& c) {
   if (has_failed(c)) set_flag_everywhere(c, Flag::left);
+  if (c.state->failed != 0) {
+    for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) ptx::store_release(&mailbox(c, peer, c.rank).failed, c.state->failed);
+  }
   __syncthreads();
   if (threadIdx.x == 0) c.state->call = c.state->call + 1;
 }

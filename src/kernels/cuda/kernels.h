@@ -41,7 +41,7 @@ struct LimitArgs {
   bool expert_layout = false;
 };
 
-// What the host reads after the call: pinned.
+// What the host reads, in pinned memory: written by the plan, before rows move. `call` last, release at system scope.
 struct HostCounts {
   std::uint64_t call = 0;
   std::int32_t num_rows = 0;
@@ -59,6 +59,7 @@ struct PlanArgs {
   std::uint64_t* masks = nullptr;       // scratch [M][words of R bits]
   std::int32_t* chunk_counts = nullptr; // scratch [ceil(M / kPlanChunk)][R]
   std::int32_t* counts = nullptr;       // scratch: this rank's row of the count matrix, zero between kernels
+  HostCounts* host = nullptr;           // pinned
 };
 constexpr int kPlanChunk = 256;
 
@@ -86,6 +87,50 @@ struct MoveArgs {
   HandleView handle;
   bool cached = false;  // slots of the handle are final, no records travel
   int blocks = 1;       // of the grid: at most what may be resident at once beside everything else on the device
+};
+
+// Throughput mode: waits for the rows of every source, then turns records into the handle's received rows [0, receive_rows).
+struct LandArgs {
+  Context context;
+  HandleView handle;
+  std::int32_t buffer = 0;
+  bool cached = false;  // only waits
+  bool last = false;    // ends the call
+};
+
+// From received rows to the rows and metadata of a layout: what Received shows beyond the handle's own arrays.
+struct LayoutArgs {
+  Context context;
+  HandleView handle;
+  Layout layout = Layout::token_major;
+  Mode mode = Mode::throughput;
+  bool gather_map = false;
+  std::int32_t alignment = 1;
+  std::int64_t expert_capacity = 0;  // expert_padded: C; expert_major: 0 or a limit
+  bool drop = false;
+  std::int32_t local_experts = 0;
+  std::int64_t output_rows = 0;  // of the layout's metadata arrays: N' or L * C at their bound
+  std::int64_t map_rows = 0;     // of the gather map
+  std::int32_t* chunk_counts = nullptr;  // scratch [ceil(receive_rows / kLayoutChunk)][L + 1]
+  HostCounts* host = nullptr;    // pinned: layout_rows, where only the layout knows them (latency mode)
+  bool last = false;
+};
+constexpr int kLayoutChunk = 128;
+
+// Copies rows and scales from where they landed to their places in the output (handle.output_row; identity without it).
+struct SpreadArgs {
+  Context context;
+  HandleView handle;
+  std::int32_t buffer = 0;
+  Layout layout = Layout::token_major;
+  Mode mode = Mode::throughput;
+  std::int64_t row_bytes = 0;
+  std::int64_t scale_bytes = 0;
+  std::byte* rows = nullptr;  // dense output
+  std::byte* scales = nullptr;
+  std::int64_t output_rows = 0;
+  bool zero_padding = false;  // output rows without a source (handle.out_source_rank < 0) are zeroed
+  int blocks = 1;
 };
 
 // ---- combine ----
@@ -121,7 +166,11 @@ struct CombineArgs {
 
 // ---- launches ----
 void launch_plan(const PlanArgs& args, Stream stream);
-void launch_move(const MoveArgs& args, Stream stream);
+void launch_move(const MoveArgs& args, Stream stream);        // throughput: every row once to each of its ranks, into its slot
+void launch_land(const LandArgs& args, Stream stream);
+void launch_slots(const MoveArgs& args, bool last, Stream stream);  // latency mode: moves, waits and lands in one kernel
+void launch_layout(const LayoutArgs& args, Stream stream);    // several kernels
+void launch_spread(const SpreadArgs& args, Stream stream);    // last of its call
 
 void launch_combine_weights(const CombineArgs& args, Stream stream);  // at_source: this rank's weights go to where its rows went
 void launch_combine_push(const CombineArgs& args, Stream stream);     // fold or copy, into the owners' staging
