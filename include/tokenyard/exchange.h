@@ -17,10 +17,9 @@
 namespace tokenyard {
 
 namespace exchange_internal {
-class Engine;
-struct HandleState;
+class ExchangeEngine;
+struct HandleFacts;
 struct ReceivedState;
-struct CombinedState;
 template <class State>
 struct PendingState;
 }  // namespace exchange_internal
@@ -29,29 +28,33 @@ struct PendingState;
 class Handle {
  public:
   Handle() = default;
-  explicit Handle(std::shared_ptr<const exchange_internal::HandleState> state) : state_(std::move(state)) {}
+  explicit Handle(std::shared_ptr<const exchange_internal::HandleFacts> state) : state_(std::move(state)) {}
   explicit operator bool() const { return state_ != nullptr; }
   Layout layout() const;
   Mode mode() const;
   int placement() const;
   std::int64_t num_tokens() const;                // T
-  std::int64_t num_rows() const;                  // N, token rows received
-  std::span<const std::int64_t> dropped() const;  // [L]: rows dropped per local expert
-  const std::shared_ptr<const exchange_internal::HandleState>& state() const { return state_; }
+  std::int64_t num_rows() const;                  // N, token rows received; -1 on cuda with Sizing::capacity
+  std::span<const std::int64_t> dropped() const;  // [L]: rows dropped per local expert; on cuda this waits for the device
+  const std::shared_ptr<const exchange_internal::HandleFacts>& state() const { return state_; }
 
  private:
-  std::shared_ptr<const exchange_internal::HandleState> state_;
+  std::shared_ptr<const exchange_internal::HandleFacts> state_;
 };
 
 // The rows of one dispatch. Unless copied out they are a lease on a receive buffer, valid until release() or destruction.
 // Metadata belongs to the handle and outlives the lease. All indices int32; -1, and weight 0, where there is no row.
+// On cuda all tensors are in device memory and valid in the order of the stream given to the dispatch.
 class Received {
  public:
   Received() = default;
   explicit Received(std::shared_ptr<exchange_internal::ReceivedState> state) : state_(std::move(state)) {}
   TensorView rows() const;              // [N,H] | [N',H] | [L,C,H] | [R,M,H]; dtype and H of the input
   TensorView scales() const;            // the same with S instead of H
-  std::int64_t num_rows() const;        // N (token_major, rank_slots), N' with padding (expert_major), sum of counts (expert_padded)
+  // N (token_major, rank_slots), N' with padding (expert_major), sum of counts (expert_padded). On cuda with Sizing::capacity
+  // only the device knows: -1 here, and a [1] int32 tensor there.
+  std::int64_t num_rows() const;
+  ConstTensorView num_rows_device() const;
   ConstTensorView local_ids() const;    // token_major [N,K], rank_slots [R,M,K]
   ConstTensorView row_weights() const;  // [N,K], [R,M,K], [N'], [L,C]
   ConstTensorView source_rank() const;  // [N], [N'], [L,C]
@@ -65,7 +68,8 @@ class Received {
   ConstTensorView ranges() const;          // expert_padded [L,R,2] = (begin, count) within the expert
   ConstTensorView present() const;         // rank_slots [R,M] uint8
   const Handle& handle() const;
-  void release();
+  // Gives the rows back. On cuda what reads them must be on the stream of the dispatch, or on `stream` (a cudaStream_t).
+  void release(void* stream = nullptr);
 
  private:
   std::shared_ptr<exchange_internal::ReceivedState> state_;
@@ -161,7 +165,8 @@ class Exchange {
 
   // Memory for y from which peers pull without a copy: [rows,H] for the next combine on this handle, token_major and
   // rank_slots. Waits until peers have read what the last combine left there. UsageError without options.expert_rows.
-  TensorView expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size);
+  // On cuda the wait is enqueued on `stream` (a cudaStream_t).
+  TensorView expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size, void* stream = nullptr);
 
   // Throws the sticky error, if any.
   void check() const;
@@ -184,7 +189,7 @@ class Exchange {
   static MemoryPlan memory_plan(const ExchangeOptions& options, int ranks);
 
  private:
-  std::unique_ptr<exchange_internal::Engine> engine_;
+  std::unique_ptr<exchange_internal::ExchangeEngine> engine_;
 };
 
 }  // namespace tokenyard

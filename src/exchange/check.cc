@@ -6,12 +6,13 @@
 #include <fmt/ranges.h>
 
 #include "core/usage.h"
-#include "exchange/engine.h"
+#include "exchange/exchange_engine.h"
+#include "exchange/row_transport.h"
 
 namespace tokenyard::exchange_internal {
 namespace {
 
-void check_ids(const Engine& engine, const DispatchInput& input) {
+void check_ids(const ExchangeEngine& engine, const DispatchInput& input) {
   const ConstTensorView& ids = input.topk_ids;
   if (ids.ndim != 1 && ids.ndim != 2) usage_error("topk_ids is {}; expected [T,K] (or [T] when K = 1)", describe(ids));
   if (ids.dtype != Dtype::int64 && ids.dtype != Dtype::int32) usage_error("topk_ids is {}; expected int64 or int32", describe(ids));
@@ -34,7 +35,7 @@ void check_ids(const Engine& engine, const DispatchInput& input) {
   if (ids.shape[0] > 0 && weights.data == nullptr) usage_error("topk_weights is {} but its data is null", describe(weights));
 }
 
-void check_rows(const Engine& engine, const DispatchInput& input, const DispatchOptions& options, std::int64_t tokens) {
+void check_rows(const ExchangeEngine& engine, const DispatchInput& input, const DispatchOptions& options, std::int64_t tokens) {
   const ConstTensorView& rows = input.rows;
   if (rows.ndim != 2 || rows.shape[0] != tokens) usage_error("rows is {}; expected [{}, H], one row per token", describe(rows), tokens);
   if (tokens > 0 && rows.data == nullptr) usage_error("rows is {} but its data is null", describe(rows));
@@ -63,7 +64,7 @@ void check_rows(const Engine& engine, const DispatchInput& input, const Dispatch
   }
 }
 
-void check_layout(const Engine& engine, const DispatchOptions& options) {
+void check_layout(const ExchangeEngine& engine, const DispatchOptions& options) {
   const Mode mode = options.mode.value_or(engine.options().mode);
   const protocol::ArenaShape& shape = engine.shape();
   if (mode == Mode::latency && options.sizing == Sizing::exact) {
@@ -116,11 +117,11 @@ void check_output(const DispatchInput& input, const DispatchOptions& options) {
 }
 
 // What the shape of y must be for a layout; a dimension of y may name the received rows or their capacity.
-void check_y(const Engine& engine, const ConstTensorView& y, const HandleState& handle) {
-  const std::vector<std::int64_t>& rows_shape = handle.metadata.rows_shape;
+void check_y(const ExchangeEngine& engine, const ConstTensorView& y, const HandleFacts& handle) {
+  const std::vector<std::int64_t>& rows_shape = handle.rows_shape();
   const int dims = static_cast<int>(rows_shape.size());
   bool fits = y.ndim == dims + 1;
-  for (int d = 0; fits && d < dims; ++d) fits = y.shape[d] == rows_shape[d] || (dims == 1 && y.shape[0] == handle.metadata.num_rows);
+  for (int d = 0; fits && d < dims; ++d) fits = y.shape[d] == rows_shape[d] || (dims == 1 && y.shape[0] == handle.num_rows());
   if (!fits) {
     usage_error("y is {}; expected the rows of the dispatch: [{}, H] in layout {}", describe(y), fmt::join(rows_shape, ", "),
                 name(handle.layout));
@@ -136,7 +137,7 @@ void check_y(const Engine& engine, const ConstTensorView& y, const HandleState& 
   if (y.num_elements() > 0 && y.data == nullptr) usage_error("y is {} but its data is null", describe(y));
 }
 
-void check_weighting(const HandleState& handle, const CombineOptions& options) {
+void check_weighting(const HandleFacts& handle, const CombineOptions& options) {
   const bool weighs = options.weighting == Weighting::at_expert || options.weighting == Weighting::at_source;
   if (weighs && !handle.is_expert_layout()) {
     usage_error("weighting = {} with layout = {}; its rows are already folded: use none, or weigh before folding", name(options.weighting),
@@ -147,16 +148,16 @@ void check_weighting(const HandleState& handle, const CombineOptions& options) {
     return;
   }
   const ConstTensorView& weights = options.source_weights;
-  const bool fits = weights.dtype == Dtype::float32 && weights.shape[0] == handle.sent.num_tokens &&
+  const bool fits = weights.dtype == Dtype::float32 && weights.shape[0] == handle.num_tokens() &&
                     (weights.ndim == 2 ? weights.shape[1] == handle.top_k() : weights.ndim == 1 && handle.top_k() == 1);
-  if (!fits) usage_error("source_weights is {}; expected [{}, {}] float32", describe(weights), handle.sent.num_tokens, handle.top_k());
+  if (!fits) usage_error("source_weights is {}; expected [{}, {}] float32", describe(weights), handle.num_tokens(), handle.top_k());
 }
 
-void check_row_weights(const HandleState& handle, const ConstTensorView& weights) {
+void check_row_weights(const HandleFacts& handle, const ConstTensorView& weights) {
   if (!weights) return;
-  std::int64_t expected = handle.metadata.total_rows() * (handle.is_expert_layout() ? 1 : handle.top_k());
-  const std::int64_t received = handle.metadata.num_rows * (handle.is_expert_layout() ? 1 : handle.top_k());
-  const bool flat = handle.metadata.rows_shape.size() == 1;
+  std::int64_t expected = handle.total_rows() * (handle.is_expert_layout() ? 1 : handle.top_k());
+  const std::int64_t received = handle.num_rows() * (handle.is_expert_layout() ? 1 : handle.top_k());
+  const bool flat = handle.rows_shape().size() == 1;
   const bool fits = weights.num_elements() == expected || (flat && weights.num_elements() == received);
   if (!fits || weights.dtype != Dtype::float32) {
     usage_error("row_weights is {}; expected {} float32 values, shaped as row_weights of layout {}", describe(weights), expected,
@@ -180,7 +181,7 @@ int top_k_of(const ConstTensorView& topk_ids) {
   return columns > 64 ? 65 : static_cast<int>(columns);
 }
 
-void check_dispatch(const Engine& engine, const DispatchInput& input, const DispatchOptions& options, const HandleState* cached) {
+void check_dispatch(const ExchangeEngine& engine, const DispatchInput& input, const DispatchOptions& options, const HandleFacts* cached) {
   if (cached == nullptr) {
     check_ids(engine, input);
     check_rows(engine, input, options, input.topk_ids.shape[0]);
@@ -188,12 +189,12 @@ void check_dispatch(const Engine& engine, const DispatchInput& input, const Disp
   } else {
     if (input.topk_ids || input.topk_weights)
       usage_error("topk_ids or topk_weights with a handle; a cached dispatch follows the handle's routing and weights");
-    check_rows(engine, input, options, cached->sent.num_tokens);
+    check_rows(engine, input, options, cached->num_tokens());
   }
   check_output(input, options);
 }
 
-void check_values(const Engine& engine, const DispatchInput& input, int placement) {
+void check_values(const ExchangeEngine& engine, const DispatchInput& input, int placement) {
   if (!engine.options().validate) return;
   const int num_experts = engine.placements()[placement].placement.num_experts();
   const int top_k = top_k_of(input.topk_ids);
@@ -211,26 +212,40 @@ void check_values(const Engine& engine, const DispatchInput& input, int placemen
   }
 }
 
-void check_handle(const Engine& engine, const Handle& handle) {
+void check_handle(const ExchangeEngine& engine, const Handle& handle) {
   if (!handle) usage_error("the handle is empty (never filled, or moved from); use the one that dispatch returned");
   if (handle.state()->exchange_id != engine.id())
     usage_error("the handle of call {} belongs to another exchange; a handle works on the exchange that made it", handle.state()->call);
 }
 
-void check_combine(const Engine& engine, const ConstTensorView& y, const HandleState& handle, const CombineOptions& options) {
+std::int64_t check_expert_rows(const ExchangeEngine& engine, const Handle& handle, Dtype dtype, std::int64_t hidden_size) {
+  check_handle(engine, handle);
+  if (!engine.options().expert_rows) usage_error("expert_rows() needs memory for them: make the exchange with expert_rows = true");
+  const HandleFacts& state = *handle.state();
+  if (state.is_expert_layout())
+    usage_error("expert_rows() for layout = {}; its rows are folded anyway: pass your own memory to combine", name(state.layout));
+  const std::int64_t row_bytes = hidden_size * size_of(dtype);
+  if (row_bytes < 16 || row_bytes % 16 != 0 || row_bytes > engine.options().max_row_bytes) {
+    usage_error("expert rows of {} {} are {} bytes; expected a multiple of 16 up to max_row_bytes = {}", hidden_size, name(dtype),
+                row_bytes, engine.options().max_row_bytes);
+  }
+  return row_bytes;
+}
+
+void check_combine(const ExchangeEngine& engine, const ConstTensorView& y, const HandleFacts& handle, const CombineOptions& options) {
   check_y(engine, y, handle);
   check_weighting(handle, options);
   check_row_weights(handle, options.row_weights);
   const std::int64_t hidden_size = y.shape[y.ndim - 1];
-  check_per_token("bias0", options.bias0, handle.sent.num_tokens, hidden_size);
-  check_per_token("bias1", options.bias1, handle.sent.num_tokens, hidden_size);
-  check_per_token("out", options.out, handle.sent.num_tokens, hidden_size);
+  check_per_token("bias0", options.bias0, handle.num_tokens(), hidden_size);
+  check_per_token("bias1", options.bias1, handle.num_tokens(), hidden_size);
+  check_per_token("out", options.out, handle.num_tokens(), hidden_size);
   for (const ConstTensorView& bias : {options.bias0, options.bias1}) {
     if (bias && bias.dtype != y.dtype) usage_error("a bias is {}; expected y's dtype {}", describe(bias), name(y.dtype));
   }
   if (options.out && !is_summable(options.out.dtype))
     usage_error("out is {}; expected float64, float32, bfloat16 or float16", describe(options.out));
-  if (options.out && handle.sent.num_tokens > 0 && options.out.data == nullptr)
+  if (options.out && handle.num_tokens() > 0 && options.out.data == nullptr)
     usage_error("out is {} but its data is null", describe(options.out));
   if (options.fold) return;
   if (!handle.is_expert_layout())

@@ -12,64 +12,7 @@
 namespace tokenyard::exchange_internal {
 namespace {
 
-std::atomic<std::uint64_t> next_exchange_id{1};
-
 std::int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
-
-ExchangeOptions with_timeout(ExchangeOptions options, const World& world) {
-  if (options.timeout_ms == 0) options.timeout_ms = world.timeout_ms();
-  return options;
-}
-
-// Every option that ranks must share, as text: a mismatch is shown as it stands.
-std::string shared_options(const ExchangeOptions& o) {
-  std::string text = fmt::format(
-      "max_tokens_per_rank = {}, max_row_bytes = {}, max_scale_bytes = {}, top_k = {}, max_local_experts = {}, max_fanout = {}, "
-      "receive_rows = {}, "
-      "max_expert_rows = {}, depth = {}, expert_rows = {}, unfolded = {}, transport = {}, timeout_ms = {}",
-      o.max_tokens_per_rank, o.max_row_bytes, o.max_scale_bytes, o.top_k, o.max_local_experts, o.max_fanout, o.receive_rows,
-      o.max_expert_rows, o.depth, o.expert_rows, o.unfolded, name(o.transport), o.timeout_ms);
-  text += ", reduction_groups = [";
-  for (const int group : o.reduction_groups) text += fmt::format("{} ", group);
-  return text + "]";
-}
-
-// The first "name = value" in which two option texts differ.
-std::pair<std::string, std::string> first_difference(const std::string& mine, const std::string& theirs) {
-  std::size_t at = 0;
-  while (at < std::min(mine.size(), theirs.size()) && mine[at] == theirs[at]) ++at;
-  const std::size_t before = mine.rfind(", ", at);
-  const std::size_t begin = before == std::string::npos ? 0 : before + 2;
-  auto item = [begin](const std::string& text) { return text.substr(begin, text.find(", ", begin) - begin); };
-  return {item(mine), item(theirs)};
-}
-
-// The options of the world that is left; groups keep their order and close their gaps.
-ExchangeOptions without_lost(ExchangeOptions options, const std::vector<int>& survivors) {
-  const auto ranks = static_cast<std::int64_t>(survivors.size());
-  options.receive_rows = std::min(options.receive_rows, ranks * options.max_tokens_per_rank);
-  options.max_fanout = static_cast<int>(std::min<std::int64_t>(options.max_fanout, ranks));
-  if (options.reduction_groups.empty()) return options;
-  std::map<int, int> renumbered;
-  for (const int rank : survivors) renumbered[options.reduction_groups[rank]] = 0;
-  int next = 0;
-  for (auto& [group, number] : renumbered) number = next++;
-  std::vector<int> groups;
-  for (const int rank : survivors) groups.push_back(renumbered[options.reduction_groups[rank]]);
-  options.reduction_groups = std::move(groups);
-  return options;
-}
-
-RegisteredPlacement registered(const Placement& placement, int rank) {
-  RegisteredPlacement entry{placement, std::vector<std::int32_t>(placement.local_experts(rank).size(), 0)};
-  for (const Instance& instance : placement.instances()) {
-    if (instance.rank != rank) continue;
-    const auto& shards = placement.replicas(instance.expert)[instance.replica].shard_ranks;
-    entry.shard_ordinals[instance.local_index] =
-        static_cast<std::int32_t>(std::count_if(shards.begin(), shards.end(), [rank](int other) { return other < rank; }));
-  }
-  return entry;
-}
 
 }  // namespace
 
@@ -86,12 +29,7 @@ Engine::Span::~Span() {
 }
 
 Engine::Engine(const World& world, const ExchangeOptions& options)
-    : world_(world),
-      options_(checked_options(with_timeout(options, world), world.size())),
-      shape_(shape_of(options_, world.size())),
-      id_(next_exchange_id++),
-      pool_(options_.num_threads) {
-  agree_on_options();
+    : ExchangeEngine(world, options), pool_(options_.num_threads) {
   transport_ = value_or_throw(make_transport(world_, options_, shape_, pool_));
   expert_board_ = std::make_shared<LeaseBoard>(options_.depth, [](int) {});
   expert_memory_.resize(options_.depth);
@@ -105,47 +43,6 @@ Engine::~Engine() {
   transport_->cancel();
   changed_.notify_all();
   if (worker_.joinable()) worker_.join();
-}
-
-void Engine::agree_on_options() {
-  const std::string mine = shared_options(options_);
-  const auto all = world_.all_gather(std::as_bytes(std::span(mine)));
-  for (int peer = 0; peer < world_.size(); ++peer) {
-    const std::string theirs(reinterpret_cast<const char*>(all[peer].data()), all[peer].size());
-    if (theirs == mine) continue;
-    const auto [ours, other] = first_difference(mine, theirs);
-    Failure failure{.kind = FailureKind::mismatch, .phase = Phase::gather, .rank = world_.rank(), .peer = peer};
-    failure.detail =
-        fmt::format("exchange options differ: rank {} has {}, rank {} has {}; give all ranks the same", world_.rank(), ours, peer, other);
-    throw TransportError(std::move(failure));
-  }
-}
-
-int Engine::add(const Placement& placement) {
-  if (placement.ranks() != world_.size())
-    usage_error("the placement is for {} ranks; this exchange has {}", placement.ranks(), world_.size());
-  if (placement.max_local_experts() > options_.max_local_experts) {
-    usage_error("the placement puts {} experts on one rank; the exchange was made for max_local_experts = {}",
-                placement.max_local_experts(), options_.max_local_experts);
-  }
-  if (placement.max_fanout() > options_.max_fanout) {
-    usage_error("the placement cuts an expert into {} shards; the exchange was made for max_fanout = {}", placement.max_fanout(),
-                options_.max_fanout);
-  }
-  const std::uint64_t mine[2] = {placement.hash(), placements_.size()};
-  const auto all = world_.all_gather(std::as_bytes(std::span(mine)));
-  for (int peer = 0; peer < world_.size(); ++peer) {
-    std::uint64_t theirs[2];
-    std::memcpy(theirs, all[peer].data(), sizeof theirs);
-    if (theirs[0] == mine[0] && theirs[1] == mine[1]) continue;
-    Failure failure{.kind = FailureKind::mismatch, .phase = Phase::gather, .rank = world_.rank(), .peer = peer};
-    failure.detail = fmt::format("rank {} adds placement {:x} as number {}, rank {} adds {:x} as number {}", world_.rank(), mine[0],
-                                 mine[1], peer, theirs[0], theirs[1]);
-    throw TransportError(std::move(failure));
-  }
-  wait_idle();
-  placements_.push_back(registered(placement, world_.rank()));
-  return static_cast<int>(placements_.size()) - 1;
 }
 
 template <class Make>
@@ -165,7 +62,9 @@ Pending<Result> Engine::start(Job job) {
   auto task =
       std::make_shared<std::packaged_task<Result()>>([this, shared = std::make_shared<Job>(std::move(job))] { return execute(*shared); });
   auto pending = std::make_shared<PendingState<Result>>();
-  pending->future = task->get_future();
+  auto future = std::make_shared<std::future<Result>>(task->get_future());
+  pending->finish = [future] { return future->get(); };
+  pending->ready = [future] { return future->wait_for(std::chrono::seconds(0)) == std::future_status::ready; };
   {
     const std::lock_guard lock(mutex_);
     tasks_.emplace_back([task] { (*task)(); });
@@ -302,22 +201,13 @@ CombineGradient Engine::combine_backward(const Handle& handle, const ConstTensor
   return gradient;
 }
 
-TensorView Engine::expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size) {
-  check_handle(*this, handle);
-  if (!options_.expert_rows) usage_error("expert_rows() needs memory for them: make the exchange with expert_rows = true");
-  const HandleState& state = *handle.state();
-  if (state.is_expert_layout())
-    usage_error("expert_rows() for layout = {}; its rows are folded anyway: pass your own memory to combine", name(state.layout));
-  const std::int64_t row_bytes = hidden_size * size_of(dtype);
-  if (row_bytes < 16 || row_bytes % 16 != 0 || row_bytes > options_.max_row_bytes) {
-    usage_error("expert rows of {} {} are {} bytes; expected a multiple of 16 up to max_row_bytes = {}", hidden_size, name(dtype),
-                row_bytes, options_.max_row_bytes);
-  }
+TensorView Engine::expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size, void* /*stream*/) {
+  check_expert_rows(*this, handle, dtype, hidden_size);
   check();
   wait_idle();
   auto memory = transport_->expert_rows();
   if (!memory) fail({.call = last_call_}, std::move(memory.error()));
-  const std::vector<std::int64_t>& shape = state.metadata.rows_shape;
+  const std::vector<std::int64_t>& shape = handle.state()->rows_shape();
   if (shape.size() == 2) return {*memory, dtype, {shape[0], shape[1], hidden_size}};
   return {*memory, dtype, {shape[0], hidden_size}};
 }
@@ -342,17 +232,13 @@ void Engine::clear() {
 std::vector<int> Engine::recover() {
   wait_idle();
   Survivors left = world_.survivors();
-  const ExchangeOptions options = without_lost(options_, left.ranks);
+  const ExchangeOptions options = options_without_lost(left.ranks);
   const protocol::ArenaShape shape = shape_of(options, left.world.size());
   // New memory, not the old one cleaned: a rank that is only slow may still write into what it knows.
   auto transport = value_or_throw(make_transport(left.world, options, shape, pool_));
   last_call_ = value_or_throw(transport->reset(last_call_));
   transport_ = std::move(transport);
-  world_ = left.world;
-  options_ = options;
-  shape_ = shape;
-  id_ = next_exchange_id++;
-  for (RegisteredPlacement& entry : placements_) entry = registered(entry.placement.restricted_to(left.ranks), world_.rank());
+  shrink_to(left, options);
   const std::lock_guard lock(mutex_);
   status_.failure.reset();
   return std::move(left.ranks);
@@ -361,6 +247,10 @@ std::vector<int> Engine::recover() {
 std::vector<PhaseSpan> Engine::take_spans() {
   const std::lock_guard lock(mutex_);
   return std::exchange(spans_, {});
+}
+
+std::unique_ptr<ExchangeEngine> make_cpu_engine(const World& world, const ExchangeOptions& options) {
+  return std::make_unique<Engine>(world, options);
 }
 
 }  // namespace tokenyard::exchange_internal

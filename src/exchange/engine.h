@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "core/thread_pool.h"
+#include "exchange/exchange_engine.h"
 #include "exchange/handle_state.h"
 #include "exchange/layout.h"
 #include "exchange/lease_board.h"
@@ -21,24 +22,6 @@
 #include "tokenyard/exchange.h"
 
 namespace tokenyard::exchange_internal {
-
-struct ReceivedState {
-  Handle handle;
-  TensorView rows;
-  TensorView scales;
-  std::shared_ptr<void> lease;  // of a receive buffer, of expert memory, or the memory itself
-};
-
-template <class Result>
-struct PendingState {
-  std::future<Result> future;
-};
-
-// A placement as this rank sees it.
-struct RegisteredPlacement {
-  Placement placement;
-  std::vector<std::int32_t> shard_ordinals;  // [L]: this rank's place, ascending, among the shards of the replica it serves
-};
 
 struct DispatchJob {
   DispatchInput input;
@@ -72,31 +55,25 @@ struct CombineJob {
   std::optional<WeightGradient> gradient;
 };
 
-class Engine {
+class Engine final : public ExchangeEngine {
  public:
   Engine(const World& world, const ExchangeOptions& options);
-  ~Engine();
+  ~Engine() override;
 
-  int add(const Placement& placement);
-  Received dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached);
-  Combined combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options);
-  Pending<Received> start_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached);
-  Pending<Combined> start_combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options);
+  Received dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) override;
+  Combined combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options) override;
+  Pending<Received> start_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) override;
+  Pending<Combined> start_combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options) override;
   CombineGradient combine_backward(const Handle& handle, const ConstTensorView& grad_out, const ConstTensorView& y,
-                                   const CombineOptions& options);
-  TensorView expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size);
-
-  void check() const;
-  ExchangeStatus status() const;
-  void clear();
-  std::vector<int> recover();
-  const World& world() const { return world_; }
-  const ExchangeOptions& options() const { return options_; }
-  const protocol::ArenaShape& shape() const { return shape_; }
-  std::uint64_t id() const { return id_; }
-  const std::vector<RegisteredPlacement>& placements() const { return placements_; }
-  const RowTransport& transport() const { return *transport_; }
-  std::vector<PhaseSpan> take_spans();
+                                   const CombineOptions& options) override;
+  TensorView expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size, void* stream) override;
+  void check() const override;
+  ExchangeStatus status() const override;
+  void clear() override;
+  std::vector<int> recover() override;
+  Transport transport() const override { return transport_->transport(); }
+  std::vector<std::int64_t> link_bytes() const override { return transport_->link_bytes(); }
+  std::vector<PhaseSpan> take_spans() override;
 
  private:
   // Records one span from construction to destruction.
@@ -110,7 +87,6 @@ class Engine {
     PhaseSpan span_;
   };
 
-  void agree_on_options();
   // Numbers a new call and makes its job; a call that is rejected with UsageError is told to the peers.
   template <class Make>
   auto admit(Make&& make);
@@ -118,7 +94,7 @@ class Engine {
   Pending<Result> start(Job job);
   void enqueue(std::function<void()> task);
   bool is_idle();
-  void wait_idle();
+  void wait_idle() override;
   void work();
 
   DispatchJob make_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached, std::uint64_t call);
@@ -153,13 +129,8 @@ class Engine {
   void sum_weights(const CombineJob& job, const RowTransport::PartialSources& sources, const TensorView& out) const;
   void differentiate(CombineJob& job, const std::vector<float>& weights, std::vector<float>& row_gradient);
 
-  World world_;
-  ExchangeOptions options_;
-  protocol::ArenaShape shape_;
-  std::uint64_t id_;
   ThreadPool pool_;
   std::unique_ptr<RowTransport> transport_;
-  std::vector<RegisteredPlacement> placements_;
   std::uint64_t last_call_ = 0;
   std::shared_ptr<LeaseBoard> expert_board_;
   std::vector<RowMemory> expert_memory_;  // [depth], of the expert layouts
@@ -173,13 +144,5 @@ class Engine {
   std::vector<PhaseSpan> spans_;
   std::thread worker_;
 };
-
-// Checks of arguments; UsageError with the value, the expectation and the remedy.
-void check_dispatch(const Engine& engine, const DispatchInput& input, const DispatchOptions& options, const HandleState* cached);
-void check_values(const Engine& engine, const DispatchInput& input, int placement);
-void check_combine(const Engine& engine, const ConstTensorView& y, const HandleState& handle, const CombineOptions& options);
-void check_handle(const Engine& engine, const Handle& handle);
-// Columns of topk_ids.
-int top_k_of(const ConstTensorView& topk_ids);
 
 }  // namespace tokenyard::exchange_internal

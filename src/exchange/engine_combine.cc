@@ -95,7 +95,7 @@ CombineJob Engine::make_combine(const ConstTensorView& y, const Handle& handle, 
   check_combine(*this, y, *handle.state(), options);
   CombineJob job;
   job.y = y;
-  job.handle = handle.state();
+  job.handle = std::static_pointer_cast<const HandleState>(handle.state());
   job.options = options;
   job.header.call = call;
   job.header.placement_hash = job.handle->placement_hash;

@@ -18,13 +18,10 @@ DispatchJob Engine::make_dispatch(const DispatchInput& input, const DispatchOpti
   job.options = options;
   if (cached != nullptr) {
     check_handle(*this, *cached);
-    job.cached = cached->state();
+    job.cached = std::static_pointer_cast<const HandleState>(cached->state());
   }
   check_dispatch(*this, input, options, job.cached.get());
-  job.placement = job.cached ? job.cached->placement : options.placement.value_or(0);
-  if (job.placement < 0 || job.placement >= static_cast<int>(placements_.size())) {
-    usage_error("placement = {}; this exchange has placements 0 to {}", job.placement, placements_.size() - 1);
-  }
+  job.placement = placement_of(options, job.cached.get());
   if (!job.cached) check_values(*this, input, job.placement);
   job.source.emplace(input, options.quantise);
   job.header.call = call;

@@ -2,8 +2,10 @@
 
 #include "tokenyard/exchange.h"
 
+#include <utility>
+
 #include "core/usage.h"
-#include "exchange/engine.h"
+#include "exchange/exchange_engine.h"
 
 namespace tokenyard {
 
@@ -17,132 +19,60 @@ T& held(const std::shared_ptr<T>& state, const char* what) {
   return *state;
 }
 
-// An absent tensor when the layout does not have it.
-template <class T>
-ConstTensorView view_of(const std::vector<T>& values, Dtype dtype, std::vector<std::int64_t> shape, bool present = true) {
-  ConstTensorView view;
-  if (!present) return view;
-  view.data = values.data();
-  view.dtype = dtype;
-  view.ndim = static_cast<int>(shape.size());
-  std::int64_t stride = 1;
-  for (int d = view.ndim - 1; d >= 0; --d) {
-    view.shape[d] = shape[d];
-    view.strides[d] = stride;
-    stride *= shape[d];
-  }
-  return view;
-}
-
-const HandleState& handle_of(const std::shared_ptr<ReceivedState>& state) { return *held(state, "Received").handle.state(); }
-
-std::vector<std::int64_t> with(std::vector<std::int64_t> shape, std::int64_t last) {
-  shape.push_back(last);
-  return shape;
-}
+const HandleFacts& handle_of(const std::shared_ptr<ReceivedState>& state) { return *held(state, "Received").handle.state(); }
 
 }  // namespace
 
 Layout Handle::layout() const { return held(state_, "Handle").layout; }
 Mode Handle::mode() const { return held(state_, "Handle").mode; }
 int Handle::placement() const { return held(state_, "Handle").placement; }
-std::int64_t Handle::num_tokens() const { return held(state_, "Handle").sent.num_tokens; }
-std::int64_t Handle::num_rows() const { return held(state_, "Handle").received.size(); }
-std::span<const std::int64_t> Handle::dropped() const { return held(state_, "Handle").dropped; }
+std::int64_t Handle::num_tokens() const { return held(state_, "Handle").num_tokens(); }
+std::int64_t Handle::num_rows() const { return held(state_, "Handle").num_token_rows(); }
+std::span<const std::int64_t> Handle::dropped() const { return held(state_, "Handle").dropped(); }
 
 TensorView Received::rows() const { return held(state_, "Received").rows; }
 TensorView Received::scales() const { return held(state_, "Received").scales; }
-std::int64_t Received::num_rows() const { return handle_of(state_).metadata.num_rows; }
+std::int64_t Received::num_rows() const { return handle_of(state_).num_rows(); }
 const Handle& Received::handle() const { return held(state_, "Received").handle; }
 
-void Received::release() {
+void Received::release(void* stream) {
   ReceivedState& state = held(state_, "Received");
+  if (state.lease && state.before_free) state.before_free(stream);
   state.rows = {};
   state.scales = {};
   state.lease.reset();
 }
 
-ConstTensorView Received::local_ids() const {
-  const HandleState& handle = handle_of(state_);
-  return view_of(handle.metadata.local_ids, Dtype::int32, with(handle.metadata.rows_shape, handle.top_k()), !handle.is_expert_layout());
-}
-
-ConstTensorView Received::row_weights() const {
-  const HandleState& handle = handle_of(state_);
-  const Metadata& meta = handle.metadata;
-  return view_of(meta.row_weights, Dtype::float32, handle.is_expert_layout() ? meta.rows_shape : with(meta.rows_shape, handle.top_k()));
-}
-
-ConstTensorView Received::source_rank() const {
-  const HandleState& handle = handle_of(state_);
-  return view_of(handle.metadata.source_rank, Dtype::int32, handle.metadata.rows_shape, handle.layout != Layout::rank_slots);
-}
-
-ConstTensorView Received::source_token() const {
-  const HandleState& handle = handle_of(state_);
-  return view_of(handle.metadata.source_token, Dtype::int32, handle.metadata.rows_shape, handle.layout != Layout::rank_slots);
-}
-
-ConstTensorView Received::source_k() const {
-  const HandleState& handle = handle_of(state_);
-  return view_of(handle.metadata.source_k, Dtype::int32, handle.metadata.rows_shape, handle.is_expert_layout());
-}
-
-ConstTensorView Received::expert_counts() const {
-  const Metadata& meta = handle_of(state_).metadata;
-  return view_of(meta.expert_counts, Dtype::int32, {static_cast<std::int64_t>(meta.expert_counts.size())});
-}
-
-ConstTensorView Received::expert_offsets() const {
-  const Metadata& meta = handle_of(state_).metadata;
-  return view_of(meta.expert_offsets, Dtype::int32, {static_cast<std::int64_t>(meta.expert_offsets.size())}, !meta.expert_offsets.empty());
-}
-
-ConstTensorView Received::expert_rows() const {
-  const HandleState& handle = handle_of(state_);
-  const Metadata& meta = handle.metadata;
-  const bool has_map = handle.layout == Layout::token_major && !meta.expert_offsets.empty();
-  return view_of(meta.expert_rows, Dtype::int32, {static_cast<std::int64_t>(meta.expert_rows.size())}, has_map);
-}
-
-ConstTensorView Received::rank_counts() const {
-  const Metadata& meta = handle_of(state_).metadata;
-  return view_of(meta.rank_counts, Dtype::int32, {static_cast<std::int64_t>(meta.rank_counts.size())});
-}
-
-ConstTensorView Received::sent_counts() const {
-  const Metadata& meta = handle_of(state_).metadata;
-  return view_of(meta.sent_counts, Dtype::int32, {static_cast<std::int64_t>(meta.sent_counts.size())});
-}
-
-ConstTensorView Received::ranges() const {
-  const HandleState& handle = handle_of(state_);
-  const Metadata& meta = handle.metadata;
-  const auto ranks = static_cast<std::int64_t>(meta.rank_counts.size());
-  const auto experts = static_cast<std::int64_t>(meta.expert_counts.size());
-  return view_of(meta.ranges, Dtype::int32, {experts, ranks, 2}, handle.layout == Layout::expert_padded);
-}
-
-ConstTensorView Received::present() const {
-  const HandleState& handle = handle_of(state_);
-  return view_of(handle.metadata.present, Dtype::uint8, handle.metadata.rows_shape, handle.layout == Layout::rank_slots);
-}
+ConstTensorView Received::num_rows_device() const { return handle_of(state_).views().num_rows; }
+ConstTensorView Received::local_ids() const { return handle_of(state_).views().local_ids; }
+ConstTensorView Received::row_weights() const { return handle_of(state_).views().row_weights; }
+ConstTensorView Received::source_rank() const { return handle_of(state_).views().source_rank; }
+ConstTensorView Received::source_token() const { return handle_of(state_).views().source_token; }
+ConstTensorView Received::source_k() const { return handle_of(state_).views().source_k; }
+ConstTensorView Received::expert_counts() const { return handle_of(state_).views().expert_counts; }
+ConstTensorView Received::expert_offsets() const { return handle_of(state_).views().expert_offsets; }
+ConstTensorView Received::expert_rows() const { return handle_of(state_).views().expert_rows; }
+ConstTensorView Received::rank_counts() const { return handle_of(state_).views().rank_counts; }
+ConstTensorView Received::sent_counts() const { return handle_of(state_).views().sent_counts; }
+ConstTensorView Received::ranges() const { return handle_of(state_).views().ranges; }
+ConstTensorView Received::present() const { return handle_of(state_).views().present; }
 
 template <class Result>
 Result Pending<Result>::finish() {
-  if (!state_ || !state_->future.valid()) usage_error("finish() on an operation that was never started, or is finished already");
-  return state_->future.get();
+  if (!state_ || !state_->finish) usage_error("finish() on an operation that was never started, or is finished already");
+  return std::exchange(state_->finish, {})();
 }
 
 template <class Result>
 bool Pending<Result>::ready() const {
-  return state_ && state_->future.valid() && state_->future.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+  return state_ && state_->finish && state_->ready();
 }
 
 template class Pending<Received>;
 template class Pending<Combined>;
 
-Exchange::Exchange(const World& world, const ExchangeOptions& options) : engine_(std::make_unique<Engine>(world, options)) {}
+Exchange::Exchange(const World& world, const ExchangeOptions& options)
+    : engine_(options.device == Device::cuda ? make_cuda_engine(world, options) : make_cpu_engine(world, options)) {}
 Exchange::~Exchange() = default;
 Exchange::Exchange(Exchange&&) noexcept = default;
 Exchange& Exchange::operator=(Exchange&&) noexcept = default;
@@ -186,8 +116,8 @@ CombineGradient Exchange::combine_backward(const Handle& handle, const ConstTens
   return engine_->combine_backward(handle, grad_out, y, options);
 }
 
-TensorView Exchange::expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size) {
-  return engine_->expert_rows(handle, dtype, hidden_size);
+TensorView Exchange::expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size, void* stream) {
+  return engine_->expert_rows(handle, dtype, hidden_size, stream);
 }
 
 void Exchange::check() const { engine_->check(); }
@@ -196,8 +126,8 @@ void Exchange::clear() { engine_->clear(); }
 std::vector<int> Exchange::recover() { return engine_->recover(); }
 const World& Exchange::world() const { return engine_->world(); }
 const ExchangeOptions& Exchange::options() const { return engine_->options(); }
-Transport Exchange::transport() const { return engine_->transport().transport(); }
-std::vector<std::int64_t> Exchange::link_bytes() const { return engine_->transport().link_bytes(); }
+Transport Exchange::transport() const { return engine_->transport(); }
+std::vector<std::int64_t> Exchange::link_bytes() const { return engine_->link_bytes(); }
 std::vector<PhaseSpan> Exchange::take_spans() { return engine_->take_spans(); }
 
 }  // namespace tokenyard

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "exchange/handle_facts.h"
 #include "exchange/send_plan.h"
-#include "tokenyard/exchange.h"
 
 namespace tokenyard::exchange_internal {
 
@@ -42,21 +42,21 @@ struct Metadata {
   }
 };
 
-struct HandleState {
-  std::uint64_t exchange_id = 0;  // of this process: a handle works on the exchange that made it
-  std::uint64_t call = 0;         // equal on all ranks: names this handle in later messages
-  int placement = 0;
-  std::uint64_t placement_hash = 0;
-  Layout layout = Layout::token_major;
-  Mode mode = Mode::throughput;
+// Of the CPU engine.
+struct HandleState final : HandleFacts {
   SendPlan sent;
   ReceivedRows received;
   std::vector<std::int32_t> expert_row;  // expert layouts [N,K]: the output row of (i, k), -1 where there is none or it was dropped
-  std::vector<std::int64_t> dropped;     // [L]
+  std::vector<std::int64_t> dropped_rows;  // [L]
   Metadata metadata;
 
-  bool is_expert_layout() const { return layout == Layout::expert_major || layout == Layout::expert_padded; }
-  int top_k() const { return sent.top_k; }
+  int top_k() const override { return sent.top_k; }
+  std::int64_t num_tokens() const override { return sent.num_tokens; }
+  std::int64_t num_token_rows() const override { return received.size(); }
+  std::int64_t num_rows() const override { return metadata.num_rows; }
+  const std::vector<std::int64_t>& rows_shape() const override { return metadata.rows_shape; }
+  std::span<const std::int64_t> dropped() const override { return dropped_rows; }
+  ReceivedViews views() const override;
 };
 
 }  // namespace tokenyard::exchange_internal

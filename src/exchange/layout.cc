@@ -145,7 +145,7 @@ Expected<void> lay_out_experts(HandleState& handle, const LayoutOptions& options
       const std::int32_t local = received.local_ids[i * k + j];
       if (local < 0) continue;
       if (filled[local] == groups->limit[local]) {
-        ++handle.dropped[local];
+        ++handle.dropped_rows[local];
         continue;
       }
       if (is_padded) {
@@ -179,7 +179,7 @@ std::int64_t expert_rows_needed(std::span<const std::int32_t> counts, const Layo
 
 Expected<void> lay_out(HandleState& handle, const LayoutOptions& options, const protocol::ArenaShape& shape) {
   Metadata& meta = handle.metadata;
-  handle.dropped.assign(options.local_experts, 0);
+  handle.dropped_rows.assign(options.local_experts, 0);
   meta.expert_counts = count_experts(handle.received, options.local_experts);
   meta.rank_counts.resize(shape.ranks);
   meta.sent_counts.assign(handle.sent.counts.begin(), handle.sent.counts.begin() + shape.ranks);
