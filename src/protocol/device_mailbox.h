@@ -57,6 +57,8 @@ struct DeviceState {
   std::uint64_t unsettled = 0;  // a call that failed with `aborted`: peers may not have left it yet
   std::uint64_t dead_call = 0;  // the call under way that has failed: its later kernels only end it
   std::uint64_t failed = 0;     // pack_failure() of the sticky failure; 0: healthy
+  std::uint64_t invalid_ids = 0;  // of all dispatches so far
+  std::uint64_t lost_ids = 0;
 };
 
 // One failure, in pinned host memory: written once by the device (`set` last, release at system scope), read by the host.

@@ -26,6 +26,7 @@ struct Context {
   protocol::ErrorRecord* failure = nullptr;       // pinned: sticky failures
   protocol::ErrorRecord* abort = nullptr;         // pinned: aborted calls
   const protocol::StopWord* stop = nullptr;       // pinned
+  std::uint64_t* link_bytes = nullptr;            // [ranks] bytes sent to each rank so far, device memory
   std::uint32_t* tickets = nullptr;               // [kTickets], zero between kernels: the last block of a kernel resets what it used
 };
 constexpr int kTickets = 64;

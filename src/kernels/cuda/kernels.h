@@ -85,6 +85,7 @@ struct MoveArgs {
   RoutingArgs routing;      // not read when cached
   SourceArgs source;
   HandleView handle;
+  HostCounts* host = nullptr;  // latency mode, pinned
   bool cached = false;  // slots of the handle are final, no records travel
   int blocks = 1;       // of the grid: at most what may be resident at once beside everything else on the device
 };
@@ -165,12 +166,20 @@ struct CombineArgs {
 };
 
 // ---- launches ----
+// Loads every kernel on the current device: loading later may wait for kernels that wait for peers.
+void preload_kernels();
+// This rank does not make the next call: peers that do fail with `reason` (pinned, kReasonBytes).
+void launch_reject(const Context& context, const char* reason, Stream stream);
+// Waits until peers have read what they pulled from here last: expert rows may be written again.
+void launch_wait_reads(const Context& context, Stream stream);
+// Within a combine, at_source: waits until every rank's weights are here.
+void launch_wait_weights(const Context& context, Stream stream);
 void launch_plan(const PlanArgs& args, Stream stream);
 void launch_move(const MoveArgs& args, Stream stream);        // throughput: every row once to each of its ranks, into its slot
 void launch_land(const LandArgs& args, Stream stream);
 void launch_slots(const MoveArgs& args, bool last, Stream stream);  // latency mode: moves, waits and lands in one kernel
 void launch_layout(const LayoutArgs& args, Stream stream);    // several kernels
-void launch_spread(const SpreadArgs& args, Stream stream);    // last of its call
+void launch_spread(const SpreadArgs& args, Stream stream);    // local, behind its call
 
 void launch_combine_weights(const CombineArgs& args, Stream stream);  // at_source: this rank's weights go to where its rows went
 void launch_combine_push(const CombineArgs& args, Stream stream);     // fold or copy, into the owners' staging
@@ -183,7 +192,8 @@ void launch_combine_fused(const CombineArgs& args, Stream stream);    // push an
 struct DifferentiateArgs {
   HandleView handle;
   protocol::ArenaShape shape;
-  const float* weights = nullptr;  // [receive_rows][K]: travelled weights, or weights_in of the arena (at_source)
+  const float* weights = nullptr;  // [receive_rows]: travelled weights, or weights_in of the arena (at_source)
+  std::int32_t weights_pitch = 1;  // floats from row to row, K of them used
   std::byte* g = nullptr;
   std::int64_t g_pitch = 0;
   const std::byte* y = nullptr;

@@ -1,0 +1,306 @@
+// The dispatch of the CUDA engine: plan, move, land, layout, spread; or in latency mode slots, layout, spread.
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "core/usage.h"
+#include "exchange/cuda_engine.h"
+#include "exchange/cuda_views.h"
+
+namespace tokenyard::exchange_internal {
+namespace {
+
+TensorView shaped(std::byte* data, Dtype dtype, const std::vector<std::int64_t>& shape, std::int64_t columns) {
+  return shape.size() == 2 ? TensorView(data, dtype, {shape[0], shape[1], columns}) : TensorView(data, dtype, {shape[0], columns});
+}
+
+}  // namespace
+
+LayoutOptions CudaEngine::layout_options(const DispatchOptions& options, int placement) const {
+  return {.sizing = options.sizing,
+          .gather_map = options.gather_map,
+          .alignment = options.alignment,
+          .expert_capacity = options.expert_capacity,
+          .drop = options.drop,
+          .local_experts = static_cast<int>(placements_[placement].placement.local_experts(world_.rank()).size()),
+          .max_expert_rows = options_.max_expert_rows};
+}
+
+CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) {
+  if (placements_.empty()) usage_error("dispatch without a placement; register one with Exchange::add");
+  CudaDispatch job;
+  job.input = input;
+  job.options = options;
+  if (cached != nullptr) {
+    check_handle(*this, *cached);
+    job.cached = true;
+    // The engine made it, and kernels of a cached dispatch only read it.
+    job.handle = std::const_pointer_cast<DeviceHandle>(std::static_pointer_cast<const DeviceHandle>(cached->state()));
+  }
+  check_dispatch(*this, input, options, job.handle.get());
+  check_dispatch_memory(job);
+  const auto stream = static_cast<cudaStream_t>(options.stream);
+  if (!job.cached && options.sizing == Sizing::exact && is_capturing(stream))
+    usage_error("sizing = exact while a graph is captured; counts reach the host only when kernels run: use sizing = capacity");
+  const int placement = placement_of(options, job.handle.get());
+  job.source.emplace(input, options.quantise);
+  job.layout_options = layout_options(options, placement);
+  protocol::CallHeader& header = job.header;
+  header.placement_hash = placements_[placement].placement.hash();
+  header.handle_call = job.cached ? 1 : 0;  // the kernel puts the handle's own number there
+  header.row_bytes = static_cast<std::uint32_t>(job.source->row_bytes());
+  header.scale_bytes = static_cast<std::uint32_t>(job.source->scale_bytes());
+  header.operation = protocol::Operation::dispatch;
+  header.layout = static_cast<std::uint8_t>(job.cached ? job.handle->layout : options.layout);
+  header.mode = static_cast<std::uint8_t>(job.cached ? job.handle->mode : options.mode.value_or(options_.mode));
+  header.top_k = static_cast<std::uint8_t>(job.cached ? job.handle->top_k() : top_k_of(input.topk_ids));
+  if (!job.cached) {
+    const HandleShape shape = handle_shape(shape_, job.layout_options, static_cast<Layout>(header.layout), static_cast<Mode>(header.mode),
+                                           header.top_k);
+    job.handle = std::make_shared<DeviceHandle>(shape, blocks_->take(handle_bytes(shape), stream), counts_pool_->take(), input.rows.shape[0]);
+    job.handle->exchange_id = id_;
+    job.handle->call = last_call_;
+    job.handle->placement = placement;
+    job.handle->placement_hash = header.placement_hash;
+  }
+  lease_buffer(job);
+  return job;
+}
+
+void CudaEngine::check_dispatch_memory(const CudaDispatch& job) const {
+  check_memory("rows", job.input.rows);
+  check_memory("scales", job.input.scales);
+  check_memory("topk_ids", job.input.topk_ids);
+  check_memory("topk_weights", job.input.topk_weights);
+  check_memory("out_rows", job.options.out_rows);
+  check_memory("out_scales", job.options.out_scales);
+}
+
+void CudaEngine::lease_buffer(CudaDispatch& job) {
+  const auto layout = static_cast<Layout>(job.header.layout);
+  const auto mode = static_cast<Mode>(job.header.mode);
+  job.in_place = !job.options.copy_out && (layout == Layout::rank_slots || (layout == Layout::token_major && mode == Mode::throughput));
+  receive_board_->reserve("receive buffers");
+  const std::string holder = fmt::format("rows of call {} ({})", last_call_, name(layout));
+  job.buffer = receive_board_->front();
+  job.lease = receive_board_->lease(holder);
+  if (job.in_place || job.options.copy_out) return;
+  expert_board_->reserve("buffers of expert rows");
+  job.expert_buffer = expert_board_->front();
+  job.expert_lease = expert_board_->lease(holder);
+}
+
+cuda::RoutingArgs CudaEngine::routing_args(const CudaDispatch& job) const {
+  cuda::RoutingArgs args;
+  args.num_tokens = static_cast<std::int32_t>(job.handle->tokens);
+  args.top_k = job.header.top_k;
+  args.table = tables_[job.handle->placement].view;
+  if (job.cached) return args;
+  args.ids = matrix(job.input.topk_ids);
+  args.wide_ids = job.input.topk_ids.dtype == Dtype::int64;
+  if (job.input.topk_weights) args.weights = matrix(job.input.topk_weights);
+  args.token_base = static_cast<std::uint32_t>(job.options.token_base);
+  args.validate = options_.validate;
+  return args;
+}
+
+cuda::SourceArgs CudaEngine::source_args(const CudaDispatch& job) const {
+  const ConstTensorView& rows = job.input.rows;
+  cuda::SourceArgs args;
+  args.rows = static_cast<const std::byte*>(rows.data);
+  args.row_stride = rows.strides[0] * size_of(rows.dtype);
+  args.row_bytes = job.source->row_bytes();
+  args.dtype = rows.dtype;
+  args.hidden_size = static_cast<std::int32_t>(rows.shape[1]);
+  args.scale_columns = static_cast<std::int32_t>(job.source->scale_columns());
+  args.scale_element = args.scale_columns == 0 ? 0 : static_cast<std::int32_t>(job.source->scale_bytes() / args.scale_columns);
+  args.quantise = job.options.quantise.has_value();
+  if (args.quantise) args.format = *job.options.quantise;
+  if (job.input.scales) args.scales = matrix(job.input.scales);
+  return args;
+}
+
+void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
+  const bool latency = static_cast<Mode>(job.header.mode) == Mode::latency;
+  const HandleShape& shape = job.handle->shape;
+  const bool lays_out = !job.cached && (shape.is_expert_layout() || shape.is_compacted() || shape.gather_map);
+  cuda::MoveArgs move{.context = arena_->context(),
+                      .header = job.header,
+                      .buffer = job.buffer,
+                      .routing = routing_args(job),
+                      .source = source_args(job),
+                      .handle = job.handle->view,
+                      .host = job.handle->counts.get(),
+                      .cached = job.cached,
+                      .blocks = latency ? latency_blocks_ : budget_.multiprocessors};
+  if (!job.cached) job.handle->counts->call = 0;
+  if (latency) {
+    cuda::launch_slots(move, !lays_out, stream);
+  } else {
+    if (!job.cached) {
+      cuda::launch_plan({.context = arena_->context(),
+                         .header = job.header,
+                         .buffer = job.buffer,
+                         .routing = move.routing,
+                         .limits = {.expert_capacity = shape.layout == Layout::expert_padded && job.layout_options.expert_capacity == 0
+                                                           ? shape_.receive_rows
+                                                           : job.layout_options.expert_capacity,
+                                    .max_layout_rows = shape.layout == Layout::expert_major && job.options.sizing == Sizing::capacity
+                                                           ? options_.max_expert_rows
+                                                           : 0,
+                                    .alignment = job.layout_options.alignment,
+                                    .drop = job.layout_options.drop,
+                                    .expert_layout = shape.is_expert_layout()},
+                         .handle = job.handle->view,
+                         .masks = masks_,
+                         .chunk_counts = plan_chunks_,
+                         .counts = counts_,
+                         .host = job.handle->counts.get()},
+                        stream);
+    }
+    cuda::launch_move(move, stream);
+    cuda::launch_land({.context = arena_->context(), .handle = job.handle->view, .buffer = job.buffer, .cached = job.cached, .last = !lays_out},
+                      stream);
+  }
+  if (lays_out) {
+    cuda::launch_layout({.context = arena_->context(),
+                         .handle = job.handle->view,
+                         .layout = shape.layout,
+                         .mode = shape.mode,
+                         .gather_map = shape.gather_map,
+                         .alignment = job.layout_options.alignment,
+                         .expert_capacity = job.layout_options.expert_capacity,
+                         .drop = job.layout_options.drop,
+                         .local_experts = shape.local_experts,
+                         .output_rows = shape.output_rows,
+                         .map_rows = shape.map_rows,
+                         .chunk_counts = layout_chunks_,
+                         .host = job.handle->counts.get(),
+                         .last = true},
+                        stream);
+  }
+  cuda_check(cudaGetLastError(), "enqueueing a dispatch");
+  reads_outstanding_ = false;
+}
+
+cuda::HostCounts CudaEngine::await_counts(const DeviceHandle& handle) {
+  // The device has the same deadline for each of its waits; this one only ends what never started.
+  const Deadline deadline = Deadline::after_ms(3 * options_.timeout_ms);
+  const volatile cuda::HostCounts& counts = *handle.counts;
+  for (int spins = 0; counts.call == 0; ++spins) {
+    check();
+    if (spins > 1000) std::this_thread::sleep_for(std::chrono::microseconds(20));
+    if (!deadline.expired()) continue;
+    throw TransportError({.kind = FailureKind::timeout,
+                          .phase = Phase::dispatch_counts,
+                          .rank = world_.rank(),
+                          .peer = world_.rank(),
+                          .epoch = handle.call,
+                          .detail = "the kernels of this dispatch have not run; is the GPU busy with kernels that wait for each other?"});
+  }
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return {.call = counts.call, .num_rows = counts.num_rows, .layout_rows = counts.layout_rows, .map_rows = counts.map_rows};
+}
+
+Received CudaEngine::finish_dispatch(CudaDispatch& job, cudaStream_t stream) {
+  if (!job.cached && job.options.sizing == Sizing::exact) job.handle->set_counts(await_counts(*job.handle));
+  const std::vector<std::int64_t>& rows = job.handle->rows_shape();
+  auto state = std::make_shared<ReceivedState>();
+  state->handle = Handle(job.handle);
+  const RowSource& source = *job.source;
+  state->rows = shaped(arena_->rows(job.buffer), source.row_dtype(), rows, source.hidden_size());
+  if (source.scale_bytes() > 0) state->scales = shaped(arena_->scales(job.buffer), source.scale_dtype(), rows, source.scale_columns());
+  state->lease = job.lease;
+  if (!job.in_place) {
+    place_output(job, stream, *state);
+    cuda::launch_spread({.context = arena_->context(),
+                         .handle = job.handle->view,
+                         .buffer = job.buffer,
+                         .layout = job.handle->layout,
+                         .mode = job.handle->mode,
+                         .row_bytes = source.row_bytes(),
+                         .scale_bytes = source.scale_bytes(),
+                         .rows = static_cast<std::byte*>(state->rows.data),
+                         .scales = static_cast<std::byte*>(state->scales.data),
+                         .output_rows = job.handle->total_rows(),
+                         .zero_padding = job.options.zero_padding,
+                         .blocks = multiprocessors_of(device_)},
+                        stream);
+    cuda_check(cudaGetLastError(), "enqueueing the copy of received rows");
+  }
+  state->before_free = [stream](void* reader) {
+    if (reader != nullptr) order_streams(static_cast<cudaStream_t>(reader), stream, value_or_throw(make_cuda_event()));
+  };
+  return Received(std::move(state));
+}
+
+// Chooses the memory of rows that do not stay where they landed: the caller's, memory of the Received, or a lease on expert memory.
+void CudaEngine::place_output(const CudaDispatch& job, cudaStream_t stream, ReceivedState& state) {
+  const RowSource& source = *job.source;
+  const std::int64_t rows = job.handle->total_rows();
+  const std::int64_t row_part = protocol::align_up(rows * source.row_bytes(), 64);
+  if (job.options.copy_out && job.options.out_rows) {
+    if (job.options.out_rows.shape[0] < rows || (state.scales && job.options.out_scales.shape[0] < rows)) {
+      usage_error("out_rows has {} rows and out_scales {}; this dispatch may fill {}: give as many", job.options.out_rows.shape[0],
+                  job.options.out_scales ? job.options.out_scales.shape[0] : 0, rows);
+    }
+    state.rows.data = job.options.out_rows.data;
+    state.scales.data = job.options.out_scales.data;
+    state.lease.reset();
+    return;
+  }
+  const std::int64_t bytes = row_part + rows * source.scale_bytes();
+  std::byte* data = nullptr;
+  if (job.options.copy_out) {
+    auto block = blocks_->take(bytes, stream);
+    data = block.get();
+    state.lease = std::move(block);
+  } else {
+    DeviceBuffer& kept = expert_memory_[job.expert_buffer];
+    if (static_cast<std::int64_t>(kept.bytes()) < bytes) {
+      if (is_capturing(stream)) usage_error("a graph is being captured, and expert rows need {} bytes; make the same call once before", bytes);
+      wait_idle();
+      kept = value_or_throw(make_device_buffer(device_, static_cast<std::size_t>(bytes)));
+    }
+    data = kept.data();
+    state.lease = job.expert_lease;
+  }
+  state.rows.data = data;
+  if (state.scales) state.scales.data = data + row_part;
+}
+
+Received CudaEngine::dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) {
+  const CudaDeviceScope scope(device_);
+  const auto stream = static_cast<cudaStream_t>(options.stream);
+  CudaDispatch job = admit(stream, [&] { return make_dispatch(input, options, cached); });
+  order_.enter(stream);
+  enqueue_dispatch(job, stream);
+  Received received = finish_dispatch(job, stream);
+  order_.leave(stream);
+  return received;
+}
+
+Pending<Received> CudaEngine::start_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) {
+  const CudaDeviceScope scope(device_);
+  const auto caller = static_cast<cudaStream_t>(options.stream);
+  auto job = std::make_shared<CudaDispatch>(admit(caller, [&] { return make_dispatch(input, options, cached); }));
+  order_streams(caller, stream_.get(), entered_);
+  order_.enter(stream_.get());
+  enqueue_dispatch(*job, stream_.get());
+  order_.leave(stream_.get());
+  auto pending = std::make_shared<PendingState<Received>>();
+  auto done = std::make_shared<CudaEvent>(value_or_throw(make_cuda_event()));
+  cuda_check(cudaEventRecord(done->get(), stream_.get()), "cudaEventRecord");
+  pending->ready = [done] { return cudaEventQuery(done->get()) == cudaSuccess; };
+  pending->finish = [this, job, done, caller] {
+    const CudaDeviceScope device(device_);
+    cuda_check(cudaStreamWaitEvent(caller, done->get()), "cudaStreamWaitEvent");
+    Received received = finish_dispatch(*job, caller);  // what is left is local: it runs on the caller's stream
+    job->lease = job->expert_lease = nullptr;           // the result alone holds the rows from now on
+    return received;
+  };
+  return Pending<Received>(std::move(pending));
+}
+
+}  // namespace tokenyard::exchange_internal

@@ -1,0 +1,252 @@
+// What a CUDA engine is made of, and what happens when something fails.
+
+#include "exchange/cuda_engine.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/log.h"
+#include "core/usage.h"
+#include "exchange/memory_plan.h"
+#include "exchange/peer_wait.h"
+
+namespace tokenyard::exchange_internal {
+namespace {
+
+// Multiprocessors of kernels that wait for peers, unless the caller says: where the links are nearly full (docs/kernels.md).
+constexpr int kUsualBudget = 32;
+
+ExchangeOptions with_device(ExchangeOptions options) {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    cudaGetLastError();
+    usage_error("device = cuda: CUDA sees no GPU here; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use device = cpu");
+  }
+  if (options.device_index == -1) cuda_check(cudaGetDevice(&options.device_index), "cudaGetDevice");
+  if (options.device_index < 0 || options.device_index >= devices)
+    usage_error("device_index = {}; CUDA sees {} GPUs here: choose 0 to {}, or -1 for the current one", options.device_index, devices, devices - 1);
+  if (options.transport != Transport::automatic && options.transport != Transport::cuda_peer)
+    usage_error("transport = {} with device = cuda; use cuda_peer or automatic", name(options.transport));
+  options.transport = Transport::cuda_peer;
+  return options;
+}
+
+// How many ranks of this world share this rank's GPU.
+int ranks_on_device(const World& world, int device) {
+  cudaDeviceProp properties{};
+  cuda_check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  const auto all = world.all_gather(std::as_bytes(std::span(properties.uuid.bytes)));
+  return static_cast<int>(std::count(all.begin(), all.end(), all[world.rank()]));
+}
+
+}  // namespace
+
+CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
+    : ExchangeEngine(world, with_device(options)), device_(options_.device_index), blocks_(std::make_shared<BlockPool>(device_)) {
+  const CudaDeviceScope scope(device_);
+  cuda_check(scope.status(), "cudaSetDevice");
+  const int sharing = ranks_on_device(world_, device_);
+  const int share = std::max(1, multiprocessors_of(device_) / sharing);
+  budget_ = take_sm_budget(device_, options_.sm_budget, std::min(kUsualBudget, share));
+  options_.sm_budget = budget_.multiprocessors;
+  latency_blocks_ = sharing > 1 ? budget_.multiprocessors : share;
+  cuda::preload_kernels();
+  int least = 0, greatest = 0;
+  cuda_check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+  stream_ = value_or_throw(make_cuda_stream(greatest));
+  entered_ = value_or_throw(make_cuda_event());
+  make_scratch();
+  arena_ = value_or_throw(DeviceArena::create(world_, options_, shape_));
+  watch_ = std::make_unique<LostWatch>(world_, [arena = arena_.get()](int rank) { arena->stop().lost_peer = rank + 1; });
+  receive_board_ = std::make_shared<LeaseBoard>(options_.depth, [](int) {});
+  expert_board_ = std::make_shared<LeaseBoard>(options_.depth, [](int) {});
+  expert_memory_.resize(options_.depth);
+  world_.barrier();  // nobody waits in a kernel while another rank still allocates
+}
+
+CudaEngine::~CudaEngine() {
+  const CudaDeviceScope scope(device_);
+  arena_->stop().cancel = 1;
+  watch_.reset();
+  cudaStreamSynchronize(stream_.get());
+  try {
+    order_.wait();
+  } catch (const std::exception& error) {
+    log_info("exchange: while it was destroyed: {}", error.what());
+  }
+}
+
+void CudaEngine::make_scratch() {
+  const std::int64_t tokens = shape_.max_tokens_per_rank;
+  const std::int64_t words = (shape_.ranks + 63) / 64;
+  const std::int64_t rows = std::max(shape_.receive_rows, std::int64_t{1});
+  const std::int64_t masks = tokens * words * 8;
+  const std::int64_t plan = ((tokens + cuda::kPlanChunk - 1) / cuda::kPlanChunk) * shape_.ranks * 4;
+  const std::int64_t counts = shape_.count_words() * 4;
+  const std::int64_t layout = ((rows + cuda::kLayoutChunk - 1) / cuda::kLayoutChunk) * (shape_.max_local_experts + 1) * 4;
+  const std::int64_t starts[] = {0, protocol::align_up(masks, 64), protocol::align_up(plan, 64), protocol::align_up(counts, 64)};
+  scratch_ = value_or_throw(make_device_buffer(device_, static_cast<std::size_t>(starts[1] + starts[2] + starts[3] + layout)));
+  std::byte* at = scratch_.data();
+  masks_ = reinterpret_cast<std::uint64_t*>(at);
+  plan_chunks_ = reinterpret_cast<std::int32_t*>(at += starts[1]);
+  counts_ = reinterpret_cast<std::int32_t*>(at += starts[2]);
+  layout_chunks_ = reinterpret_cast<std::int32_t*>(at += starts[3]);
+  cuda_check(cudaMemset(scratch_.data(), 0, scratch_.bytes()), "clearing scratch memory");
+  groups_ = {};
+  const bool grouped = std::any_of(options_.reduction_groups.begin(), options_.reduction_groups.end(), [](int group) { return group > 0; });
+  if (grouped) {
+    const std::size_t bytes = options_.reduction_groups.size() * sizeof(int);
+    groups_ = value_or_throw(make_device_buffer(device_, bytes));
+    cuda_check(cudaMemcpy(groups_.data(), options_.reduction_groups.data(), bytes, cudaMemcpyDefault), "copying reduction groups");
+  }
+}
+
+void CudaEngine::placements_changed() {
+  const CudaDeviceScope scope(device_);
+  tables_.clear();
+  for (const RegisteredPlacement& entry : placements_) {
+    const placement_internal::Table& table = entry.placement.table();
+    const std::size_t instances = table.instances.size() * 4;
+    const std::size_t shares = table.share_ends.size() * 4;
+    const std::size_t ordinals = entry.shard_ordinals.size() * 4;
+    DeviceTable made{.memory = value_or_throw(make_device_buffer(device_, instances + shares + ordinals)), .view = table.view()};
+    std::byte* const at = made.memory.data();
+    const char* const what = "copying a placement's table";
+    cuda_check(cudaMemcpy(at, table.instances.data(), instances, cudaMemcpyDefault), what);
+    cuda_check(cudaMemcpy(at + instances, table.share_ends.data(), shares, cudaMemcpyDefault), what);
+    cuda_check(cudaMemcpy(at + instances + shares, entry.shard_ordinals.data(), ordinals, cudaMemcpyDefault), what);
+    made.view.instances = reinterpret_cast<const std::uint32_t*>(at);
+    made.view.share_ends = reinterpret_cast<const std::uint32_t*>(at + instances);
+    made.shard_ordinals = reinterpret_cast<const std::int32_t*>(at + instances + shares);
+    tables_.push_back(std::move(made));
+  }
+  cuda_check(cudaDeviceSynchronize(), "copying placements");
+}
+
+void CudaEngine::wait_idle() {
+  const CudaDeviceScope scope(device_);
+  order_.wait();
+}
+
+void CudaEngine::reject(cudaStream_t stream, const std::string& reason) {
+  if (is_capturing(stream)) return;  // what the graph lacks, its replays cannot tell
+  wait_idle();                       // the text of an earlier rejection may still be read
+  const std::size_t length = std::min(reason.size(), static_cast<std::size_t>(protocol::kReasonBytes) - 1);
+  std::memcpy(arena_->reason(), reason.data(), length);
+  arena_->reason()[length] = '\0';
+  order_.enter(stream);
+  cuda::launch_reject(arena_->context(), arena_->reason(), stream);
+  cuda_check(cudaGetLastError(), "telling peers that a call is rejected");
+  order_.leave(stream);
+}
+
+void CudaEngine::check() const {
+  if (arena_->failure().set != 0) throw_failure(arena_->failure());
+  if (arena_->abort().set == 0) return;
+  const protocol::ErrorRecord record = arena_->abort();
+  arena_->abort().set = 0;  // told once: the next call is fine
+  throw_failure(record);
+}
+
+ExchangeStatus CudaEngine::status() const {
+  const CudaDeviceScope scope(device_);
+  ExchangeStatus status;
+  if (arena_->failure().set != 0) status.failure = describe_failure(arena_->failure());
+  const protocol::DeviceState state = arena_->state();
+  status.invalid_ids = static_cast<std::int64_t>(state.invalid_ids);
+  status.lost_ids = static_cast<std::int64_t>(state.lost_ids);
+  return status;
+}
+
+void CudaEngine::clear() {
+  const CudaDeviceScope scope(device_);
+  wait_idle();
+  const std::uint64_t mine[1] = {arena_->state().call};
+  std::uint64_t agreed = 0;
+  for (const auto& bytes : world_.all_gather(std::as_bytes(std::span(mine)))) {
+    std::uint64_t theirs = 0;
+    std::memcpy(&theirs, bytes.data(), sizeof theirs);
+    agreed = std::max(agreed, theirs);
+  }
+  arena_->reset(agreed);
+  reads_outstanding_ = false;
+  world_.barrier();  // nobody goes on while another's memory still says that it failed
+}
+
+std::vector<int> CudaEngine::recover() {
+  const CudaDeviceScope scope(device_);
+  wait_idle();
+  Survivors left = world_.survivors();
+  const ExchangeOptions options = options_without_lost(left.ranks);
+  watch_.reset();
+  // New memory, not the old one cleaned: a rank that is only slow may still write into what it knows.
+  auto arena = value_or_throw(DeviceArena::create(left.world, options, shape_of(options, left.world.size())));
+  lost_arenas_.push_back(std::exchange(arena_, std::move(arena)));
+  watch_ = std::make_unique<LostWatch>(left.world, [now = arena_.get()](int rank) { now->stop().lost_peer = rank + 1; });
+  shrink_to(left, options);
+  make_scratch();
+  reads_outstanding_ = false;
+  world_.barrier();
+  return std::move(left.ranks);
+}
+
+void CudaEngine::throw_failure(const protocol::ErrorRecord& record) const {
+  const CudaDeviceScope scope(device_);
+  throw TransportError(describe_failure(record));
+}
+
+Failure CudaEngine::describe_failure(const protocol::ErrorRecord& record) const {
+  Failure failure{.kind = static_cast<FailureKind>(record.kind),
+                  .phase = static_cast<Phase>(record.phase),
+                  .rank = world_.rank(),
+                  .peer = record.peer,
+                  .epoch = record.call,
+                  .expected = record.expected,
+                  .seen = record.seen};
+  switch (failure.kind) {
+    case FailureKind::timeout:
+      failure.peer = end_of_chain(record.peer);
+      failure.detail = fmt::format("no sign within {} ms", options_.timeout_ms);
+      if (failure.peer != record.peer) failure.detail += fmt::format("; rank {} waits for it, directly or not", record.peer);
+      break;
+    case FailureKind::peer_lost:
+      failure.detail = "its process ended, or its thread gave up";
+      break;
+    case FailureKind::aborted:
+      failure.detail = arena_->reason_of(record.peer);
+      break;
+    case FailureKind::mismatch:
+      failure.detail = record.mine == record.theirs
+                           ? fmt::format("topk_ids has the id {} (or a weight that is not finite); expected ids below num_experts", record.seen)
+                           : fmt::format("rank {} made {}; rank {} made {}", world_.rank(), describe(record.mine), record.peer,
+                                         describe(record.theirs));
+      break;
+    case FailureKind::overflow:
+      failure.detail = fmt::format("rank {} needs {} rows, room is for {}; raise receive_rows, max_expert_rows or expert_capacity, or set "
+                                   "drop, then clear()",
+                                   record.peer, record.seen, record.expected);
+      break;
+    case FailureKind::system:
+      failure.detail = "the exchange is being destroyed";
+      break;
+  }
+  return failure;
+}
+
+// Follows who waits for whom, as ranks told before their own deadlines ended.
+int CudaEngine::end_of_chain(int peer) const {
+  int at = peer;
+  for (int step = 0; step < world_.size(); ++step) {
+    const int next = static_cast<int>(arena_->beacon_of(at).waiting_on) - 1;
+    if (next < 0 || next == at) return at;
+    if (next == world_.rank()) return peer;  // a circle: nobody is to blame more than the one we wait for
+    at = next;
+  }
+  return peer;
+}
+
+std::unique_ptr<ExchangeEngine> make_cuda_engine(const World& world, const ExchangeOptions& options) {
+  return std::make_unique<CudaEngine>(world, options);
+}
+
+}  // namespace tokenyard::exchange_internal

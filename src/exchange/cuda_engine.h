@@ -1,0 +1,136 @@
+#pragma once
+// The exchange on GPUs: the host numbers, checks and enqueues; kernels count, move, wait, fold and sum. No call waits for the
+// device, but those with Sizing::exact for their counts.
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "exchange/cuda_stream.h"
+#include "exchange/device_arena.h"
+#include "exchange/device_handle.h"
+#include "exchange/exchange_engine.h"
+#include "exchange/lease_board.h"
+#include "exchange/lost_watch.h"
+#include "exchange/row_transport.h"
+#include "exchange/sm_budget.h"
+
+namespace tokenyard::exchange_internal {
+
+// A placement's tables in device memory.
+struct DeviceTable {
+  DeviceBuffer memory;
+  placement_internal::TableView view;
+  const std::int32_t* shard_ordinals = nullptr;  // [L]
+};
+
+// A dispatch that is checked, with everything it needs, and then enqueued.
+struct CudaDispatch {
+  DispatchInput input;
+  DispatchOptions options;
+  LayoutOptions layout_options;
+  protocol::CallHeader header;
+  std::shared_ptr<DeviceHandle> handle;  // of a cached dispatch: the old one
+  bool cached = false;
+  std::optional<RowSource> source;
+  int buffer = 0;
+  std::shared_ptr<void> lease;
+  int expert_buffer = 0;  // unless in place or copied out
+  std::shared_ptr<void> expert_lease;
+  bool in_place = false;  // rows are used where they land
+};
+
+class CudaEngine final : public ExchangeEngine {
+ public:
+  CudaEngine(const World& world, const ExchangeOptions& options);
+  ~CudaEngine() override;
+
+  Received dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) override;
+  Combined combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options) override;
+  Pending<Received> start_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) override;
+  Pending<Combined> start_combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options) override;
+  CombineGradient combine_backward(const Handle& handle, const ConstTensorView& grad_out, const ConstTensorView& y,
+                                   const CombineOptions& options) override;
+  TensorView expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size, void* stream) override;
+  void check() const override;
+  ExchangeStatus status() const override;
+  void clear() override;
+  std::vector<int> recover() override;
+  Transport transport() const override { return arena_->transport(); }
+  std::vector<std::int64_t> link_bytes() const override { return arena_->link_bytes(); }
+  std::vector<PhaseSpan> take_spans() override { return {}; }
+
+ private:
+  // What a combine without rows brings back (Exchange::combine_backward).
+  struct WeightGradient {
+    TensorView grad_rows;
+    ConstTensorView y;
+  };
+
+  void wait_idle() override;
+  void placements_changed() override;
+  void make_scratch();
+  // Runs `make`; a call that is rejected with UsageError is told to the peers.
+  template <class Make>
+  auto admit(cudaStream_t stream, Make&& make) {
+    check();
+    ++last_call_;
+    try {
+      return make();
+    } catch (const UsageError& error) {
+      reject(stream, error.what());
+      throw;
+    }
+  }
+  void reject(cudaStream_t stream, const std::string& reason);
+
+  CudaDispatch make_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached);
+  void check_dispatch_memory(const CudaDispatch& job) const;
+  void lease_buffer(CudaDispatch& job);
+  // Everything up to the received rows; then, when the host knows as much as it must, what becomes of them.
+  void enqueue_dispatch(CudaDispatch& job, cudaStream_t stream);
+  Received finish_dispatch(CudaDispatch& job, cudaStream_t stream);
+  void place_output(const CudaDispatch& job, cudaStream_t stream, ReceivedState& state);
+  cuda::RoutingArgs routing_args(const CudaDispatch& job) const;
+  cuda::SourceArgs source_args(const CudaDispatch& job) const;
+  LayoutOptions layout_options(const DispatchOptions& options, int placement) const;
+  // Until the counts of an exact dispatch are known, or it has failed.
+  cuda::HostCounts await_counts(const DeviceHandle& handle);
+
+  cuda::CombineArgs make_combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options) const;
+  Combined enqueue_combine(cuda::CombineArgs args, const Handle& handle, const CombineOptions& options, cudaStream_t stream);
+  void bring_to_expert_rows(cuda::CombineArgs& args, const DeviceHandle& handle, cudaStream_t stream);
+  CombineGradient enqueue_weight_gradient(const Handle& handle, CombineGradient gradient, const ConstTensorView& y,
+                                          const CombineOptions& options);
+  void wait_for_reads(cudaStream_t stream);
+
+  [[noreturn]] void throw_failure(const protocol::ErrorRecord& record) const;
+  Failure describe_failure(const protocol::ErrorRecord& record) const;
+  int end_of_chain(int peer) const;
+
+  int device_ = 0;
+  SmBudget budget_;
+  int latency_blocks_ = 1;
+  std::unique_ptr<DeviceArena> arena_;
+  std::vector<std::unique_ptr<DeviceArena>> lost_arenas_;  // late stores of a lost rank end there
+  std::unique_ptr<LostWatch> watch_;
+  std::shared_ptr<BlockPool> blocks_;
+  std::shared_ptr<CountsPool> counts_pool_ = std::make_shared<CountsPool>();
+  std::shared_ptr<LeaseBoard> receive_board_;
+  std::shared_ptr<LeaseBoard> expert_board_;
+  std::vector<DeviceBuffer> expert_memory_;  // [depth], of the expert layouts
+  DeviceBuffer scratch_;
+  std::uint64_t* masks_ = nullptr;
+  std::int32_t* plan_chunks_ = nullptr;
+  std::int32_t* counts_ = nullptr;
+  std::int32_t* layout_chunks_ = nullptr;
+  DeviceBuffer groups_;
+  std::vector<DeviceTable> tables_;
+  CudaStream stream_;  // of calls in two halves
+  CudaEvent entered_;
+  CallOrder order_;
+  std::uint64_t last_call_ = 0;    // for texts; the device has its own count
+  bool reads_outstanding_ = false; // a combine by pull, and no dispatch after it
+};
+
+}  // namespace tokenyard::exchange_internal

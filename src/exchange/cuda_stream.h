@@ -1,0 +1,36 @@
+#pragma once
+// Order between the streams on which the calls of one exchange run.
+
+#include <cuda_runtime_api.h>
+
+#include "memory/cuda_handle.h"
+
+namespace tokenyard::exchange_internal {
+
+// 0: `stream` captures no graph.
+unsigned long long capture_id(cudaStream_t stream);
+inline bool is_capturing(cudaStream_t stream) { return capture_id(stream) != 0; }
+
+// Work on `after` waits for what is on `before` now.
+void order_streams(cudaStream_t before, cudaStream_t after, const CudaEvent& event);
+
+// The calls of an exchange run one after the other, whatever streams they are given.
+class CallOrder {
+ public:
+  CallOrder();
+  // The next call runs on `stream`, behind the last one. Inside a capture only calls of the same capture are waited for: what was
+  // enqueued before it is ordered by whoever launches the graph.
+  void enter(cudaStream_t stream);
+  // The call is enqueued.
+  void leave(cudaStream_t stream);
+  // Blocks until the last call has run.
+  void wait() const;
+
+ private:
+  CudaEvent tail_;
+  cudaStream_t last_ = nullptr;
+  unsigned long long last_capture_ = 0;
+  bool any_ = false;
+};
+
+}  // namespace tokenyard::exchange_internal

@@ -1,0 +1,106 @@
+#include "exchange/device_arena.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+
+#include "core/log.h"
+#include "memory/cuda_handle.h"
+#include "memory/cuda_peer.h"
+
+namespace tokenyard::exchange_internal {
+namespace {
+
+// In the rank's own device memory.
+struct OwnWords {
+  protocol::DeviceState state;
+  std::uint32_t tickets[cuda::kTickets];
+};
+
+template <class T>
+T read(const void* from) {
+  T value;
+  cuda_check(cudaMemcpy(&value, from, sizeof value, cudaMemcpyDefault), "reading the state of the exchange");
+  return value;
+}
+
+}  // namespace
+
+Expected<std::unique_ptr<DeviceArena>> DeviceArena::create(const World& world, const ExchangeOptions& options,
+                                                           const protocol::ArenaShape& shape) {
+  std::unique_ptr<DeviceArena> arena(new DeviceArena);
+  cuda::Context& context = arena->context_;
+  context.layout = device_arena_layout(shape);
+  context.shape = shape;
+  context.rank = world.rank();
+  context.ranks = world.size();
+  context.sm_budget = options.sm_budget;
+  context.timeout_ns = static_cast<std::uint64_t>(options.timeout_ms) * 1'000'000U;
+
+  const auto ranks = static_cast<std::size_t>(world.size());
+  const std::size_t own_bytes = sizeof(OwnWords) + ranks * (sizeof(std::byte*) + sizeof(std::uint64_t));
+  auto device = make_device_buffer(options.device_index, own_bytes);
+  if (!device) return unexpected(device.error());
+  arena->device_ = std::move(*device);
+  auto pinned = make_pinned_buffer(sizeof(Pinned));
+  if (!pinned) return unexpected(pinned.error());
+  arena->pinned_ = std::move(*pinned);
+  new (arena->pinned_.data()) Pinned{};
+
+  auto memory = CudaPeerMemory::create(world, static_cast<std::size_t>(context.layout.total), options.device_index,
+                                       Deadline::after_ms(options.timeout_ms));
+  if (!memory) return unexpected(memory.error());
+  arena->memory_ = std::move(*memory);
+
+  std::byte* const own = arena->device_.data();
+  std::byte* const views = own + sizeof(OwnWords);
+  context.state = &reinterpret_cast<OwnWords*>(own)->state;
+  context.tickets = reinterpret_cast<OwnWords*>(own)->tickets;
+  context.arenas = reinterpret_cast<std::byte* const*>(views);
+  context.link_bytes = reinterpret_cast<std::uint64_t*>(views + ranks * sizeof(std::byte*));
+  context.failure = &arena->failure();
+  context.abort = &arena->abort();
+  context.stop = &arena->stop();
+  std::vector<std::byte*> pointers;
+  for (int rank = 0; rank < world.size(); ++rank) pointers.push_back(arena->memory_->view(rank));
+  cuda_check(cudaMemset(own, 0, own_bytes), "clearing the state of the exchange");
+  cuda_check(cudaMemcpy(views, pointers.data(), ranks * sizeof(std::byte*), cudaMemcpyDefault), "filling the table of arenas");
+  cuda_check(cudaDeviceSynchronize(), "preparing the exchange");
+  log_info("exchange: {} ranks, {} memory on GPU {}, {} bytes per rank", world.size(), name(arena->transport()), options.device_index,
+           context.layout.total);
+  return arena;
+}
+
+protocol::DeviceState DeviceArena::state() const { return read<protocol::DeviceState>(context_.state); }
+
+std::vector<std::int64_t> DeviceArena::link_bytes() const {
+  std::vector<std::int64_t> bytes(context_.ranks);
+  cuda_check(cudaMemcpy(bytes.data(), context_.link_bytes, bytes.size() * sizeof(std::int64_t), cudaMemcpyDefault), "reading link bytes");
+  return bytes;
+}
+
+protocol::DeviceBeacon DeviceArena::beacon_of(int peer) const { return read<protocol::DeviceBeacon>(at(peer, layout().beacon)); }
+
+std::string DeviceArena::reason_of(int peer) const {
+  const std::byte* const box = at(context_.rank, layout().mailboxes + peer * layout().mailbox_bytes);
+  char text[protocol::kReasonBytes];
+  cuda_check(cudaMemcpy(text, box + offsetof(protocol::DeviceMailbox, reason), sizeof text, cudaMemcpyDefault), "reading a peer's reason");
+  return {text, strnlen(text, sizeof text)};
+}
+
+void DeviceArena::reset(std::uint64_t last_call) {
+  protocol::DeviceState fresh;
+  fresh.call = last_call;
+  cuda_check(cudaMemset(context_.tickets, 0, sizeof(OwnWords::tickets)), "resetting the exchange");
+  cuda_check(cudaMemcpy(context_.state, &fresh, sizeof fresh, cudaMemcpyDefault), "resetting the exchange");
+  for (int peer = 0; peer < context_.ranks; ++peer) {
+    std::byte* const box = at(context_.rank, layout().mailboxes + peer * layout().mailbox_bytes);
+    cuda_check(cudaMemset(box + offsetof(protocol::DeviceMailbox, failed), 0, sizeof(std::uint64_t)), "resetting the exchange");
+  }
+  cuda_check(cudaDeviceSynchronize(), "resetting the exchange");
+  failure() = {};
+  abort() = {};
+  stop().lost_peer = 0;
+}
+
+}  // namespace tokenyard::exchange_internal

@@ -1,0 +1,87 @@
+#pragma once
+// The handle of a dispatch on a GPU: one block of device memory, and what the host knows of it.
+
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "exchange/handle_facts.h"
+#include "exchange/layout.h"
+#include "kernels/cuda/kernels.h"
+#include "memory/cuda_buffer.h"
+#include "protocol/arena.h"
+
+namespace tokenyard::exchange_internal {
+
+// Device memory that is used again: blocks come back when their last owner goes, and kernels that still read them run before
+// those of later calls. Thread-safe; outlives the exchange as long as a block does.
+class BlockPool : public std::enable_shared_from_this<BlockPool> {
+ public:
+  explicit BlockPool(int device) : device_(device) {}
+  // At least `bytes`, from what came back before, else allocated: UsageError while `stream` captures a graph, which must not allocate.
+  std::shared_ptr<std::byte> take(std::int64_t bytes, cuda::Stream stream);
+
+ private:
+  int device_;
+  std::mutex mutex_;
+  std::multimap<std::int64_t, DeviceBuffer> free_;
+};
+
+// Counts that the device tells the host, in pinned memory that is used again.
+class CountsPool : public std::enable_shared_from_this<CountsPool> {
+ public:
+  std::shared_ptr<cuda::HostCounts> take();
+
+ private:
+  std::mutex mutex_;
+  std::vector<PinnedBuffer> slabs_;
+  std::vector<cuda::HostCounts*> free_;
+};
+
+// The sizes that a handle's arrays have.
+struct HandleShape {
+  protocol::ArenaShape arena;
+  Layout layout = Layout::token_major;
+  Mode mode = Mode::throughput;
+  int top_k = 1;
+  int local_experts = 0;
+  bool gather_map = false;
+  std::int64_t rows = 0;         // received rows at most: receive_rows, or ranks * M in latency mode
+  std::int64_t output_rows = 0;  // of the layout at most
+  std::int64_t map_rows = 0;
+
+  bool is_expert_layout() const { return layout == Layout::expert_major || layout == Layout::expert_padded; }
+  // token_major and rank_slots show received rows as they lie, but for token_major in latency mode, which closes the gaps.
+  bool is_compacted() const { return layout == Layout::token_major && mode == Mode::latency; }
+};
+HandleShape handle_shape(const protocol::ArenaShape& arena, const LayoutOptions& options, Layout layout, Mode mode, int top_k);
+std::int64_t handle_bytes(const HandleShape& shape);
+
+struct DeviceHandle final : HandleFacts {
+  DeviceHandle(const HandleShape& shape, std::shared_ptr<std::byte> memory, std::shared_ptr<cuda::HostCounts> host_counts, std::int64_t tokens);
+
+  int top_k() const override { return shape.top_k; }
+  std::int64_t num_tokens() const override { return tokens; }
+  std::int64_t num_token_rows() const override { return token_rows; }
+  std::int64_t num_rows() const override { return layout_rows; }
+  const std::vector<std::int64_t>& rows_shape() const override { return rows; }
+  std::span<const std::int64_t> dropped() const override;
+  ReceivedViews views() const override;
+  // With Sizing::exact, when the counts are here.
+  void set_counts(const cuda::HostCounts& counts);
+
+  HandleShape shape;
+  std::shared_ptr<std::byte> block;
+  std::shared_ptr<cuda::HostCounts> counts;  // pinned
+  cuda::HandleView view;
+  std::int64_t tokens = 0;
+  std::int64_t token_rows = -1;
+  std::int64_t layout_rows = -1;
+  std::int64_t map_rows = 0;
+  std::vector<std::int64_t> rows;
+
+ private:
+  mutable std::vector<std::int64_t> dropped_;
+};
+
+}  // namespace tokenyard::exchange_internal
