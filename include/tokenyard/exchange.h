@@ -49,12 +49,13 @@ class Received {
  public:
   Received() = default;
   explicit Received(std::shared_ptr<exchange_internal::ReceivedState> state) : state_(std::move(state)) {}
-  TensorView rows() const;              // [N,H] | [N',H] | [L,C,H] | [R,M,H]; dtype and H of the input
-  TensorView scales() const;            // the same with S instead of H
-  std::int64_t num_rows() const;        // N (token_major, rank_slots), N' with padding (expert_major), sum of counts (expert_padded)
-  ConstTensorView local_ids() const;    // token_major [N,K], rank_slots [R,M,K]
-  ConstTensorView row_weights() const;  // [N,K], [R,M,K], [N'], [L,C]
-  ConstTensorView source_rank() const;  // [N], [N'], [L,C]
+  TensorView rows() const;                  // [N,H] | [N',H] | [L,C,H] | [R,M,H]; dtype and H of the input
+  TensorView scales() const;                // the same with S instead of H
+  std::int64_t num_rows() const;            // N (token_major, rank_slots), N' with padding (expert_major), sum of counts (expert_padded)
+  ConstTensorView num_rows_device() const;  // [1] int32 on a GPU: with Sizing::capacity the host does not know it, num_rows() is -1
+  ConstTensorView local_ids() const;        // token_major [N,K], rank_slots [R,M,K]
+  ConstTensorView row_weights() const;      // [N,K], [R,M,K], [N'], [L,C]
+  ConstTensorView source_rank() const;      // [N], [N'], [L,C]
   ConstTensorView source_token() const;
   ConstTensorView source_k() const;        // expert layouts
   ConstTensorView expert_counts() const;   // [L]: rows of each local expert, without padding and drops

@@ -17,7 +17,8 @@ enum class Layout : std::uint8_t { token_major, expert_major, expert_padded, ran
 enum class Sizing : std::uint8_t { exact, capacity };
 enum class Order : std::uint8_t { rank_ascending, topk };
 enum class Weighting : std::uint8_t { none, at_input, at_expert, at_source };
-enum class Transport : std::uint8_t { automatic, inproc, shm, mpi };
+enum class Transport : std::uint8_t { automatic, inproc, shm, mpi, cuda_peer };
+enum class Device : std::uint8_t { cpu, cuda };
 
 std::string_view name(Mode mode);
 std::string_view name(Layout layout);
@@ -25,12 +26,14 @@ std::string_view name(Sizing sizing);
 std::string_view name(Order order);
 std::string_view name(Weighting weighting);
 std::string_view name(Transport transport);
+std::string_view name(Device device);
 Mode parse_mode(std::string_view text);
 Layout parse_layout(std::string_view text);
 Sizing parse_sizing(std::string_view text);
 Order parse_order(std::string_view text);
 Weighting parse_weighting(std::string_view text);
 Transport parse_transport(std::string_view text);
+Device parse_device(std::string_view text);
 
 // The maximum shape of an exchange. The same on all ranks (checked at construction; a mismatch names both values).
 struct ExchangeOptions {
@@ -48,10 +51,13 @@ struct ExchangeOptions {
   std::vector<int> reduction_groups{};   // group of each rank, ascending from 0; empty: one flat group
   Mode mode = Mode::throughput;          // default of dispatch
   Transport transport = Transport::automatic;
-  int num_threads = 1;   // threads that move rows on this rank; may differ between ranks
-  bool validate = true;  // check ids and weights by value; off: an id >= E counts as no expert
-  bool trace = false;    // keep phase spans for Exchange::take_spans
-  int timeout_ms = 0;    // deadline of every wait; 0: the world's (TOKENYARD_TIMEOUT_MS)
+  Device device = Device::cpu;  // where rows, indices and sums are: every view passed or returned points there
+  int device_index = -1;        // cuda: the current device
+  int sm_budget = 0;            // cuda: SMs that kernels waiting for peers may take; 0: a default
+  int num_threads = 1;          // threads that move rows on this rank; may differ between ranks
+  bool validate = true;         // check ids and weights by value; off: an id >= E counts as no expert
+  bool trace = false;           // keep phase spans for Exchange::take_spans
+  int timeout_ms = 0;           // deadline of every wait; 0: the world's (TOKENYARD_TIMEOUT_MS)
 };
 
 struct DispatchInput {
@@ -76,6 +82,7 @@ struct DispatchOptions {
   TensorView out_scales{};
   std::int64_t token_base = 0;            // shifts the replica choice, see Placement::replica_for
   std::optional<ScaleFormat> quantise{};  // rows bfloat16/float16/float32 in, fp8 and scales out
+  void* stream = nullptr;                 // cuda: the cudaStream_t the caller computes on
 };
 
 struct CombineOptions {
@@ -86,7 +93,8 @@ struct CombineOptions {
   ConstTensorView row_weights{};     // float32: [N,K] (token_major), [R,M,K] (rank_slots), [N'] / [L,C] (expert layouts)
   ConstTensorView bias0{};           // [T,H] in y's dtype
   ConstTensorView bias1{};
-  TensorView out{};  // [T,H]: where sums go, and their dtype; absent: memory of the result, y's dtype
+  TensorView out{};        // [T,H]: where sums go, and their dtype; absent: memory of the result, y's dtype
+  void* stream = nullptr;  // cuda: the cudaStream_t the caller computes on
 };
 
 }  // namespace tokenyard

@@ -26,7 +26,9 @@ constexpr NamedValue<Transport> kTransports[] = {
     {Transport::inproc, "inproc"},
     {Transport::shm, "shm"},
     {Transport::mpi, "mpi"},
+    {Transport::cuda_peer, "cuda_peer"},
 };
+constexpr NamedValue<Device> kDevices[] = {{Device::cpu, "cpu"}, {Device::cuda, "cuda"}};
 
 }  // namespace
 
@@ -36,6 +38,7 @@ std::string_view name(Sizing sizing) { return name_in(kSizings, sizing); }
 std::string_view name(Order order) { return name_in(kOrders, order); }
 std::string_view name(Weighting weighting) { return name_in(kWeightings, weighting); }
 std::string_view name(Transport transport) { return name_in(kTransports, transport); }
+std::string_view name(Device device) { return name_in(kDevices, device); }
 
 Mode parse_mode(std::string_view text) { return parse_in(kModes, "mode", text); }
 Layout parse_layout(std::string_view text) { return parse_in(kLayouts, "layout", text); }
@@ -43,5 +46,6 @@ Sizing parse_sizing(std::string_view text) { return parse_in(kSizings, "sizing",
 Order parse_order(std::string_view text) { return parse_in(kOrders, "order", text); }
 Weighting parse_weighting(std::string_view text) { return parse_in(kWeightings, "weighting", text); }
 Transport parse_transport(std::string_view text) { return parse_in(kTransports, "transport", text); }
+Device parse_device(std::string_view text) { return parse_in(kDevices, "device", text); }
 
 }  // namespace tokenyard

@@ -53,6 +53,7 @@ std::span<const std::int64_t> Handle::dropped() const { return held(state_, "Han
 TensorView Received::rows() const { return held(state_, "Received").rows; }
 TensorView Received::scales() const { return held(state_, "Received").scales; }
 std::int64_t Received::num_rows() const { return handle_of(state_).metadata.num_rows; }
+ConstTensorView Received::num_rows_device() const { return {}; }
 const Handle& Received::handle() const { return held(state_, "Received").handle; }
 
 void Received::release() {
