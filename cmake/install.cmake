@@ -23,6 +23,9 @@ set(TY_PC_LIBS "-L\${libdir} -ltokenyard")
 if(NOT BUILD_SHARED_LIBS)
   set(TY_PC_REQUIRES "fmt spdlog libhwy")
   string(APPEND TY_PC_LIBS " -lpthread")
+  if(TY_CUDA)
+    string(APPEND TY_PC_LIBS " ${CUDA_cudart_static_LIBRARY} -ldl -lrt")  # CUDA has no pkg-config file of this name everywhere
+  endif()
   if(TY_MPI)
     find_package(MPI REQUIRED COMPONENTS CXX)  # src/ has found it too, for its own folder
     list(JOIN MPI_CXX_LIBRARIES " " mpi_libraries)

@@ -1,9 +1,10 @@
 # Every option of the build. One whose code is not in this version stops the configuration: it must not look as if it worked.
 option(TY_MPI "MPI collectives: the collective exchange, the benchmark's baseline" OFF)
-option(TY_TESTS "Tests" ON)
+set(TY_TESTS ON CACHE STRING "Tests: ON, OFF, or 'device' for those that need a GPU and what they share with the others")
 option(TY_WERROR "Warnings are errors" OFF)
 option(TY_FUZZ "Fuzz targets with libFuzzer (needs clang); without it they run with the driver of tests/fuzz" OFF)
-option(TY_CUDA "Device code; in this version: compiles the arithmetic shared with the host, for every supported architecture" OFF)
+option(TY_CUDA "GPUs: memory between them, and device code for every supported architecture (needs the CUDA toolkit, 12.4 or newer)" OFF)
+set(TY_PORTABLE_DEPS "" CACHE PATH "Folder made by './dev deps --portable': every library comes from there, none from the system")
 set(TY_SANITIZE "" CACHE STRING "Sanitizers, as in -fsanitize=: 'address,undefined' or 'thread'")
 
 function(ty_not_available option enables)
@@ -18,6 +19,9 @@ ty_not_available(TY_LIBFABRIC "the libfabric network port")
 ty_not_available(TY_PYTHON "the Python module")
 ty_not_available(TY_BENCH "microbenchmarks of single kernels ('tokenyard bench' needs no option)")
 
+if(TY_TESTS STREQUAL "device" AND NOT TY_CUDA)
+  message(FATAL_ERROR "TY_TESTS=device: tests on GPUs need -DTY_CUDA=ON; configure with --preset gpu, or with -DTY_TESTS=ON.")
+endif()
 if(TY_FUZZ AND NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
   message(FATAL_ERROR "TY_FUZZ=ON needs clang, for its libFuzzer; the compiler is ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER}. "
     "Configure with --preset cpu-fuzz, or leave TY_FUZZ off: the targets then run with their own driver.")

@@ -49,8 +49,8 @@ class Received {
  public:
   Received() = default;
   explicit Received(std::shared_ptr<exchange_internal::ReceivedState> state) : state_(std::move(state)) {}
-  TensorView rows() const;              // [N,H] | [N',H] | [L,C,H] | [R,M,H]; dtype and H of the input
-  TensorView scales() const;            // the same with S instead of H
+  TensorView rows() const;    // [N,H] | [N',H] | [L,C,H] | [R,M,H]; dtype and H of the input
+  TensorView scales() const;  // the same with S instead of H
   // N (token_major, rank_slots), N' with padding (expert_major), sum of counts (expert_padded). On cuda with Sizing::capacity
   // only the device knows: -1 here, and a [1] int32 tensor there.
   std::int64_t num_rows() const;

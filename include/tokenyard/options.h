@@ -54,10 +54,10 @@ struct ExchangeOptions {
   Device device = Device::cpu;  // where rows are: all tensors of all calls are in that memory
   int device_index = -1;        // cuda: the GPU of this rank; -1: the current device; may differ between ranks
   int sm_budget = 0;            // cuda: SMs that kernels may take while they wait for peers; 0: see Exchange::options()
-  int num_threads = 1;   // threads that move rows on this rank; may differ between ranks
-  bool validate = true;  // check ids and weights by value; off: an id >= E counts as no expert; cuda: a bad one is a sticky error
-  bool trace = false;    // keep phase spans for Exchange::take_spans
-  int timeout_ms = 0;    // deadline of every wait; 0: the world's (TOKENYARD_TIMEOUT_MS)
+  int num_threads = 1;          // threads that move rows on this rank; may differ between ranks
+  bool validate = true;         // check ids and weights by value; off: an id >= E counts as no expert; cuda: a bad one is a sticky error
+  bool trace = false;           // keep phase spans for Exchange::take_spans
+  int timeout_ms = 0;           // deadline of every wait; 0: the world's (TOKENYARD_TIMEOUT_MS)
 };
 
 struct DispatchInput {
@@ -93,7 +93,7 @@ struct CombineOptions {
   ConstTensorView row_weights{};     // float32: [N,K] (token_major), [R,M,K] (rank_slots), [N'] / [L,C] (expert layouts)
   ConstTensorView bias0{};           // [T,H] in y's dtype
   ConstTensorView bias1{};
-  TensorView out{};  // [T,H]: where sums go, and their dtype; absent: memory of the result, y's dtype
+  TensorView out{};        // [T,H]: where sums go, and their dtype; absent: memory of the result, y's dtype
   void* stream = nullptr;  // cuda: as in DispatchOptions
 };
 

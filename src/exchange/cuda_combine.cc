@@ -12,7 +12,8 @@ namespace {
 const DeviceHandle& device_handle(const Handle& handle) { return static_cast<const DeviceHandle&>(*handle.state()); }
 
 void check_summable(const char* what, const ConstTensorView& view) {
-  if (view && view.dtype == Dtype::float64) usage_error("{} is {}; on GPUs combine adds float32, bfloat16 and float16", what, describe(view));
+  if (view && view.dtype == Dtype::float64)
+    usage_error("{} is {}; on GPUs combine adds float32, bfloat16 and float16", what, describe(view));
 }
 
 }  // namespace

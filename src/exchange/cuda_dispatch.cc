@@ -56,9 +56,10 @@ CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const Dispatc
   header.mode = static_cast<std::uint8_t>(job.cached ? job.handle->mode : options.mode.value_or(options_.mode));
   header.top_k = static_cast<std::uint8_t>(job.cached ? job.handle->top_k() : top_k_of(input.topk_ids));
   if (!job.cached) {
-    const HandleShape shape = handle_shape(shape_, job.layout_options, static_cast<Layout>(header.layout), static_cast<Mode>(header.mode),
-                                           header.top_k);
-    job.handle = std::make_shared<DeviceHandle>(shape, blocks_->take(handle_bytes(shape), stream), counts_pool_->take(), input.rows.shape[0]);
+    const HandleShape shape =
+        handle_shape(shape_, job.layout_options, static_cast<Layout>(header.layout), static_cast<Mode>(header.mode), header.top_k);
+    job.handle =
+        std::make_shared<DeviceHandle>(shape, blocks_->take(handle_bytes(shape), stream), counts_pool_->take(), input.rows.shape[0]);
     job.handle->exchange_id = id_;
     job.handle->call = last_call_;
     job.handle->placement = placement;
@@ -139,29 +140,29 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
     cuda::launch_slots(move, !lays_out, stream);
   } else {
     if (!job.cached) {
-      cuda::launch_plan({.context = arena_->context(),
-                         .header = job.header,
-                         .buffer = job.buffer,
-                         .routing = move.routing,
-                         .limits = {.expert_capacity = shape.layout == Layout::expert_padded && job.layout_options.expert_capacity == 0
-                                                           ? shape_.receive_rows
-                                                           : job.layout_options.expert_capacity,
-                                    .max_layout_rows = shape.layout == Layout::expert_major && job.options.sizing == Sizing::capacity
-                                                           ? options_.max_expert_rows
-                                                           : 0,
-                                    .alignment = job.layout_options.alignment,
-                                    .drop = job.layout_options.drop,
-                                    .expert_layout = shape.is_expert_layout()},
-                         .handle = job.handle->view,
-                         .masks = masks_,
-                         .chunk_counts = plan_chunks_,
-                         .counts = counts_,
-                         .host = job.handle->counts.get()},
-                        stream);
+      cuda::launch_plan(
+          {.context = arena_->context(),
+           .header = job.header,
+           .buffer = job.buffer,
+           .routing = move.routing,
+           .limits = {.expert_capacity = shape.layout == Layout::expert_padded && job.layout_options.expert_capacity == 0
+                                             ? shape_.receive_rows
+                                             : job.layout_options.expert_capacity,
+                      .max_layout_rows =
+                          shape.layout == Layout::expert_major && job.options.sizing == Sizing::capacity ? options_.max_expert_rows : 0,
+                      .alignment = job.layout_options.alignment,
+                      .drop = job.layout_options.drop,
+                      .expert_layout = shape.is_expert_layout()},
+           .handle = job.handle->view,
+           .masks = masks_,
+           .chunk_counts = plan_chunks_,
+           .counts = counts_,
+           .host = job.handle->counts.get()},
+          stream);
     }
     cuda::launch_move(move, stream);
-    cuda::launch_land({.context = arena_->context(), .handle = job.handle->view, .buffer = job.buffer, .cached = job.cached, .last = !lays_out},
-                      stream);
+    cuda::launch_land(
+        {.context = arena_->context(), .handle = job.handle->view, .buffer = job.buffer, .cached = job.cached, .last = !lays_out}, stream);
   }
   if (lays_out) {
     cuda::launch_layout({.context = arena_->context(),
@@ -259,7 +260,8 @@ void CudaEngine::place_output(const CudaDispatch& job, cudaStream_t stream, Rece
   } else {
     DeviceBuffer& kept = expert_memory_[job.expert_buffer];
     if (static_cast<std::int64_t>(kept.bytes()) < bytes) {
-      if (is_capturing(stream)) usage_error("a graph is being captured, and expert rows need {} bytes; make the same call once before", bytes);
+      if (is_capturing(stream))
+        usage_error("a graph is being captured, and expert rows need {} bytes; make the same call once before", bytes);
       wait_idle();
       kept = value_or_throw(make_device_buffer(device_, static_cast<std::size_t>(bytes)));
     }

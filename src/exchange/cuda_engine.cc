@@ -24,7 +24,8 @@ ExchangeOptions with_device(ExchangeOptions options) {
   }
   if (options.device_index == -1) cuda_check(cudaGetDevice(&options.device_index), "cudaGetDevice");
   if (options.device_index < 0 || options.device_index >= devices)
-    usage_error("device_index = {}; CUDA sees {} GPUs here: choose 0 to {}, or -1 for the current one", options.device_index, devices, devices - 1);
+    usage_error("device_index = {}; CUDA sees {} GPUs here: choose 0 to {}, or -1 for the current one", options.device_index, devices,
+                devices - 1);
   if (options.transport != Transport::automatic && options.transport != Transport::cuda_peer)
     usage_error("transport = {} with device = cuda; use cuda_peer or automatic", name(options.transport));
   options.transport = Transport::cuda_peer;
@@ -216,15 +217,16 @@ Failure CudaEngine::describe_failure(const protocol::ErrorRecord& record) const 
       failure.detail = arena_->reason_of(record.peer);
       break;
     case FailureKind::mismatch:
-      failure.detail = record.mine == record.theirs
-                           ? fmt::format("topk_ids has the id {} (or a weight that is not finite); expected ids below num_experts", record.seen)
-                           : fmt::format("rank {} made {}; rank {} made {}", world_.rank(), describe(record.mine), record.peer,
-                                         describe(record.theirs));
+      failure.detail =
+          record.mine == record.theirs
+              ? fmt::format("topk_ids has the id {} (or a weight that is not finite); expected ids below num_experts", record.seen)
+              : fmt::format("rank {} made {}; rank {} made {}", world_.rank(), describe(record.mine), record.peer, describe(record.theirs));
       break;
     case FailureKind::overflow:
-      failure.detail = fmt::format("rank {} needs {} rows, room is for {}; raise receive_rows, max_expert_rows or expert_capacity, or set "
-                                   "drop, then clear()",
-                                   record.peer, record.seen, record.expected);
+      failure.detail = fmt::format(
+          "rank {} needs {} rows, room is for {}; raise receive_rows, max_expert_rows or expert_capacity, or set "
+          "drop, then clear()",
+          record.peer, record.seen, record.expected);
       break;
     case FailureKind::system:
       failure.detail = "the exchange is being destroyed";

@@ -129,8 +129,8 @@ class CudaEngine final : public ExchangeEngine {
   CudaStream stream_;  // of calls in two halves
   CudaEvent entered_;
   CallOrder order_;
-  std::uint64_t last_call_ = 0;    // for texts; the device has its own count
-  bool reads_outstanding_ = false; // a combine by pull, and no dispatch after it
+  std::uint64_t last_call_ = 0;     // for texts; the device has its own count
+  bool reads_outstanding_ = false;  // a combine by pull, and no dispatch after it
 };
 
 }  // namespace tokenyard::exchange_internal

@@ -146,8 +146,8 @@ std::int64_t handle_bytes(const HandleShape& shape) {
   return place_handle(shape, nullptr, view);
 }
 
-DeviceHandle::DeviceHandle(const HandleShape& handle_shape, std::shared_ptr<std::byte> memory, std::shared_ptr<cuda::HostCounts> host_counts,
-                       std::int64_t num_tokens)
+DeviceHandle::DeviceHandle(const HandleShape& handle_shape, std::shared_ptr<std::byte> memory,
+                           std::shared_ptr<cuda::HostCounts> host_counts, std::int64_t num_tokens)
     : shape(handle_shape), block(std::move(memory)), counts(std::move(host_counts)), tokens(num_tokens), map_rows(handle_shape.map_rows) {
   layout = shape.layout;
   mode = shape.mode;
@@ -169,7 +169,8 @@ void DeviceHandle::set_counts(const cuda::HostCounts& known) {
 
 std::span<const std::int64_t> DeviceHandle::dropped() const {
   dropped_.resize(shape.local_experts);
-  cuda_check(cudaMemcpy(dropped_.data(), view.dropped, dropped_.size() * sizeof(std::int64_t), cudaMemcpyDefault), "reading dropped counts");
+  cuda_check(cudaMemcpy(dropped_.data(), view.dropped, dropped_.size() * sizeof(std::int64_t), cudaMemcpyDefault),
+             "reading dropped counts");
   return dropped_;
 }
 

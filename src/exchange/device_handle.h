@@ -58,7 +58,8 @@ HandleShape handle_shape(const protocol::ArenaShape& arena, const LayoutOptions&
 std::int64_t handle_bytes(const HandleShape& shape);
 
 struct DeviceHandle final : HandleFacts {
-  DeviceHandle(const HandleShape& shape, std::shared_ptr<std::byte> memory, std::shared_ptr<cuda::HostCounts> host_counts, std::int64_t tokens);
+  DeviceHandle(const HandleShape& shape, std::shared_ptr<std::byte> memory, std::shared_ptr<cuda::HostCounts> host_counts,
+               std::int64_t tokens);
 
   int top_k() const override { return shape.top_k; }
   std::int64_t num_tokens() const override { return tokens; }

@@ -46,7 +46,7 @@ struct Metadata {
 struct HandleState final : HandleFacts {
   SendPlan sent;
   ReceivedRows received;
-  std::vector<std::int32_t> expert_row;  // expert layouts [N,K]: the output row of (i, k), -1 where there is none or it was dropped
+  std::vector<std::int32_t> expert_row;    // expert layouts [N,K]: the output row of (i, k), -1 where there is none or it was dropped
   std::vector<std::int64_t> dropped_rows;  // [L]
   Metadata metadata;
 

@@ -26,12 +26,12 @@ constexpr int kFlags = 7;
 
 // One per (owner, writer), in the owner's arena.
 struct alignas(128) DeviceMailbox {
-  CallHeader headers[kRing];       // of call c at c % kRing; published by Flag::begun
-  std::uint64_t flags[kFlags];     // by Flag; release: publishes what the flag says
-  std::uint64_t buffer[kRing];     // with begun, dispatch: the receive buffer that the writer offers for call c
-  std::uint64_t tokens[kRing];     // with rows, latency mode: how many tokens the writer has
-  std::uint64_t failed;            // pack_failure() of the writer's sticky failure; 0: healthy
-  std::uint64_t aborted;           // the last call that the writer rejected; the reason lies below (release)
+  CallHeader headers[kRing];    // of call c at c % kRing; published by Flag::begun
+  std::uint64_t flags[kFlags];  // by Flag; release: publishes what the flag says
+  std::uint64_t buffer[kRing];  // with begun, dispatch: the receive buffer that the writer offers for call c
+  std::uint64_t tokens[kRing];  // with rows, latency mode: how many tokens the writer has
+  std::uint64_t failed;         // pack_failure() of the writer's sticky failure; 0: healthy
+  std::uint64_t aborted;        // the last call that the writer rejected; the reason lies below (release)
   char reason[kReasonBytes];
 };
 
@@ -52,11 +52,11 @@ struct alignas(128) DeviceBeacon {
 
 // In a rank's own device memory; only its kernels touch it, one after the other on one stream.
 struct DeviceState {
-  std::uint64_t call = 0;       // the last call that has ended
-  std::uint64_t last_pull = 0;  // the last combine whose partial sums peers pulled from here
-  std::uint64_t unsettled = 0;  // a call that failed with `aborted`: peers may not have left it yet
-  std::uint64_t dead_call = 0;  // the call under way that has failed: its later kernels only end it
-  std::uint64_t failed = 0;     // pack_failure() of the sticky failure; 0: healthy
+  std::uint64_t call = 0;         // the last call that has ended
+  std::uint64_t last_pull = 0;    // the last combine whose partial sums peers pulled from here
+  std::uint64_t unsettled = 0;    // a call that failed with `aborted`: peers may not have left it yet
+  std::uint64_t dead_call = 0;    // the call under way that has failed: its later kernels only end it
+  std::uint64_t failed = 0;       // pack_failure() of the sticky failure; 0: healthy
   std::uint64_t invalid_ids = 0;  // of all dispatches so far
   std::uint64_t lost_ids = 0;
 };

@@ -227,7 +227,9 @@ def listed_in_cmake(repository):
     for path, _ in repository.code("src", "apps", suffixes={".cc", ".cu"}):
         folder = PurePosixPath(path).parent
         lists = [text for name in (folder, *folder.parents) if (text := repository.files.get(f"{name}/CMakeLists.txt"))]
-        if not lists or not re.search(rf"(?<![\w/]){re.escape(PurePosixPath(path).name)}\b|/{re.escape(PurePosixPath(path).name)}\b", lists[0]):
+        name = re.escape(PurePosixPath(path).name)
+        globbed = rf"GLOB[^)]*/\*{re.escape(PurePosixPath(path).suffix)}\)"
+        if not lists or not re.search(rf"(?<![\w/]){name}\b|/{name}\b|{globbed}", lists[0]):
             yield f"{path}:1: not in {folder}/CMakeLists.txt: it is never built"
 
 

@@ -108,7 +108,9 @@ class RulesCanFail(unittest.TestCase):
     def test_rule_listed_in_cmake(self):
         self.breaks(tidy.listed_in_cmake, {"src/core/a.cc": "", "src/core/CMakeLists.txt": "ba.cc a.cce"}, {"src/core/a.cc": ""})
         self.keeps(tidy.listed_in_cmake, {"src/core/a.cc": "", "src/core/CMakeLists.txt": "target_sources(t PRIVATE a.cc)"},
-                   {"apps/t/sub/a.cc": "", "apps/t/CMakeLists.txt": "sub/a.cc"})
+                   {"apps/t/sub/a.cc": "", "apps/t/CMakeLists.txt": "sub/a.cc"},
+                   {"src/kernels/cuda/a.cu": "", "src/kernels/cuda/CMakeLists.txt": "file(GLOB s ${HERE}/*.cu)"})
+        self.breaks(tidy.listed_in_cmake, {"src/kernels/cuda/a.cc": "", "src/kernels/cuda/CMakeLists.txt": "file(GLOB s ${HERE}/*.cu)"})
 
     def test_rule_readme_shows_the_example(self):
         example = {"examples/01_hello_exchange/main.cc": "int main() {}\n"}

@@ -28,9 +28,12 @@ TEST(OptionNames, EveryEnumerationReadsWhatItWrites) {
                                             {Weighting::at_input, "at_input"},
                                             {Weighting::at_expert, "at_expert"},
                                             {Weighting::at_source, "at_source"}});
-  expect_names<Transport>(
-      parse_transport,
-      {{Transport::automatic, "automatic"}, {Transport::inproc, "inproc"}, {Transport::shm, "shm"}, {Transport::mpi, "mpi"}});
+  expect_names<Transport>(parse_transport, {{Transport::automatic, "automatic"},
+                                            {Transport::inproc, "inproc"},
+                                            {Transport::shm, "shm"},
+                                            {Transport::mpi, "mpi"},
+                                            {Transport::cuda_peer, "cuda_peer"}});
+  expect_names<Device>(parse_device, {{Device::cpu, "cpu"}, {Device::cuda, "cuda"}});
   EXPECT_EQ(Transport::automatic, parse_transport("auto"));
 }
 
@@ -40,7 +43,8 @@ TEST(OptionNames, AnUnknownTextNamesTheKindAndTheChoices) {
   testing::expect_usage_error([] { parse_sizing(""); }, {"sizing \"\"", "exact, capacity"});
   testing::expect_usage_error([] { parse_order("desc"); }, {"order \"desc\"", "rank_ascending, topk"});
   testing::expect_usage_error([] { parse_weighting("no"); }, {"weighting \"no\"", "none, at_input, at_expert, at_source"});
-  testing::expect_usage_error([] { parse_transport("nccl"); }, {"transport \"nccl\"", "automatic", "inproc, shm, mpi"});
+  testing::expect_usage_error([] { parse_transport("nccl"); }, {"transport \"nccl\"", "automatic", "inproc, shm, mpi, cuda_peer"});
+  testing::expect_usage_error([] { parse_device("gpu"); }, {"device \"gpu\"", "cpu, cuda"});
 }
 
 }  // namespace

@@ -20,11 +20,10 @@ struct Barrier {
   __device__ __forceinline__ void wait(std::uint32_t parity) {
     std::uint32_t done = 0;
     while (done == 0) {
-      asm volatile(
-          "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-          : "=r"(done)
-          : "r"(shared_address(&word)), "r"(parity)
-          : "memory");
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(done)
+                   : "r"(shared_address(&word)), "r"(parity)
+                   : "memory");
     }
   }
 };

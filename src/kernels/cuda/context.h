@@ -23,11 +23,11 @@ struct Context {
   int sm_budget = 1;  // blocks of kernels that wait for peers
   std::uint64_t timeout_ns = 0;
   protocol::DeviceState* state = nullptr;
-  protocol::ErrorRecord* failure = nullptr;       // pinned: sticky failures
-  protocol::ErrorRecord* abort = nullptr;         // pinned: aborted calls
-  const protocol::StopWord* stop = nullptr;       // pinned
-  std::uint64_t* link_bytes = nullptr;            // [ranks] bytes sent to each rank so far, device memory
-  std::uint32_t* tickets = nullptr;               // [kTickets], zero between kernels: the last block of a kernel resets what it used
+  protocol::ErrorRecord* failure = nullptr;  // pinned: sticky failures
+  protocol::ErrorRecord* abort = nullptr;    // pinned: aborted calls
+  const protocol::StopWord* stop = nullptr;  // pinned
+  std::uint64_t* link_bytes = nullptr;       // [ranks] bytes sent to each rank so far, device memory
+  std::uint32_t* tickets = nullptr;          // [kTickets], zero between kernels: the last block of a kernel resets what it used
 };
 constexpr int kTickets = 64;
 
@@ -35,10 +35,10 @@ constexpr int kTickets = 64;
 // throughput mode: i = slot, rows [0, N) in order (source rank, token); latency mode: i = source * M + token, absent rows
 // have source_token -1. Beyond what arrived: source_token and source_rank -1, local_ids -1, weights 0.
 struct HandleView {
-  struct Header {            // one, in device memory
-    std::uint64_t call;      // of the dispatch that filled it (the last replay)
-    std::int32_t num_tokens; // T of this rank
-    std::int32_t num_rows;   // N, rows received
+  struct Header {              // one, in device memory
+    std::uint64_t call;        // of the dispatch that filled it (the last replay)
+    std::int32_t num_tokens;   // T of this rank
+    std::int32_t num_rows;     // N, rows received
     std::int32_t layout_rows;  // expert_major: N' with padding; expert_padded: sum of counts; else N
     std::int32_t invalid_ids;  // ids >= E of this rank's tokens
     std::int32_t lost_ids;     // ids of experts without an instance
@@ -46,9 +46,9 @@ struct HandleView {
   };
   Header* header = nullptr;
   // Source side.
-  std::int32_t* slots = nullptr;     // [M][R]: index i of the token's row at rank d, -1: none
-  std::uint64_t* k_masks = nullptr;  // [M][R]: the top-k positions that rank d serves
-  std::int32_t* sent_counts = nullptr;   // [R]
+  std::int32_t* slots = nullptr;        // [M][R]: index i of the token's row at rank d, -1: none
+  std::uint64_t* k_masks = nullptr;     // [M][R]: the top-k positions that rank d serves
+  std::int32_t* sent_counts = nullptr;  // [R]
   // Receiver side.
   std::int32_t* rank_counts = nullptr;   // [R]
   std::int32_t* source_begin = nullptr;  // [R+1]: throughput: first i of each source; latency: source * M

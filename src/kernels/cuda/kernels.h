@@ -28,14 +28,14 @@ struct RoutingArgs {
   std::int32_t num_tokens = 0;
   std::int32_t top_k = 1;
   std::uint32_t token_base = 0;
-  bool validate = false;  // an id >= E is an error (sticky, FailureKind::mismatch) instead of no expert
+  bool validate = false;                // an id >= E is an error (sticky, FailureKind::mismatch) instead of no expert
   placement_internal::TableView table;  // device pointers
 };
 
 // What must hold for every rank's counts, or the call is an overflow on all ranks.
 struct LimitArgs {
-  std::int64_t expert_capacity = 0;   // 0: none
-  std::int64_t max_layout_rows = 0;   // expert_major with capacity; 0: none
+  std::int64_t expert_capacity = 0;  // 0: none
+  std::int64_t max_layout_rows = 0;  // expert_major with capacity; 0: none
   std::int32_t alignment = 1;
   bool drop = false;
   bool expert_layout = false;
@@ -56,10 +56,10 @@ struct PlanArgs {
   RoutingArgs routing;
   LimitArgs limits;
   HandleView handle;
-  std::uint64_t* masks = nullptr;       // scratch [M][words of R bits]
-  std::int32_t* chunk_counts = nullptr; // scratch [ceil(M / kPlanChunk)][R]
-  std::int32_t* counts = nullptr;       // scratch: this rank's row of the count matrix, zero between kernels
-  HostCounts* host = nullptr;           // pinned
+  std::uint64_t* masks = nullptr;        // scratch [M][words of R bits]
+  std::int32_t* chunk_counts = nullptr;  // scratch [ceil(M / kPlanChunk)][R]
+  std::int32_t* counts = nullptr;        // scratch: this rank's row of the count matrix, zero between kernels
+  HostCounts* host = nullptr;            // pinned
 };
 constexpr int kPlanChunk = 256;
 
@@ -86,8 +86,8 @@ struct MoveArgs {
   SourceArgs source;
   HandleView handle;
   HostCounts* host = nullptr;  // latency mode, pinned
-  bool cached = false;  // slots of the handle are final, no records travel
-  int blocks = 1;       // of the grid: at most what may be resident at once beside everything else on the device
+  bool cached = false;         // slots of the handle are final, no records travel
+  int blocks = 1;              // of the grid: at most what may be resident at once beside everything else on the device
 };
 
 // Throughput mode: waits for the rows of every source, then turns records into the handle's received rows [0, receive_rows).
@@ -110,10 +110,10 @@ struct LayoutArgs {
   std::int64_t expert_capacity = 0;  // expert_padded: C; expert_major: 0 or a limit
   bool drop = false;
   std::int32_t local_experts = 0;
-  std::int64_t output_rows = 0;  // of the layout's metadata arrays: N' or L * C at their bound
-  std::int64_t map_rows = 0;     // of the gather map
+  std::int64_t output_rows = 0;          // of the layout's metadata arrays: N' or L * C at their bound
+  std::int64_t map_rows = 0;             // of the gather map
   std::int32_t* chunk_counts = nullptr;  // scratch [ceil(receive_rows / kLayoutChunk)][L + 1]
-  HostCounts* host = nullptr;    // pinned: layout_rows, where only the layout knows them (latency mode)
+  HostCounts* host = nullptr;            // pinned: layout_rows, where only the layout knows them (latency mode)
   bool last = false;
 };
 constexpr int kLayoutChunk = 128;
@@ -142,14 +142,14 @@ struct CombineArgs {
   HandleView handle;
   Layout layout = Layout::token_major;
   Mode mode = Mode::throughput;
-  const std::byte* y = nullptr;  // rows in the layout of the dispatch; null: only row weights travel
-  std::int64_t y_pitch = 0;      // bytes from row to row
-  Dtype dtype = Dtype::bfloat16; // float32, bfloat16, float16
-  std::int32_t elements = 0;     // H
+  const std::byte* y = nullptr;   // rows in the layout of the dispatch; null: only row weights travel
+  std::int64_t y_pitch = 0;       // bytes from row to row
+  Dtype dtype = Dtype::bfloat16;  // float32, bfloat16, float16
+  std::int32_t elements = 0;      // H
   Weighting weighting = Weighting::none;
   Order order = Order::rank_ascending;
   bool fold = true;
-  bool pull = false;  // y is this rank's expert_rows region, dense
+  bool pull = false;                             // y is this rank's expert_rows region, dense
   const std::int32_t* shard_ordinals = nullptr;  // [L]: this rank's place, ascending, among the shards of the replica it serves
   const std::int32_t* groups = nullptr;          // [R] reduction group of each rank; null: flat
   Matrix source_weights;                         // [T][K], at_source
@@ -162,7 +162,7 @@ struct CombineArgs {
   std::int64_t out_pitch = 0;
   Dtype out_dtype = Dtype::bfloat16;
   float* combined_weights = nullptr;  // [T][K] dense; null: not asked for
-  int blocks = 1;  // of the grid: at most what may be resident at once beside everything else on the device
+  int blocks = 1;                     // of the grid: at most what may be resident at once beside everything else on the device
 };
 
 // ---- launches ----
@@ -175,11 +175,11 @@ void launch_wait_reads(const Context& context, Stream stream);
 // Within a combine, at_source: waits until every rank's weights are here.
 void launch_wait_weights(const Context& context, Stream stream);
 void launch_plan(const PlanArgs& args, Stream stream);
-void launch_move(const MoveArgs& args, Stream stream);        // throughput: every row once to each of its ranks, into its slot
+void launch_move(const MoveArgs& args, Stream stream);  // throughput: every row once to each of its ranks, into its slot
 void launch_land(const LandArgs& args, Stream stream);
 void launch_slots(const MoveArgs& args, bool last, Stream stream);  // latency mode: moves, waits and lands in one kernel
-void launch_layout(const LayoutArgs& args, Stream stream);    // several kernels
-void launch_spread(const SpreadArgs& args, Stream stream);    // local, behind its call
+void launch_layout(const LayoutArgs& args, Stream stream);          // several kernels
+void launch_spread(const SpreadArgs& args, Stream stream);          // local, behind its call
 
 void launch_combine_weights(const CombineArgs& args, Stream stream);  // at_source: this rank's weights go to where its rows went
 void launch_combine_push(const CombineArgs& args, Stream stream);     // fold or copy, into the owners' staging
