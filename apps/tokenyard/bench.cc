@@ -37,7 +37,11 @@ void run_bench(CLI::App& app, BenchCommand& command) {
 nlohmann::json measure(const Settings& settings, const std::string& label) {
   std::string no_baseline;
   const Runner runner = choose_runner(settings, no_baseline);
-  const RankRun run = {.role = "bench", .ranks = settings.ranks, .runner = runner, .timeout_ms = settings.timeout_ms, .label = label};
+  const RankRun run = {.role = settings.device == "cuda" ? "bench_cuda" : "bench",
+                       .ranks = settings.ranks,
+                       .runner = runner,
+                       .timeout_ms = settings.timeout_ms,
+                       .label = label};
   const nlohmann::json measured = run_on_ranks(run, {{"settings", to_json(settings)}, {"with_baseline", no_baseline.empty()}});
   return bench_report(settings, runner, no_baseline, measured);
 }

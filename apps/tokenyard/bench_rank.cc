@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "bench_samples.h"
 #include "check.h"
 #include "core/thread_pool.h"
 #include "core/usage.h"
@@ -172,39 +173,13 @@ class BenchRank {
     sent_[set] = {all, all - received.sent_counts().as<std::int32_t>()[world_.rank()]};
   }
 
-  // An iteration takes as long as its slowest rank.
-  static std::map<std::string, std::vector<double>> slowest(const std::vector<json>& ranks) {
-    std::map<std::string, std::vector<double>> result;
-    for (const json& rank : ranks) {
-      for (const auto& [series, values] : rank["samples"].get<std::map<std::string, std::vector<double>>>()) {
-        std::vector<double>& worst = result[series];
-        worst.resize(values.size(), 0);
-        for (std::size_t i = 0; i < values.size(); ++i) worst[i] = std::max(worst[i], values[i]);
-      }
-    }
-    return result;
-  }
-
   json report() {
-    std::int64_t rows = 0, to_others = 0;
-    for (const auto& [set, counts] : sent_) {
-      rows += counts.first;
-      to_others += counts.second;
-    }
-    const std::vector<json> ranks = gather(world_, {{"samples", samples_}, {"rows", rows}, {"to_others", to_others}});
-    std::int64_t all_rows = 0, all_to_others = 0, busiest = 0;
-    for (const json& rank : ranks) {
-      all_rows += rank["rows"].get<std::int64_t>();
-      all_to_others += rank["to_others"].get<std::int64_t>();
-      busiest = std::max(busiest, rank["rows"].get<std::int64_t>());
-    }
-    const auto sets = static_cast<std::int64_t>(sent_.size());  // figures are means over input sets
+    json result = summarise(gather(world_, {{"samples", samples_}, {"sent", sent_}}));
     const Workload workload = workload_of(settings_, 0);
-    return {{"samples", slowest(ranks)},
-            {"rows", {{"all_ranks", all_rows / sets}, {"to_other_ranks", all_to_others / sets}, {"busiest_rank", busiest / sets}}},
-            {"dispatch_row_bytes", workload.row_bytes() + workload.scale_columns() * 4},
-            {"combine_row_bytes", combine_row_bytes()},
-            {"transport", name(direct_.exchange.transport())}};
+    result["dispatch_row_bytes"] = workload.row_bytes() + workload.scale_columns() * 4;
+    result["combine_row_bytes"] = combine_row_bytes();
+    result["transport"] = name(direct_.exchange.transport());
+    return result;
   }
 
   const World& world_;
@@ -219,8 +194,8 @@ class BenchRank {
   std::vector<Batch> batches_;
   CombineOptions combine_options_;
   std::vector<std::byte> out_, y_, copy_from_, copy_to_;
-  std::map<std::string, std::vector<double>> samples_;
-  std::map<int, std::pair<std::int64_t, std::int64_t>> sent_;  // per input set: rows to all ranks, and to other ranks
+  Samples samples_;
+  SentRows sent_;
 };
 
 }  // namespace

@@ -57,16 +57,21 @@ double median(std::vector<double> values) {
   return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
 }
 
+// What one GPU sends or receives over NVLink at best, measured between two H200 (docs/performance.md).
+constexpr double kLinkBytesPerMicrosecond = 370e3;
+
 json figure_of(const Figure& figure, const json& measured) {
   const json& samples = measured["samples"];
+  const bool on_gpus = measured.contains("gpu");
   const std::vector<double> times = added(samples, figure.samples);
-  const double limit = median(added(samples, figure.limit));
   std::int64_t row_bytes = 0;
   for (const char* name : figure.limit) {
     row_bytes += measured[std::string(name) == "memcpy_dispatch" ? "dispatch_row_bytes" : "combine_row_bytes"].get<std::int64_t>();
   }
   const json& rows = measured["rows"];
   const double middle = median(times);
+  const double limit = on_gpus ? static_cast<double>(rows["busiest_to_others"].get<std::int64_t>() * row_bytes) / kLinkBytesPerMicrosecond
+                               : median(added(samples, figure.limit));
   const std::int64_t bytes = rows["all_ranks"].get<std::int64_t>() * row_bytes;
   json result = {{"label", figure.label},
                  {"min_us", *std::min_element(times.begin(), times.end())},
@@ -85,7 +90,14 @@ json figure_of(const Figure& figure, const json& measured) {
   return result;
 }
 
-json definitions() {
+json definitions(bool on_gpus) {
+  if (on_gpus) {
+    return {
+        {"time", "per iteration the slowest rank, by events on the stream, from behind an untimed barrier of all GPUs to valid outputs"},
+        {"limit_us", "rows that the busiest rank sends to other ranks x row bytes (scales included) / 370 GB/s"},
+        {"ratio_to_limit", "limit_us / median_us"},
+        {"dispatch_and_combine", "the sum of both, added per iteration"}};
+  }
   return {{"time", "per iteration the slowest rank, from an untimed barrier to valid outputs; min, median, max over iterations"},
           {"bytes_all_ranks",
            "rows that all ranks send, to themselves included, x row bytes (scales included): on a CPU all of it is "
@@ -124,7 +136,8 @@ json bench_report(const Settings& settings, Runner runner, const std::string& no
           {"weighting", name(weighting_of(parse_layout(settings.layout)))},
           {"input_sets", kInputSets},
           {"checked", "rows, metadata and sums of the first input set, against the seed"},
-          {"definitions", definitions()},
+          {"gpu", measured.value("gpu", json())},
+          {"definitions", definitions(measured.contains("gpu"))},
           {"figures", figures},
           {"samples_us", measured["samples"]}};
 }
@@ -136,7 +149,9 @@ std::string bench_table(const json& report) {
                                  report["transport"].get<std::string>(), machine["cpu"].get<std::string>(), machine["cores"].get<int>(),
                                  report["settings"]["threads"].get<int>(), report["settings"]["iterations"].get<int>());
   const bool baseline = report["baseline"]["measured"];
-  std::vector<std::string> header = {"", "min", "median", "max", "bytes", "GB/s", "memcpy", "of memcpy"};
+  const bool on_gpus = !report["gpu"].is_null();
+  std::vector<std::string> header = {"", "min", "median", "max", "bytes", "GB/s"};
+  header.insert(header.end(), {on_gpus ? "link" : "memcpy", on_gpus ? "of link" : "of memcpy"});
   if (baseline) header.insert(header.end(), {"MPI", "vs MPI"});
   Table table(header);
   for (const char* name : {"dispatch", "combine", "combine_copy", "dispatch_and_combine"}) {
@@ -157,6 +172,14 @@ std::string bench_table(const json& report) {
     table.add(cells);
   }
   text += table.text();
+  if (on_gpus) {
+    const json& gpu = report["gpu"];
+    return text +
+           fmt::format(
+               "\n{} x {}, {} multiprocessors; bytes: rows of all ranks, to themselves included; link: what the busiest rank sends to "
+               "others at 370 GB/s\n",
+               gpu["count"].get<int>(), gpu["name"].get<std::string>(), gpu["sm_budget"].get<int>());
+  }
   text += "\nbytes: rows of all ranks, to themselves included; memcpy: all ranks copy the same bytes at once, in the same run\n";
   text += baseline ? "MPI: the same exchange over MPI all-to-all-v, in the same processes and iterations\n"
                    : fmt::format("no MPI baseline: {}\n", report["baseline"]["why_not"].get<std::string>());

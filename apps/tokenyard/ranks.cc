@@ -39,6 +39,7 @@ json unpack(const std::string& text) { return json::from_cbor(text); }
 Role role_named(const std::string& name) {
   if (name == "demo") return demo_role;
   if (name == "bench") return bench_role;
+  if (name == "bench_cuda") return bench_cuda_role;
   if (name == "verify") return verify_role;
   TY_ASSERT(name == "topo");
   return topo_role;

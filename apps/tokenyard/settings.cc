@@ -19,7 +19,7 @@
 namespace tokenyard::cli {
 
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Settings, ranks, tokens, hidden_size, experts, top_k, dtype, mode, layout, sizing, placement, preset,
-                                   transport, skew, threads, depth, iterations, warmup, seed, timeout_ms, baseline)
+                                   transport, device, sm_budget, skew, threads, depth, iterations, warmup, seed, timeout_ms, baseline)
 
 namespace {
 
@@ -175,7 +175,13 @@ void add_shape_options(CLI::App& app, Settings& settings) {
 }
 
 void add_run_options(CLI::App& app, Settings& settings) {
-  app.add_option("--transport", settings.transport, "auto, inproc (rank threads), shm (processes), mpi")->capture_default_str();
+  app.add_option("--transport", settings.transport,
+                 "auto, inproc (rank threads), shm (processes), mpi; with --device cuda: auto, inproc (rank threads)")
+      ->capture_default_str();
+  app.add_option("--device", settings.device, "cpu or cuda: where rows are; on cuda rank r uses GPU r, modulo their number")
+      ->capture_default_str();
+  app.add_option("--sm-budget", settings.sm_budget, "cuda: multiprocessors that kernels waiting for peers may take; 0: the usual")
+      ->capture_default_str();
   app.add_option("--iterations", settings.iterations, "Timed iterations")->capture_default_str();
   app.add_option("--warmup", settings.warmup, "Iterations before them")->capture_default_str();
   app.add_option("--threads", settings.threads, "Threads per rank that move rows")->capture_default_str();
@@ -212,6 +218,9 @@ void complete_run(Settings& settings) {
   require_range("--timeout-ms", settings.timeout_ms, 1, 86'400'000);
   const Transport transport = parse_transport(settings.transport);
   settings.transport = name(transport);
+  settings.device = name(parse_device(settings.device));
+  require_range("--sm-budget", settings.sm_budget, 0, 1024);
+  if (settings.device == "cuda") return;  // its memory is the GPU's, which says itself when it is full
   if (transport == Transport::mpi) {
     const std::string reason = why_no_mpi();
     if (!reason.empty()) usage_error("--transport mpi: {}, or use --transport shm", reason);
@@ -260,6 +269,7 @@ ExchangeOptions exchange_options(const Settings& settings, const Placement& plac
   options.mode = parse_mode(settings.mode);
   options.transport = parse_transport(settings.transport);
   options.num_threads = settings.threads;
+  options.sm_budget = settings.sm_budget;
   options.timeout_ms = settings.timeout_ms;
   return options;
 }
@@ -277,6 +287,10 @@ bool has_expert_rows(Layout layout) { return layout == Layout::token_major || la
 
 Runner choose_runner(const Settings& settings, std::string& no_baseline) {
   const Transport transport = parse_transport(settings.transport);
+  if (settings.device == "cuda") {
+    no_baseline = "the collective exchange on GPUs is not in this version";
+    return transport == Transport::inproc ? Runner::threads : Runner::processes;
+  }
   if (transport == Transport::mpi) {
     no_baseline = "what is measured is the collective exchange itself";
     return Runner::mpirun;

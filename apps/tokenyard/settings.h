@@ -28,6 +28,8 @@ struct Settings {
   std::string placement = "uniform";
   std::string preset;  // a model's experts, top_k, hidden_size and gate
   std::string transport = "automatic";
+  std::string device = "cpu";
+  int sm_budget = 0;  // cuda
   double skew = 0;
   int threads = 1;
   int depth = 2;

@@ -1,0 +1,20 @@
+#pragma once
+// What the ranks of a benchmark measured, put together.
+
+#include <cstdint>
+#include <map>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace tokenyard::cli {
+
+using Samples = std::map<std::string, std::vector<double>>;             // series -> microseconds per iteration
+using SentRows = std::map<int, std::pair<std::int64_t, std::int64_t>>;  // input set -> rows to all ranks, and to other ranks
+
+// ranks: {"samples": Samples, "sent": SentRows} of each. {"samples": the slowest rank of every iteration, "rows": means over input sets
+// of "all_ranks", "to_other_ranks", "busiest_rank", "busiest_to_others"}.
+nlohmann::json summarise(const std::vector<nlohmann::json>& ranks);
+
+}  // namespace tokenyard::cli
