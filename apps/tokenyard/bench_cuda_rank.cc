@@ -147,6 +147,7 @@ class CudaBenchRank {
   static ExchangeOptions with_device(ExchangeOptions options, int device) {
     options.device = Device::cuda;
     options.device_index = device;
+    options.transport = Transport::automatic;
     return options;
   }
   Dtype expert_dtype() const { return workload_of(settings_, 0).expert_dtype(); }

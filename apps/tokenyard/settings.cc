@@ -57,7 +57,7 @@ void check_mode(Settings& settings) {
   const Mode mode = parse_mode(settings.mode);
   const bool latency = mode == Mode::latency;
   if (settings.layout.empty()) settings.layout = name(latency ? Layout::rank_slots : Layout::token_major);
-  if (settings.sizing.empty()) settings.sizing = name(latency ? Sizing::capacity : Sizing::exact);
+  if (settings.sizing.empty()) settings.sizing = name(latency || settings.device == "cuda" ? Sizing::capacity : Sizing::exact);
   const Layout layout = parse_layout(settings.layout);
   if (parse_sizing(settings.sizing) == Sizing::exact && latency) {
     usage_error("--sizing exact with --mode latency: latency mode has fixed slots and never waits for counts; use --sizing capacity");

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/log.h"
+#include "exchange/handle_shape.h"
 #include "memory/cuda_handle.h"
 #include "memory/cuda_peer.h"
 

@@ -13,10 +13,6 @@
 
 namespace tokenyard::exchange_internal {
 
-inline protocol::ArenaLayout device_arena_layout(const protocol::ArenaShape& shape) {
-  return protocol::arena_layout(shape, {0, sizeof(protocol::DeviceBeacon), sizeof(protocol::DeviceMailbox)});
-}
-
 class DeviceArena {
  public:
   // Collective.

@@ -6,10 +6,9 @@
 #include <mutex>
 
 #include "exchange/handle_facts.h"
-#include "exchange/layout.h"
+#include "exchange/handle_shape.h"
 #include "kernels/cuda/kernels.h"
 #include "memory/cuda_buffer.h"
-#include "protocol/arena.h"
 
 namespace tokenyard::exchange_internal {
 
@@ -37,25 +36,6 @@ class CountsPool : public std::enable_shared_from_this<CountsPool> {
   std::vector<PinnedBuffer> slabs_;
   std::vector<cuda::HostCounts*> free_;
 };
-
-// The sizes that a handle's arrays have.
-struct HandleShape {
-  protocol::ArenaShape arena;
-  Layout layout = Layout::token_major;
-  Mode mode = Mode::throughput;
-  int top_k = 1;
-  int local_experts = 0;
-  bool gather_map = false;
-  std::int64_t rows = 0;         // received rows at most: receive_rows, or ranks * M in latency mode
-  std::int64_t output_rows = 0;  // of the layout at most
-  std::int64_t map_rows = 0;
-
-  bool is_expert_layout() const { return layout == Layout::expert_major || layout == Layout::expert_padded; }
-  // token_major and rank_slots show received rows as they lie, but for token_major in latency mode, which closes the gaps.
-  bool is_compacted() const { return layout == Layout::token_major && mode == Mode::latency; }
-};
-HandleShape handle_shape(const protocol::ArenaShape& arena, const LayoutOptions& options, Layout layout, Mode mode, int top_k);
-std::int64_t handle_bytes(const HandleShape& shape);
 
 struct DeviceHandle final : HandleFacts {
   DeviceHandle(const HandleShape& shape, std::shared_ptr<std::byte> memory, std::shared_ptr<cuda::HostCounts> host_counts,

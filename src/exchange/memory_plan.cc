@@ -5,6 +5,7 @@
 
 #include "core/usage.h"
 #include "exchange/direct_arena.h"
+#include "exchange/handle_shape.h"
 
 namespace tokenyard {
 namespace exchange_internal {
@@ -105,7 +106,8 @@ MemoryPlan Exchange::memory_plan(const ExchangeOptions& options, int ranks) {
   using namespace exchange_internal;
   const ExchangeOptions checked = checked_options(options, ranks);
   const protocol::ArenaShape shape = shape_of(checked, ranks);
-  const protocol::ArenaLayout layout = host_arena_layout(shape);
+  const bool on_gpu = checked.device == Device::cuda;
+  const protocol::ArenaLayout layout = on_gpu ? device_arena_layout(shape) : host_arena_layout(shape);
   const auto rows = checked.receive_rows;
   const std::int64_t k = checked.top_k;
   MemoryPlan plan;
@@ -132,6 +134,15 @@ MemoryPlan Exchange::memory_plan(const ExchangeOptions& options, int ranks) {
   add("expert layouts, when first used", checked.depth * expert_major_rows(checked) * (checked.max_row_bytes + checked.max_scale_bytes),
       fmt::format("depth {} x {} rows x (row {} + scale {}) at most; max_expert_rows limits it", checked.depth, expert_major_rows(checked),
                   checked.max_row_bytes, checked.max_scale_bytes));
+  if (on_gpu) {
+    const LayoutOptions options_of_layout{.sizing = Sizing::capacity,
+                                          .gather_map = true,
+                                          .local_experts = checked.max_local_experts,
+                                          .max_expert_rows = checked.max_expert_rows};
+    add("handle, each", handle_bytes(handle_shape(shape, options_of_layout, Layout::token_major, checked.mode, checked.top_k)),
+        "token_major with its gather map; device memory, used again when a handle goes");
+    return plan;
+  }
   const std::int64_t entries = checked.max_tokens_per_rank * std::min<std::int64_t>(ranks, std::int64_t{k} * checked.max_fanout);
   add("handle, each", entries * (static_cast<std::int64_t>(sizeof(SendEntry)) + 4 * k) + rows * (8 + 8 * k) * 2 + shape.count_words() * 4,
       fmt::format("{} entries x ({} + 4 x top_k {}) + receive_rows {} x (8 + 8 x top_k) x 2, at most", entries, sizeof(SendEntry), k,
