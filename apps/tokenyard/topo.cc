@@ -40,6 +40,36 @@ json backend_list() {
   return all;
 }
 
+json gpu_report() {
+  const GpuTopology found = gpu_topology();
+  json gpus = json::array();
+  for (std::size_t gpu = 0; gpu < found.gpus.size(); ++gpu) {
+    const Gpu& at = found.gpus[gpu];
+    gpus.push_back({{"name", at.name},
+                    {"bus_id", at.bus_id},
+                    {"compute_capability", at.compute_capability},
+                    {"num_sms", at.num_sms},
+                    {"memory_bytes", at.memory_bytes},
+                    {"peer_access", found.peer_access[gpu]}});
+  }
+  return gpus;
+}
+
+void print_gpus(const json& gpus) {
+  if (gpus.empty()) return;
+  std::vector<std::string> header = {"GPU", "name", "bus", "SMs", "memory"};
+  for (std::size_t peer = 0; peer < gpus.size(); ++peer) header.push_back(fmt::format("addresses {}", peer));
+  Table table(header);
+  for (std::size_t gpu = 0; gpu < gpus.size(); ++gpu) {
+    const json& at = gpus[gpu];
+    std::vector<std::string> cells = {std::to_string(gpu), at["name"], at["bus_id"], std::to_string(at["num_sms"].get<int>()),
+                                      bytes_text(at["memory_bytes"])};
+    for (const json& access : at["peer_access"]) cells.emplace_back(access.get<bool>() ? "yes" : "no");
+    table.add(cells);
+  }
+  fmt::print("{}\n", table.text());
+}
+
 void print_text(const json& report) {
   const json& topology = report["topology"];
   fmt::print("{}, {} cores, {}\n\n", report["machine"]["cpu"].get<std::string>(), report["machine"]["cores"].get<int>(),
@@ -53,6 +83,7 @@ void print_text(const json& report) {
     links.add(cells);
   }
   fmt::print("{}\n", links.text());
+  print_gpus(report["gpus"]);
   Table table({"backend", "kind", "here"});
   for (const json& backend : report["backends"]) table.add({backend["name"], backend["kind"], backend["availability"]});
   fmt::print("{}", table.text());
@@ -77,7 +108,8 @@ void run_topo(const TopoCommand& command) {
     topology =
         run_on_ranks({.role = "topo", .ranks = command.ranks, .runner = Runner::processes, .timeout_ms = 60'000, .label = "topo"}, {});
   }
-  const json report = {{"machine", machine()}, {"versions", versions("")}, {"topology", topology}, {"backends", backend_list()}};
+  const json report = {
+      {"machine", machine()}, {"versions", versions("")}, {"topology", topology}, {"gpus", gpu_report()}, {"backends", backend_list()}};
   if (command.as_json) {
     fmt::print("{}\n", report.dump(1));
   } else {

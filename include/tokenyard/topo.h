@@ -1,7 +1,9 @@
 #pragma once
 // What this machine and this build can do, with the reason and the remedy where something is missing.
 
+#include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "tokenyard/world.h"
@@ -19,6 +21,20 @@ struct Backend {
   std::string remedy{};
 };
 std::vector<Backend> backends();
+
+// A GPU that CUDA shows to this process, numbered as CUDA does.
+struct Gpu {
+  std::string name;
+  std::string bus_id;          // of PCI: the same in every process
+  int compute_capability = 0;  // 90 is 9.0
+  int num_sms = 0;
+  std::int64_t memory_bytes = 0;
+};
+struct GpuTopology {
+  std::vector<Gpu> gpus;                       // [G]; empty where there are none, or the build has no CUDA
+  std::vector<std::vector<bool>> peer_access;  // [G][G]: whether the first addresses the memory of the second
+};
+GpuTopology gpu_topology();
 
 struct Topology {
   int ranks = 0;

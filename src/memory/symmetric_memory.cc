@@ -5,86 +5,20 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-#include <algorithm>
-#include <optional>
 #include <vector>
 
 #include "core/usage.h"
 #include "memory/fd_exchange.h"
 #include "memory/mapping.h"
-#include "world/bytes.h"
-#include "world/state.h"
+#include "memory/offer.h"
 
 namespace tokenyard {
 namespace {
 
-using world_internal::ByteReader;
-using world_internal::ByteWriter;
 using world_internal::Fd;
-using world_internal::Part;
-using world_internal::SharedPart;
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr unsigned int kHuge2MiB = 21U << 26;  // MFD_HUGE_2MB, which glibc's headers lack
-
-// What each rank brings to the creation of an arena, told to all before anybody relies on it.
-struct Offer {
-  std::uint64_t bytes = 0;
-  std::uint8_t transport = 0;
-  std::string error;  // why this rank cannot
-  FdExchange::Endpoint endpoint;
-  std::shared_ptr<void> object;
-
-  Part encode() const {
-    ByteWriter out;
-    out.put(bytes);
-    out.put(transport);
-    out.put_text(error);
-    out.put_text(endpoint.address);
-    out.put_text(endpoint.secret);
-    return {.bytes = out.take(), .object = object};
-  }
-  static Offer decode(const Part& part) {
-    ByteReader in(part.bytes);
-    Offer offer;
-    offer.bytes = in.get<std::uint64_t>();
-    offer.transport = in.get<std::uint8_t>();
-    offer.error = in.get_text();
-    offer.endpoint.address = in.get_text();
-    offer.endpoint.secret = in.get_text();
-    offer.object = part.object;
-    if (!in.finished() || offer.transport > static_cast<std::uint8_t>(Transport::mpi)) {
-      offer.transport = 0;
-      offer.error = "its offer of memory is malformed; do all ranks run one release?";
-    }
-    return offer;
-  }
-  std::string describe() const { return fmt::format("{} bytes of {}", bytes, name(static_cast<Transport>(transport))); }
-};
-
-// All ranks learn whether all ranks can, and want the same. The failure names a rank that cannot, or differs.
-Expected<std::vector<Offer>> agree(const World& world, const Offer& mine, Deadline deadline) {
-  auto parts = world_internal::gather(world, Phase::memory, mine.encode(), deadline);
-  if (!parts) return unexpected(std::move(parts.error()));
-  std::vector<Offer> offers;
-  for (const SharedPart& part : *parts) offers.push_back(Offer::decode(*part));
-  Failure failure{.phase = Phase::memory, .rank = world.rank()};
-  const auto cannot = std::find_if(offers.begin(), offers.end(), [](const Offer& offer) { return !offer.error.empty(); });
-  if (cannot != offers.end()) {
-    failure.peer = static_cast<int>(cannot - offers.begin());
-    failure.kind = failure.peer == world.rank() ? FailureKind::system : FailureKind::aborted;
-    failure.detail = fmt::format("rank {}: {}", failure.peer, cannot->error);
-    return unexpected(std::move(failure));
-  }
-  const auto other = std::find_if(offers.begin(), offers.end(), [&](const Offer& offer) { return offer.describe() != mine.describe(); });
-  if (other != offers.end()) {
-    failure.kind = FailureKind::mismatch;
-    failure.peer = static_cast<int>(other - offers.begin());
-    failure.detail = fmt::format("rank {} asks for {}, rank {} for {}", world.rank(), mine.describe(), failure.peer, other->describe());
-    return unexpected(std::move(failure));
-  }
-  return offers;
-}
 
 class Inproc final : public SymmetricMemory {
  public:
@@ -106,7 +40,7 @@ Expected<std::unique_ptr<SymmetricMemory>> create_inproc(const World& world, Off
     else
       mine.error = arena.error().detail;
   }
-  auto offers = agree(world, mine, deadline);
+  auto offers = agree_on_offers(world, mine, deadline);
   if (!offers) return unexpected(std::move(offers.error()));
   std::vector<std::shared_ptr<Mapping>> arenas;
   for (Offer& offer : *offers) arenas.push_back(std::static_pointer_cast<Mapping>(std::move(offer.object)));
@@ -190,25 +124,18 @@ Expected<std::unique_ptr<SymmetricMemory>> create_shm(const World& world, Offer 
     else
       mine.endpoint = exchange->endpoint();
   }
-  const auto offers = agree(world, mine, deadline);
+  const auto offers = agree_on_offers(world, mine, deadline);
   if (!offers) return unexpected(offers.error());
   auto arenas = swap_arenas(world, *exchange, *offers, *file, deadline);
   // A rank that failed must not leave the others believing that its memory is there.
   if (!arenas) mine.error = arenas.error().message();
-  const auto confirmed = agree(world, mine, deadline);
+  const auto confirmed = agree_on_offers(world, mine, deadline);
   if (!arenas) {
     arenas.error().rank = world.rank();
     return unexpected(std::move(arenas.error()));
   }
   if (!confirmed) return unexpected(confirmed.error());
   return std::make_unique<Shm>(std::move(*arenas), mine.bytes);
-}
-
-std::optional<int> first_peer_without_memory(const World& world) {
-  for (int peer = 0; peer < world.size(); ++peer) {
-    if (world.link(peer) == LinkKind::network) return peer;
-  }
-  return std::nullopt;
 }
 
 Transport choose(const World& world, Transport wanted) {
@@ -218,13 +145,15 @@ Transport choose(const World& world, Transport wanted) {
       if (!world.is_in_process()) usage_error("transport inproc: the ranks of this world are processes; use shm, or automatic");
       break;
     case Transport::shm:
-      if (const auto peer = first_peer_without_memory(world)) {
+      if (const int peer = first_peer_without_memory(world); peer >= 0) {
         usage_error(
             "transport shm: rank {} (host {}) and rank {} (host {}) share no memory: other machine, network namespace or user; "
             "place all ranks on one host, or use a transport for networks",
-            world.rank(), world.host(world.rank()), *peer, world.host(*peer));
+            world.rank(), world.host(world.rank()), peer, world.host(peer));
       }
       break;
+    case Transport::cuda_peer:
+      usage_error("transport cuda_peer is memory of GPUs; use it with device = cuda, or inproc, shm or automatic on CPUs");
     default:
       usage_error("transport {} has no peer-addressable memory; use inproc, shm or automatic", name(wanted));
   }
@@ -236,7 +165,7 @@ Transport choose(const World& world, Transport wanted) {
 Expected<std::unique_ptr<SymmetricMemory>> SymmetricMemory::create(const World& world, std::size_t bytes, Transport transport,
                                                                    Deadline deadline) {
   transport = choose(world, transport);
-  Offer mine{.bytes = bytes, .transport = static_cast<std::uint8_t>(transport), .error = {}, .endpoint = {}, .object = nullptr};
+  Offer mine{.bytes = bytes, .transport = transport};
   if (const auto rounded = arena_bytes(bytes))
     mine.bytes = *rounded;
   else

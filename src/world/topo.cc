@@ -10,6 +10,7 @@
 #include "build_config.h"
 #include "core/name_table.h"
 #include "world/fd.h"
+#include "world/gpus.h"
 #include "world/state.h"
 
 namespace tokenyard {
@@ -73,7 +74,7 @@ std::vector<Backend> backends() {
   return {
       {.name = "inproc", .kind = "memory"},
       shm(),
-      later("cuda_peer", "memory", "use shm or inproc"),
+      cuda_peer_backend(),
       later("nccl_window", "memory", "use shm or inproc"),
       later("libfabric", "port", "place all ranks on one host"),
       later("nccl_gin", "port", "place all ranks on one host"),

@@ -22,6 +22,16 @@ class TopoTest(CommandLineTest):
                 self.assertNotEqual(backend["reason"], "", backend)
                 self.assertNotEqual(backend["remedy"], "", backend)
 
+    def test_gpus_come_with_who_addresses_whom(self):
+        report = json.loads(self.succeed("topo", "--json"))
+        gpus = report["gpus"]
+        cuda_peer = next(backend for backend in report["backends"] if backend["name"] == "cuda_peer")
+        self.assertEqual(cuda_peer["availability"] == "available", len(gpus) > 0)
+        for number, gpu in enumerate(gpus):
+            self.assertEqual(len(gpu["peer_access"]), len(gpus))
+            self.assertTrue(gpu["peer_access"][number])
+            self.assertGreater(gpu["memory_bytes"], 0)
+
     def test_text_shows_the_same(self):
         text = self.succeed("topo")
         self.assertIn("link to 1", text)

@@ -44,6 +44,7 @@ CONDITIONS = {
     "__CUDACC__": "host and device share arithmetic",
     "__x86_64__": "one instruction of a busy wait", "__aarch64__": "one instruction of a busy wait",
     "HWY_ONCE": "Highway compiles a file once per instruction set", r"HWY_TARGET_TOGGLE|TY_\w+_INL": "the include guard Highway asks for",
+    "CUDART_VERSION": "a call of the runtime that changed its name",
     "__clang__": "the compiler's name in a report",
     "__SANITIZE_ADDRESS__": "sanitizers need other limits", "__SANITIZE_THREAD__": "sanitizers need other limits",
 }

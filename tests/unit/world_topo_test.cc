@@ -29,6 +29,19 @@ TEST(WorldTopo, WhatTheseTestsUseIsAvailable) {
   }
 }
 
+TEST(WorldTopo, GpusAreThereWhenTheirMemoryIsAvailable) {
+  const auto all = backends();
+  const auto cuda_peer = std::find_if(all.begin(), all.end(), [&](const Backend& backend) { return backend.name == "cuda_peer"; });
+  ASSERT_NE(cuda_peer, all.end());
+  const GpuTopology found = gpu_topology();
+  EXPECT_EQ(cuda_peer->availability == Availability::available, !found.gpus.empty());
+  ASSERT_EQ(found.peer_access.size(), found.gpus.size());
+  for (std::size_t gpu = 0; gpu < found.gpus.size(); ++gpu) {
+    ASSERT_EQ(found.peer_access[gpu].size(), found.gpus.size());
+    EXPECT_TRUE(found.peer_access[gpu][gpu]);
+  }
+}
+
 TEST(WorldTopo, RankThreadsArePeersOfEachOther) {
   run_ranks(3, [](World& world) {
     const Topology topology = tokenyard::topology(world);
