@@ -1,0 +1,29 @@
+// Push and sum in one kernel, for small batches: one launch, and what a sum needs to know is looked up while partial sums
+// are under way.
+
+#include "kernels/cuda/combine_push.cuh"
+#include "kernels/cuda/combine_sum.cuh"
+
+namespace tokenyard::cuda {
+namespace {
+
+// Blocks wait for what other blocks of this grid push, so all of them must be resident: a cooperative launch.
+template <Dtype kDtype, bool kAligned>
+__global__ void __launch_bounds__(kCombineThreads, 1) combine_fused_kernel(const __grid_constant__ CombineArgs args) {
+  const Context& c = args.context;
+  if (begin_push(args)) push_rows<kDtype, kAligned>(args);
+  if (is_last_block(c, kPushTicket) && !is_dead(c)) set_flag_everywhere(c, Flag::partials);
+  if (!is_dead(c)) sum_tokens<kDtype, kAligned, false>(args, [&] { return wait_for_all(c, Flag::partials, Phase::combine_rows); });
+  if (is_last_block(c, kEndTicket)) end_call(c);
+}
+
+}  // namespace
+
+void launch_combine_fused(const CombineArgs& args, Stream stream) {
+  const CombineLaunch launch(args, stream, true);
+  visit_combined(args, [&](auto dtype, auto is_aligned) {
+    cudaLaunchKernelEx(&launch.config, combine_fused_kernel<dtype.value, is_aligned.value>, args);
+  });
+}
+
+}  // namespace tokenyard::cuda

@@ -1,0 +1,24 @@
+// The last kernel of a combine by push: waits for all partial sums and adds them up.
+
+#include "kernels/cuda/combine_sum.cuh"
+
+namespace tokenyard::cuda {
+namespace {
+
+template <Dtype kDtype, bool kAligned>
+__global__ void __launch_bounds__(kCombineThreads, 1) combine_sum_kernel(const __grid_constant__ CombineArgs args) {
+  const Context& c = args.context;
+  if (!is_dead(c)) sum_tokens<kDtype, kAligned, false>(args, [&] { return wait_for_all(c, Flag::partials, Phase::combine_rows); });
+  if (is_last_block(c, kEndTicket)) end_call(c);
+}
+
+}  // namespace
+
+void launch_combine_sum(const CombineArgs& args, Stream stream) {
+  const CombineLaunch launch(args, stream, false);
+  visit_combined(args, [&](auto dtype, auto is_aligned) {
+    cudaLaunchKernelEx(&launch.config, combine_sum_kernel<dtype.value, is_aligned.value>, args);
+  });
+}
+
+}  // namespace tokenyard::cuda
