@@ -40,6 +40,7 @@ ty_portable_headers(CLI11 CLI11::CLI11)
 
 file(GLOB hwy_sources ${TY_PORTABLE_DEPS}/src/hwy/*.cc)
 ty_portable_library(HWY hwy::hwy portable_hwy ${hwy_sources})
+target_include_directories(portable_hwy PRIVATE ${TY_PORTABLE_DEPS}/src)  # its files include themselves, once per instruction set
 if(TY_TESTS)
   find_package(Threads REQUIRED)
   ty_portable_library(GTest GTest::gtest_main portable_gtest ${TY_PORTABLE_DEPS}/src/gtest/src/gtest-all.cc ${TY_PORTABLE_DEPS}/src/gtest/src/gtest_main.cc)

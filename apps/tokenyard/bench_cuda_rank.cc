@@ -162,7 +162,7 @@ class CudaBenchRank {
       if (found) faults.push_back(fmt::format("the exchange {}: {}", call, found->message()));
     };
     Received received = exchange_.dispatch(batches_[0].input, dispatch_options_);
-    const Received here = exchange_internal::to_host(received);
+    const Received here = exchange_internal::to_host(received, stream_.get());
     exchange_.check();
     note("dispatches wrongly", checker.dispatched(here));
     const std::vector<std::byte> y = expert_output(workload, here, world_.rank());

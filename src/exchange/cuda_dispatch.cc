@@ -60,6 +60,7 @@ CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const Dispatc
         handle_shape(shape_, job.layout_options, static_cast<Layout>(header.layout), static_cast<Mode>(header.mode), header.top_k);
     job.handle =
         std::make_shared<DeviceHandle>(shape, blocks_->take(handle_bytes(shape), stream), counts_pool_->take(), input.rows.shape[0]);
+    job.handle->stream = stream;
     job.handle->exchange_id = id_;
     job.handle->call = last_call_;
     job.handle->placement = placement;

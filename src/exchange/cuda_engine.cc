@@ -92,14 +92,16 @@ void CudaEngine::make_scratch() {
   plan_chunks_ = reinterpret_cast<std::int32_t*>(at += starts[1]);
   counts_ = reinterpret_cast<std::int32_t*>(at += starts[2]);
   layout_chunks_ = reinterpret_cast<std::int32_t*>(at += starts[3]);
-  cuda_check(cudaMemset(scratch_.data(), 0, scratch_.bytes()), "clearing scratch memory");
+  cuda_check(cudaMemsetAsync(scratch_.data(), 0, scratch_.bytes(), stream_.get()), "clearing scratch memory");
   groups_ = {};
   const bool grouped = std::any_of(options_.reduction_groups.begin(), options_.reduction_groups.end(), [](int group) { return group > 0; });
   if (grouped) {
     const std::size_t bytes = options_.reduction_groups.size() * sizeof(int);
     groups_ = value_or_throw(make_device_buffer(device_, bytes));
-    cuda_check(cudaMemcpy(groups_.data(), options_.reduction_groups.data(), bytes, cudaMemcpyDefault), "copying reduction groups");
+    cuda_check(cudaMemcpyAsync(groups_.data(), options_.reduction_groups.data(), bytes, cudaMemcpyDefault, stream_.get()),
+               "copying groups");
   }
+  cuda_check(cudaStreamSynchronize(stream_.get()), "preparing scratch memory");
 }
 
 void CudaEngine::placements_changed() {
@@ -113,15 +115,19 @@ void CudaEngine::placements_changed() {
     DeviceTable made{.memory = value_or_throw(make_device_buffer(device_, instances + shares + ordinals)), .view = table.view()};
     std::byte* const at = made.memory.data();
     const char* const what = "copying a placement's table";
-    cuda_check(cudaMemcpy(at, table.instances.data(), instances, cudaMemcpyDefault), what);
-    cuda_check(cudaMemcpy(at + instances, table.share_ends.data(), shares, cudaMemcpyDefault), what);
-    cuda_check(cudaMemcpy(at + instances + shares, entry.shard_ordinals.data(), ordinals, cudaMemcpyDefault), what);
+    const auto copy = [&](std::byte* to, const void* from, std::size_t bytes) {
+      cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_.get()), what);
+    };
+    copy(at, table.instances.data(), instances);
+    copy(at + instances, table.share_ends.data(), shares);
+    copy(at + instances + shares, entry.shard_ordinals.data(), ordinals);
     made.view.instances = reinterpret_cast<const std::uint32_t*>(at);
     made.view.share_ends = reinterpret_cast<const std::uint32_t*>(at + instances);
     made.shard_ordinals = reinterpret_cast<const std::int32_t*>(at + instances + shares);
     tables_.push_back(std::move(made));
   }
-  cuda_check(cudaDeviceSynchronize(), "copying placements");
+  cuda_check(cudaStreamSynchronize(stream_.get()), "copying placements");
+  world_.barrier();  // nobody waits in a kernel while another rank still allocates
 }
 
 void CudaEngine::wait_idle() {
@@ -187,7 +193,7 @@ std::vector<int> CudaEngine::recover() {
   shrink_to(left, options);
   make_scratch();
   reads_outstanding_ = false;
-  world_.barrier();
+  world_.barrier();  // nobody waits in a kernel while another rank still allocates
   return std::move(left.ranks);
 }
 

@@ -18,10 +18,16 @@ struct OwnWords {
   std::uint32_t tickets[cuda::kTickets];
 };
 
+// To the host, without waiting for any other stream.
+void read(void* to, const void* from, std::size_t bytes) {
+  cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, cudaStreamPerThread), "reading the state of the exchange");
+  cuda_check(cudaStreamSynchronize(cudaStreamPerThread), "reading the state of the exchange");
+}
+
 template <class T>
 T read(const void* from) {
   T value;
-  cuda_check(cudaMemcpy(&value, from, sizeof value, cudaMemcpyDefault), "reading the state of the exchange");
+  read(&value, from, sizeof value);
   return value;
 }
 
@@ -64,9 +70,11 @@ Expected<std::unique_ptr<DeviceArena>> DeviceArena::create(const World& world, c
   context.stop = &arena->stop();
   std::vector<std::byte*> pointers;
   for (int rank = 0; rank < world.size(); ++rank) pointers.push_back(arena->memory_->view(rank));
-  cuda_check(cudaMemset(own, 0, own_bytes), "clearing the state of the exchange");
-  cuda_check(cudaMemcpy(views, pointers.data(), ranks * sizeof(std::byte*), cudaMemcpyDefault), "filling the table of arenas");
-  cuda_check(cudaDeviceSynchronize(), "preparing the exchange");
+  cuda_check(cudaMemsetAsync(own, 0, own_bytes, cudaStreamPerThread), "clearing the state of the exchange");
+  cuda_check(cudaMemcpyAsync(views, pointers.data(), ranks * sizeof(std::byte*), cudaMemcpyDefault, cudaStreamPerThread),
+             "filling the table of arenas");
+  // On this thread's default stream: a wait for the whole device would wait for kernels of ranks that wait for this one.
+  cuda_check(cudaStreamSynchronize(cudaStreamPerThread), "preparing the exchange");
   log_info("exchange: {} ranks, {} memory on GPU {}, {} bytes per rank", world.size(), name(arena->transport()), options.device_index,
            context.layout.total);
   return arena;
@@ -76,7 +84,7 @@ protocol::DeviceState DeviceArena::state() const { return read<protocol::DeviceS
 
 std::vector<std::int64_t> DeviceArena::link_bytes() const {
   std::vector<std::int64_t> bytes(context_.ranks);
-  cuda_check(cudaMemcpy(bytes.data(), context_.link_bytes, bytes.size() * sizeof(std::int64_t), cudaMemcpyDefault), "reading link bytes");
+  read(bytes.data(), context_.link_bytes, bytes.size() * sizeof(std::int64_t));
   return bytes;
 }
 
@@ -85,20 +93,21 @@ protocol::DeviceBeacon DeviceArena::beacon_of(int peer) const { return read<prot
 std::string DeviceArena::reason_of(int peer) const {
   const std::byte* const box = at(context_.rank, layout().mailboxes + peer * layout().mailbox_bytes);
   char text[protocol::kReasonBytes];
-  cuda_check(cudaMemcpy(text, box + offsetof(protocol::DeviceMailbox, reason), sizeof text, cudaMemcpyDefault), "reading a peer's reason");
+  read(text, box + offsetof(protocol::DeviceMailbox, reason), sizeof text);
   return {text, strnlen(text, sizeof text)};
 }
 
 void DeviceArena::reset(std::uint64_t last_call) {
   protocol::DeviceState fresh;
   fresh.call = last_call;
-  cuda_check(cudaMemset(context_.tickets, 0, sizeof(OwnWords::tickets)), "resetting the exchange");
-  cuda_check(cudaMemcpy(context_.state, &fresh, sizeof fresh, cudaMemcpyDefault), "resetting the exchange");
+  cuda_check(cudaMemsetAsync(context_.tickets, 0, sizeof(OwnWords::tickets), cudaStreamPerThread), "resetting the exchange");
+  cuda_check(cudaMemcpyAsync(context_.state, &fresh, sizeof fresh, cudaMemcpyDefault, cudaStreamPerThread), "resetting the exchange");
   for (int peer = 0; peer < context_.ranks; ++peer) {
     std::byte* const box = at(context_.rank, layout().mailboxes + peer * layout().mailbox_bytes);
-    cuda_check(cudaMemset(box + offsetof(protocol::DeviceMailbox, failed), 0, sizeof(std::uint64_t)), "resetting the exchange");
+    cuda_check(cudaMemsetAsync(box + offsetof(protocol::DeviceMailbox, failed), 0, sizeof(std::uint64_t), cudaStreamPerThread),
+               "resetting the exchange");
   }
-  cuda_check(cudaDeviceSynchronize(), "resetting the exchange");
+  cuda_check(cudaStreamSynchronize(cudaStreamPerThread), "resetting the exchange");
   failure() = {};
   abort() = {};
   stop().lost_peer = 0;

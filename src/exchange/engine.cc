@@ -28,8 +28,7 @@ Engine::Span::~Span() {
   engine_.spans_.push_back(std::move(span_));
 }
 
-Engine::Engine(const World& world, const ExchangeOptions& options)
-    : ExchangeEngine(world, options), pool_(options_.num_threads) {
+Engine::Engine(const World& world, const ExchangeOptions& options) : ExchangeEngine(world, options), pool_(options_.num_threads) {
   transport_ = value_or_throw(make_transport(world_, options_, shape_, pool_));
   expert_board_ = std::make_shared<LeaseBoard>(options_.depth, [](int) {});
   expert_memory_.resize(options_.depth);

@@ -45,8 +45,8 @@ View fetched(const View& view, std::vector<Bytes>& memory) {
 
 }  // namespace
 
-Received to_host(const Received& received) {
-  cuda_check(cudaDeviceSynchronize(), "waiting for a dispatch");
+Received to_host(const Received& received, void* stream) {
+  cuda_check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "waiting for a dispatch");
   const HandleFacts& from = *received.handle().state();
   auto handle = std::make_shared<HostHandle>();
   static_cast<HandleFacts&>(*handle) = from;

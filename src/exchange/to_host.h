@@ -5,7 +5,7 @@
 
 namespace tokenyard::exchange_internal {
 
-// Waits for the device. num_rows() is known in the copy; with Sizing::capacity its shapes stay the bounds.
-Received to_host(const Received& received);
+// Waits for `stream`, that of the dispatch. num_rows() is known in the copy; with Sizing::capacity its shapes stay the bounds.
+Received to_host(const Received& received, void* stream);
 
 }  // namespace tokenyard::exchange_internal

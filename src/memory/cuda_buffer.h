@@ -1,6 +1,8 @@
 #pragma once
 // Memory for one owner: on a device, or pinned on the host at an address that devices use, too.
 
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
 #include <utility>
 

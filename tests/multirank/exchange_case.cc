@@ -131,6 +131,7 @@ bool input_is_legal(const Case& c) {
     if (c.as<Scales>(kScales) != Scales::none || c.as<Dtype>(kDtype) == Dtype::float64) return false;
     if (c.number(kRowBytes) / element_bytes(c) % 16 != 0) return false;
   }
+  if (c.device == Device::cuda && c.as<Dtype>(kDtype) == Dtype::float64) return false;
   return cost_per_token(c) <= kMaxCost;
 }
 
@@ -183,7 +184,7 @@ std::vector<Pair> pairs_of(const Case& c) {
 std::int64_t Case::max_tokens() const { return std::clamp<std::int64_t>(kMaxCost / cost_per_token(*this), 1, 9); }
 
 std::string describe(const Case& c) {
-  std::string text = fmt::format("seed={}", c.seed);
+  std::string text = fmt::format("device={} seed={}", name(c.device), c.seed);
   for (int f = 0; f < kNumFactors; ++f) {
     for (const Value& value : factors()[f].values) {
       if (value.number == c.values[f]) text += fmt::format(" {}={}", factors()[f].name, value.label);
@@ -192,7 +193,7 @@ std::string describe(const Case& c) {
   return text;
 }
 
-std::vector<Case> pairwise_cases(std::uint64_t seed) {
+std::vector<Case> pairwise_cases(std::uint64_t seed, Device device) {
   Random random(seed);
   std::set<Pair> open = all_pairs();
   std::vector<Case> cases;
@@ -201,7 +202,7 @@ std::vector<Case> pairwise_cases(std::uint64_t seed) {
     Case best;
     std::size_t most = 0;
     for (int attempt = 0; attempt < 12; ++attempt) {
-      Case c{.seed = seed + cases.size(), .values = {}};
+      Case c{.seed = seed + cases.size(), .values = {}, .device = device};
       c.values[f] = a;
       c.values[g] = b;
       if (!fill(c, {f, g}, random)) continue;
@@ -221,9 +222,9 @@ std::vector<Case> pairwise_cases(std::uint64_t seed) {
   return cases;
 }
 
-Case random_case(std::uint64_t seed) {
+Case random_case(std::uint64_t seed, Device device) {
   Random random(seed);
-  Case c{.seed = seed, .values = {}};
+  Case c{.seed = seed, .values = {}, .device = device};
   while (!fill(c, {}, random)) {
   }
   return c;

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "tokenyard/options.h"
+
 namespace tokenyard::exchange_test {
 
 enum Factor : int {
@@ -65,6 +67,7 @@ enum class Out : int { own, caller, caller_float32 };
 struct Case {
   std::uint64_t seed = 1;
   std::array<std::int64_t, kNumFactors> values{};
+  Device device = Device::cpu;
 
   std::int64_t number(Factor factor) const { return values[factor]; }
   bool is(Factor factor) const { return values[factor] != 0; }
@@ -79,8 +82,8 @@ struct Case {
 std::string describe(const Case& c);
 
 // Cases in which every pair of factor values that can go together does so at least once.
-std::vector<Case> pairwise_cases(std::uint64_t seed);
+std::vector<Case> pairwise_cases(std::uint64_t seed, Device device = Device::cpu);
 // Any legal case.
-Case random_case(std::uint64_t seed);
+Case random_case(std::uint64_t seed, Device device = Device::cpu);
 
 }  // namespace tokenyard::exchange_test

@@ -40,8 +40,10 @@ void Comparison::integers(const char* name, const ConstTensorView& view, const s
   if (view.num_elements() < count || (exact && view.num_elements() != count)) {
     return fail(name, -1, -1, fmt::format("expected {} elements, saw {}", count, tokenyard::describe(view)));
   }
+  Bytes copy;
+  const ConstTensorView here = side_.fetch(view, copy);
   for (std::int64_t i = 0; i < view.num_elements(); ++i) {
-    const std::int32_t seen = view.as<std::int32_t>()[i];
+    const std::int32_t seen = here.as<std::int32_t>()[i];
     const std::int32_t wanted = i < count ? expected[i] : -1;
     if (seen != wanted) return fail(name, i / columns, i % columns, fmt::format("expected {}, saw {}", wanted, seen));
   }
@@ -88,8 +90,10 @@ void Comparison::metadata(const Received& received, const naive::Output& expecte
     absent("ranges", received.ranges());
   if (!slots) return absent("present", received.present());
   shape("present", received.present(), {data_.placement.ranks, spec.max_tokens}, false);
+  Bytes copy;
+  const ConstTensorView present = side_.fetch(received.present(), copy);
   for (std::int64_t slot = 0; slot < expected.slots; ++slot) {
-    const int seen = received.present().as<std::uint8_t>()[slot];
+    const int seen = present.as<std::uint8_t>()[slot];
     if (seen != expected.present[slot]) return fail("present", slot, 0, fmt::format("expected {}, saw {}", expected.present[slot], seen));
   }
 }
@@ -99,9 +103,11 @@ void Comparison::slot_rows(const char* name, const TensorView& view, const Bytes
   const std::int64_t slots = row_bytes == 0 ? 0 : view.num_elements() * size_of(view.dtype) / row_bytes;
   if (slots < expected.slots) return fail(name, -1, -1, fmt::format("expected {} rows, saw {}", expected.slots, tokenyard::describe(view)));
   const bool zeroed = data_.config.is(kZeroPadding);
+  Bytes copy;
+  const ConstTensorView here = side_.fetch(view, copy);
   for (std::int64_t slot = 0; slot < expected.slots; ++slot) {
     if (expected.used[slot] == 0 && !zeroed) continue;  // unspecified
-    const std::uint8_t* seen = view.as<std::uint8_t>() + slot * row_bytes;
+    const std::uint8_t* seen = here.as<std::uint8_t>() + slot * row_bytes;
     const std::uint8_t* wanted = bytes.data() + slot * row_bytes;  // zero where not used
     for (std::int64_t b = 0; b < row_bytes; ++b) {
       if (seen[b] != wanted[b]) return fail(name, slot, b, fmt::format("expected byte {}, saw {}", wanted[b], seen[b]));
@@ -117,6 +123,31 @@ void Comparison::rows(const Received& received, const naive::Output& expected) c
     fail("scales", -1, -1, "expected none");
 }
 
+// On a device with capacity sizing the host never learns how many rows there are: it says -1, and the device has the number.
+void Comparison::row_counts(const Received& received, const naive::Output& expected) const {
+  const bool unknown = side_.on_device() && data_.config.as<Sizing>(kSizing) == Sizing::capacity;
+  const auto differs = [&](std::int64_t seen, std::int64_t wanted) { return seen != wanted && !(unknown && seen == -1); };
+  const std::int64_t num_rows = received.num_rows();
+  if (num_rows != (unknown ? -1 : expected.num_rows))
+    fail("num_rows", -1, -1, fmt::format("expected {}, saw {}", expected.num_rows, num_rows));
+  if (const ConstTensorView counted = received.num_rows_device(); unknown || counted) {
+    if (counted.num_elements() != 1 || counted.dtype != Dtype::int32) {
+      return fail("num_rows_device", -1, -1, fmt::format("expected [1] int32, saw {}", tokenyard::describe(counted)));
+    }
+    Bytes copy;
+    const std::int32_t seen = side_.fetch(counted, copy).as<std::int32_t>()[0];
+    if (seen != expected.num_rows) fail("num_rows_device", -1, -1, fmt::format("expected {}, saw {}", expected.num_rows, seen));
+  }
+  const Handle& handle = received.handle();
+  if (differs(handle.num_rows(), expected.token_rows)) {
+    fail("handle.num_rows", -1, -1, fmt::format("expected {}, saw {}", expected.token_rows, handle.num_rows()));
+  }
+  const std::vector<std::int64_t> dropped(handle.dropped().begin(), handle.dropped().end());
+  if (dropped != expected.dropped && !(unknown && dropped.empty())) {
+    fail("dropped", -1, -1, fmt::format("expected {}, saw {}", expected.dropped, dropped));
+  }
+}
+
 void Comparison::received(const Received& received, const naive::Output& expected, Dtype travelled) const {
   const naive::DispatchSpec& spec = data_.dispatch;
   const auto locals = static_cast<std::int64_t>(expected.expert_counts.size());
@@ -129,20 +160,14 @@ void Comparison::received(const Received& received, const naive::Output& expecte
   const bool may_be_longer = longer && spec.layout != Layout::expert_padded;
   shape("rows", received.rows(), rows_shape, may_be_longer);
   if (received.rows().dtype != travelled) fail("rows", -1, -1, tokenyard::describe(received.rows()));
-  if (received.num_rows() != expected.num_rows)
-    fail("num_rows", -1, -1, fmt::format("expected {}, saw {}", expected.num_rows, received.num_rows()));
-  const Handle& handle = received.handle();
-  if (handle.num_rows() != expected.token_rows) {
-    fail("handle.num_rows", -1, -1, fmt::format("expected {}, saw {}", expected.token_rows, handle.num_rows()));
-  }
-  const std::vector<std::int64_t> dropped(handle.dropped().begin(), handle.dropped().end());
-  if (dropped != expected.dropped) fail("dropped", -1, -1, fmt::format("expected {}, saw {}", expected.dropped, dropped));
+  row_counts(received, expected);
   rows(received, expected);
   metadata(received, expected);
   std::vector<std::int64_t> weights_shape = slot_shape;
   if (!expected.local_ids.empty() || spec.layout == Layout::token_major || spec.layout == Layout::rank_slots)
     weights_shape.push_back(spec.top_k);
-  const ConstTensorView weights = received.row_weights();
+  Bytes copy;
+  const ConstTensorView weights = side_.fetch(received.row_weights(), copy);
   shape("row_weights", weights, weights_shape, may_be_longer);
   const std::int64_t columns = static_cast<std::int64_t>(weights_shape.size() - slot_shape.size()) == 1 ? spec.top_k : 1;
   for (std::int64_t i = 0; i < weights.num_elements(); ++i) {
@@ -156,8 +181,10 @@ void Comparison::sums(const char* name, const TensorView& view, const Bytes& exp
                       Dtype dtype) const {
   if (view.dtype != dtype) return fail(name, -1, -1, tokenyard::describe(view));
   if (shape_of(view) != wanted) return fail(name, -1, -1, fmt::format("expected shape {}, saw {}", wanted, shape_of(view)));
+  Bytes copy;
+  const ConstTensorView here = side_.fetch(view, copy);
   for (std::int64_t t = 0; t < wanted[0]; ++t) {
-    const auto* row = reinterpret_cast<const std::uint8_t*>(view.row(t));
+    const auto* row = reinterpret_cast<const std::uint8_t*>(here.row(t));
     for (std::int64_t h = 0; h < wanted[1]; ++h) {
       const double seen = naive::read(dtype, row, h);
       const double right = naive::read(dtype, expected.data(), t * wanted[1] + h);
@@ -168,8 +195,10 @@ void Comparison::sums(const char* name, const TensorView& view, const Bytes& exp
 
 void Comparison::weights(const char* name, const TensorView& view, const std::vector<float>& expected) const {
   if (view.num_elements() != static_cast<std::int64_t>(expected.size())) return fail(name, -1, -1, tokenyard::describe(view));
+  Bytes copy;
+  const ConstTensorView here = side_.fetch(view, copy);
   for (std::int64_t i = 0; i < view.num_elements(); ++i) {
-    const float seen = view.as<float>()[i];
+    const float seen = here.as<float>()[i];
     if (!same_float(expected[i], seen)) {
       return fail(name, i / data_.dispatch.top_k, i % data_.dispatch.top_k, fmt::format("expected {}, saw {}", expected[i], seen));
     }
@@ -179,10 +208,12 @@ void Comparison::weights(const char* name, const TensorView& view, const std::ve
 void Comparison::slot_sums(const char* name, const TensorView& view, const Bytes& expected, const naive::Output& slots, Dtype dtype) const {
   const std::int64_t hidden_size = data_.combine.hidden_size;
   if (view.dtype != dtype || view.num_elements() < slots.slots * hidden_size) return fail(name, -1, -1, tokenyard::describe(view));
+  Bytes copy;
+  const ConstTensorView here = side_.fetch(view, copy);
   for (std::int64_t slot = 0; slot < slots.slots; ++slot) {
     if (slots.used[slot] == 0) continue;
     for (std::int64_t h = 0; h < hidden_size; ++h) {
-      const double seen = naive::read(dtype, view.as<std::uint8_t>(), slot * hidden_size + h);
+      const double seen = naive::read(dtype, here.as<std::uint8_t>(), slot * hidden_size + h);
       const double right = naive::read(dtype, expected.data(), slot * hidden_size + h);
       if (!same_value(seen, right)) return fail(name, slot, h, fmt::format("expected {}, saw {}", right, seen));
     }

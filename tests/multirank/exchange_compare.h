@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "multirank/exchange_data.h"
+#include "multirank/side.h"
 #include "tokenyard/exchange.h"
 
 namespace tokenyard::exchange_test {
@@ -14,7 +15,8 @@ namespace tokenyard::exchange_test {
 // Compares for one rank at one point of one case.
 class Comparison {
  public:
-  Comparison(const CaseData& data, int rank, std::string where) : data_(data), rank_(rank), where_(std::move(where)) {}
+  Comparison(const CaseData& data, const Side& side, int rank, std::string where)
+      : data_(data), side_(side), rank_(rank), where_(std::move(where)) {}
 
   // Everything that Received exposes. `travelled`: dtype of the rows.
   void received(const Received& received, const naive::Output& expected, Dtype travelled) const;
@@ -33,7 +35,10 @@ class Comparison {
   void slot_rows(const char* name, const TensorView& view, const Bytes& bytes, const naive::Output& expected, std::int64_t row_bytes) const;
   void metadata(const Received& received, const naive::Output& expected) const;
 
+  void row_counts(const Received& received, const naive::Output& expected) const;
+
   const CaseData& data_;
+  const Side& side_;
   int rank_;
   std::string where_;
 };

@@ -355,9 +355,13 @@ void set_options(CaseData& data, const Placement& placement) {
   data.options.unfolded = !c.is(kFold);
   data.options.reduction_groups = groups_of(c);
   data.options.mode = c.as<Mode>(kMode);
+  data.options.device = c.device;
   data.options.transport = c.is(kMemory) ? Transport::shm : Transport::inproc;
   data.options.validate = c.is(kValidate);
   data.options.timeout_ms = 60'000;
+  if (c.device != Device::cuda) return;
+  data.options.transport = c.is(kMemory) ? Transport::cuda_peer : Transport::automatic;
+  data.options.timeout_ms = 20'000;
 }
 
 }  // namespace

@@ -31,6 +31,12 @@ Tensor matrix(const void* values, std::int64_t rows, std::int64_t columns, Dtype
   return tensor;
 }
 
+// Where the exchange is to find it.
+Tensor on(Side& side, Tensor tensor) {
+  tensor.view.data = side.place(tensor.bytes);
+  return tensor;
+}
+
 // The same values, columns outermost.
 Tensor column_major(const Bytes& values, std::int64_t rows, std::int64_t columns, Dtype dtype) {
   Tensor tensor = matrix(nullptr, columns, rows, dtype);
@@ -46,27 +52,27 @@ Tensor column_major(const Bytes& values, std::int64_t rows, std::int64_t columns
 // What a rank hands to dispatch, with the memory behind it.
 class Input {
  public:
-  Input(const CaseData& data, const naive::Input& given) {
+  Input(const CaseData& data, const naive::Input& given, Side& side) {
     const Case& c = data.config;
     const std::int64_t gap = c.is(kStrided) ? 3 : 0;
     const Dtype dtype = row_dtype(data);
     const std::int64_t columns = data.given_row_bytes / size_of(dtype);
-    rows_ = matrix(given.rows.data(), given.tokens, columns, dtype, c.is(kStrided) ? 16 : 0);
+    rows_ = on(side, matrix(given.rows.data(), given.tokens, columns, dtype, c.is(kStrided) ? 16 : 0));
     input.rows = rows_.view;
     if (c.as<Scales>(kScales) != Scales::none) {
       const std::int64_t scale_columns = data.dispatch.scale_bytes / 4;
-      scales_ = c.as<Scales>(kScales) == Scales::dense ? matrix(given.scales.data(), given.tokens, scale_columns, Dtype::float32)
-                                                       : column_major(given.scales, given.tokens, scale_columns, Dtype::float32);
+      scales_ = on(side, c.as<Scales>(kScales) == Scales::dense ? matrix(given.scales.data(), given.tokens, scale_columns, Dtype::float32)
+                                                                : column_major(given.scales, given.tokens, scale_columns, Dtype::float32));
       input.scales = scales_.view;
     }
     const std::vector<std::int32_t> narrow(given.ids.begin(), given.ids.end());
     const bool wide = c.as<IdsDtype>(kIdsDtype) != IdsDtype::int32;
     const void* ids = wide ? static_cast<const void*>(given.ids.data()) : narrow.data();
-    ids_ = matrix(ids, given.tokens, data.dispatch.top_k, wide ? Dtype::int64 : Dtype::int32, gap);
+    ids_ = on(side, matrix(ids, given.tokens, data.dispatch.top_k, wide ? Dtype::int64 : Dtype::int32, gap));
     if (c.as<IdsDtype>(kIdsDtype) == IdsDtype::one_dimension) ids_.view.ndim = 1;
     input.topk_ids = ids_.view;
     if (!c.is(kTopkWeights)) return;
-    weights_ = matrix(given.weights.data(), given.tokens, data.dispatch.top_k, Dtype::float32, gap);
+    weights_ = on(side, matrix(given.weights.data(), given.tokens, data.dispatch.top_k, Dtype::float32, gap));
     input.topk_weights = weights_.view;
   }
 
@@ -84,7 +90,8 @@ class Input {
 
 class RankRun {
  public:
-  RankRun(const CaseData& data, World& world) : data_(data), rank_(world.rank()), exchange_(world, options(data)) {
+  RankRun(const CaseData& data, World& world, Side& side)
+      : data_(data), side_(side), rank_(world.rank()), exchange_(world, options(data, side)) {
     exchange_.add(unused_placement(data.config));
     placement_ = exchange_.add(library_placement(data.config));
   }
@@ -95,15 +102,16 @@ class RankRun {
   }
 
  private:
-  static ExchangeOptions options(const CaseData& data) {
+  static ExchangeOptions options(const CaseData& data, const Side& side) {
     ExchangeOptions options = data.options;
+    side.adapt(options);
     options.num_threads = static_cast<int>(data.config.number(kThreads));
     return options;
   }
 
   void run_round(const Round& round, const std::string& where) {
     const naive::Output& expected = round.received[rank_];
-    const Input given(data_, round.given[rank_]);
+    const Input given(data_, round.given[rank_], side_);
     Received received = dispatch(given.input, expected, nullptr);
     compare(where + " dispatch").received(received, expected, travelled());
     const Handle handle = received.handle();
@@ -112,7 +120,7 @@ class RankRun {
     received = Received();
     if (data_.config.is(kCached)) {
       const naive::Output& expected_again = round.received_again[rank_];
-      const Input again(data_, round.given_again[rank_]);
+      const Input again(data_, round.given_again[rank_], side_);
       Received cached = dispatch(again.input, expected_again, &handle);
       compare(where + " cached dispatch").received(cached, expected_again, travelled());
     }
@@ -135,6 +143,7 @@ class RankRun {
     options.drop = data_.dispatch.drop;
     options.copy_out = c.as<CopyOut>(kCopyOut) != CopyOut::lease;
     options.token_base = c.number(kTokenBase);
+    options.stream = side_.stream();
     if (c.as<Quantising>(kQuantise) != Quantising::none) options.quantise = static_cast<ScaleFormat>(c.number(kQuantise) - 1);
     return options;
   }
@@ -143,10 +152,12 @@ class RankRun {
     DispatchOptions options = dispatch_options();
     if (data_.config.as<CopyOut>(kCopyOut) == CopyOut::caller) {
       const std::int64_t slots = data_.config.as<Sizing>(kSizing) == Sizing::exact ? expected.slots : capacity_bound(expected);
-      out_rows_ = matrix(nullptr, slots, data_.dispatch.row_bytes / size_of(travelled()), travelled());
+      out_rows_ = on(side_, matrix(nullptr, slots, data_.dispatch.row_bytes / size_of(travelled()), travelled()));
       options.out_rows = out_rows_.view;
-      const bool scaled = data_.dispatch.scale_bytes > 0;
-      if (scaled) options.out_scales = (out_scales_ = matrix(nullptr, slots, data_.dispatch.scale_bytes / 4, scale_dtype())).view;
+      if (data_.dispatch.scale_bytes > 0) {
+        out_scales_ = on(side_, matrix(nullptr, slots, data_.dispatch.scale_bytes / 4, scale_dtype()));
+        options.out_scales = out_scales_.view;
+      }
     }
     if (handle != nullptr) input.topk_ids = input.topk_weights = {};
     if (data_.config.is(kPhases)) {
@@ -177,15 +188,14 @@ class RankRun {
     if (data_.config.is(kExpertRows)) {
       view = exchange_.expert_rows(handle, dtype, hidden_size);
     } else {
-      values_ = matrix(nullptr, slots(received), hidden_size, dtype, data_.config.is(kStrided) ? 16 : 0);
+      values_ = on(side_, matrix(nullptr, slots(received), hidden_size, dtype, data_.config.is(kStrided) ? 16 : 0));
       view = shaped(values_.view, received);
     }
     const std::int64_t row_bytes = hidden_size * size_of(dtype);
     const std::int64_t stride = view.strides[view.ndim - 2] * size_of(dtype);
-    std::memset(view.data, 0xff, view.num_elements() / hidden_size * stride);
-    for (std::int64_t slot = 0; slot < received.slots; ++slot) {
-      std::memcpy(static_cast<std::byte*>(view.data) + slot * stride, &values[slot * row_bytes], row_bytes);
-    }
+    Bytes filled(view.num_elements() / hidden_size * stride, 0xff);
+    for (std::int64_t slot = 0; slot < received.slots; ++slot) std::memcpy(&filled[slot * stride], &values[slot * row_bytes], row_bytes);
+    side_.write(view.data, filled);
     return view;
   }
 
@@ -215,9 +225,10 @@ class RankRun {
   ConstTensorView layout_weights(const naive::Output& received, const std::vector<float>& weights) {
     const bool expert = data_.dispatch.layout == Layout::expert_major || data_.dispatch.layout == Layout::expert_padded;
     const std::int64_t columns = expert ? 1 : data_.dispatch.top_k;
-    row_weights_ = matrix(nullptr, slots(received), columns, Dtype::float32);
-    std::fill(row_weights_.bytes.begin(), row_weights_.bytes.end(), 0xff);
-    if (!weights.empty()) std::memcpy(row_weights_.bytes.data(), weights.data(), weights.size() * sizeof(float));
+    Tensor filled = matrix(nullptr, slots(received), columns, Dtype::float32);
+    std::fill(filled.bytes.begin(), filled.bytes.end(), 0xff);
+    if (!weights.empty()) std::memcpy(filled.bytes.data(), weights.data(), weights.size() * sizeof(float));
+    row_weights_ = on(side_, std::move(filled));
     TensorView view = shaped(row_weights_.view, received);
     if (expert) --view.ndim;
     return view;
@@ -233,13 +244,15 @@ class RankRun {
     options.order = data_.combine.order;
     options.fold = data_.combine.fold;
     if (options.weighting == Weighting::at_source) {
-      source_weights_ = matrix(given.source_weights.data(), tokens, data_.dispatch.top_k, Dtype::float32);
+      source_weights_ = on(side_, matrix(given.source_weights.data(), tokens, data_.dispatch.top_k, Dtype::float32));
       options.source_weights = source_weights_.view;
     }
     if (c.is(kRowWeights)) options.row_weights = layout_weights(round.received[rank_], given.row_weights);
-    if (c.number(kBias) >= 1) options.bias0 = (bias0_ = matrix(given.bias0.data(), tokens, hidden_size, data_.combine.dtype)).view;
-    if (c.number(kBias) >= 2) options.bias1 = (bias1_ = matrix(given.bias1.data(), tokens, hidden_size, data_.combine.dtype)).view;
-    if (c.as<Out>(kOut) != Out::own) options.out = (out_ = matrix(nullptr, tokens, hidden_size, data_.combine.out_dtype)).view;
+    const auto given_rows = [&](const void* values, Dtype dtype) { return on(side_, matrix(values, tokens, hidden_size, dtype)); };
+    if (c.number(kBias) >= 1) options.bias0 = (bias0_ = given_rows(given.bias0.data(), data_.combine.dtype)).view;
+    if (c.number(kBias) >= 2) options.bias1 = (bias1_ = given_rows(given.bias1.data(), data_.combine.dtype)).view;
+    if (c.as<Out>(kOut) != Out::own) options.out = (out_ = given_rows(nullptr, data_.combine.out_dtype)).view;
+    options.stream = side_.stream();
     return options;
   }
 
@@ -269,7 +282,8 @@ class RankRun {
 
   void run_combine_backward(const Round& round, const Handle& handle, const std::string& where) {
     const naive::CombineGradient& expected = round.combine_grads[rank_];
-    const Tensor grad = matrix(round.out_grads[rank_].data(), round.given[rank_].tokens, data_.combine.hidden_size, data_.combine.dtype);
+    const Tensor grad =
+        on(side_, matrix(round.out_grads[rank_].data(), round.given[rank_].tokens, data_.combine.hidden_size, data_.combine.dtype));
     CombineOptions options = combine_options(round);
     options.row_weights = {};
     options.out = {};
@@ -299,9 +313,10 @@ class RankRun {
     return data_.config.as<Quantising>(kQuantise) == Quantising::none ? Input::row_dtype(data_) : Dtype::float8_e4m3;
   }
   Dtype scale_dtype() const { return data_.config.as<Quantising>(kQuantise) == Quantising::ue8m0 ? Dtype::int32 : Dtype::float32; }
-  Comparison compare(std::string where) const { return {data_, rank_, std::move(where)}; }
+  Comparison compare(std::string where) const { return {data_, side_, rank_, std::move(where)}; }
 
   const CaseData& data_;
+  Side& side_;
   int rank_;
   Exchange exchange_;
   int placement_ = 0;
@@ -313,7 +328,12 @@ class RankRun {
 
 }  // namespace
 
-void run_rank(const CaseData& data, World& world) { RankRun(data, world).run(); }
+void run_rank(const CaseData& data, World& world, Side& side) { RankRun(data, world, side).run(); }
+
+void run_rank(const CaseData& data, World& world) {
+  Side host;
+  run_rank(data, world, host);
+}
 
 void run_threads(const Case& c) {
   const CaseData data = make_case_data(c);

@@ -1,0 +1,23 @@
+#pragma once
+// What tests on GPUs need to know of the machine. Without a GPU they are skipped, which is not passed.
+
+#include <gtest/gtest.h>
+
+namespace tokenyard::device_test {
+
+int gpu_count();
+
+// Makes this rank's GPU current, rank r on GPU r % gpu_count(), and returns it.
+int use_gpu_of(int rank);
+
+// SMs that kernels of one of `ranks` rank threads may hold while they wait for peers, so that those of all ranks fit.
+int sm_budget_of(int gpu, int ranks);
+
+class OnGpu : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (gpu_count() == 0) GTEST_SKIP() << "no GPU here";
+  }
+};
+
+}  // namespace tokenyard::device_test
