@@ -29,6 +29,18 @@ __device__ float routing_arithmetic(float logit) {
   return best.scores[routing_internal::precedes(best.scores[0], best.ids[0], logit, 2) ? 0 : 1];
 }
 
+__device__ std::int64_t overflow_arithmetic(const protocol::ArenaShape& shape) {
+  const protocol::CountLimits limits{.receive_rows = shape.receive_rows, .expert_capacity = 1, .expert_layout = true};
+  protocol::ExpertTally tally;
+  tally.add(limits, 0, shape.top_k);
+  return protocol::find_overflow(limits, protocol::group_rows(limits, shape.ranks), tally).needed;
+}
+
+__device__ float quantise_arithmetic(float x) {
+  const protocol::BlockScale scale = protocol::block_scale(protocol::amax_bits(x), ScaleFormat::ue8m0);
+  return static_cast<float>(protocol::e4m3_bits(x * scale.factor) + scale.stored);
+}
+
 }  // namespace
 
 extern "C" __global__ void shared_arithmetic(placement_internal::TableView table, protocol::ArenaShape shape, protocol::Record record,
@@ -37,4 +49,6 @@ extern "C" __global__ void shared_arithmetic(placement_internal::TableView table
   out[1] = arena_arithmetic(shape);
   out[2] = static_cast<std::int64_t>(record_arithmetic(record));
   out[3] = static_cast<std::int64_t>(routing_arithmetic(logit));
+  out[4] = overflow_arithmetic(shape);
+  out[5] = static_cast<std::int64_t>(quantise_arithmetic(logit));
 }

@@ -60,14 +60,18 @@ __device__ inline void record_failure(const Context& c, protocol::ErrorRecord re
   *const_cast<volatile std::uint32_t*>(&to.set) = 1;
 }
 
-__device__ inline void fail(const Context& c, FailureKind kind, Phase phase, int peer, std::int64_t seen) {
+__device__ inline void fail(const Context& c, FailureKind kind, Phase phase, int peer, std::int64_t expected, std::int64_t seen) {
   protocol::ErrorRecord record;
   record.kind = static_cast<std::uint32_t>(kind);
   record.phase = static_cast<std::uint32_t>(phase);
   record.peer = peer;
-  record.expected = static_cast<std::int64_t>(call_number(c));
+  record.expected = expected;
   record.seen = seen;
   record_failure(c, record);
+}
+// A wait for this call that ended otherwise.
+__device__ inline void fail(const Context& c, FailureKind kind, Phase phase, int peer, std::int64_t seen) {
+  fail(c, kind, phase, peer, static_cast<std::int64_t>(call_number(c)), seen);
 }
 
 // Whether `peer` will never set the flag: it rejected the call, ended, or another block has failed.

@@ -28,9 +28,14 @@ struct RoutingArgs {
   std::int32_t num_tokens = 0;
   std::int32_t top_k = 1;
   std::uint32_t token_base = 0;
-  bool validate = false;                // an id >= E is an error (sticky, FailureKind::mismatch) instead of no expert
+  // An id >= E or a weight that is no finite number is an error: sticky, FailureKind::mismatch at Phase::dispatch_counts with
+  // expected = E and seen = the id, or expected = kNotFinite and seen = the token.
+  bool validate = false;
+  std::int32_t local_experts = 0;       // of this rank
   placement_internal::TableView table;  // device pointers
 };
+
+constexpr std::int64_t kNotFinite = -1;
 
 // What must hold for every rank's counts, or the call is an overflow on all ranks.
 struct LimitArgs {
@@ -95,8 +100,9 @@ struct LandArgs {
   Context context;
   HandleView handle;
   std::int32_t buffer = 0;
-  bool cached = false;  // only waits
-  bool last = false;    // ends the call
+  std::int32_t local_experts = 0;  // of this rank
+  bool cached = false;             // only waits
+  bool last = false;               // ends the call
 };
 
 // From received rows to the rows and metadata of a layout: what Received shows beyond the handle's own arrays.

@@ -1,0 +1,81 @@
+#pragma once
+// What the kernels of a dispatch share: failures seen alike by a whole block, how a call begins without a plan, prefix sums.
+
+#include "kernels/cuda/call.cuh"
+
+namespace tokenyard::cuda {
+
+constexpr int kLanes = 32;
+constexpr unsigned kAllLanes = 0xffffffffU;
+
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kLanes; }
+__device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kLanes; }
+__device__ inline int warps_of_block() { return static_cast<int>(blockDim.x) / kLanes; }
+__device__ inline unsigned lanes_below() { return (1U << lane_index()) - 1; }
+
+// has_failed, but the same in every thread: another block may fail between two threads' looks.
+__device__ inline bool block_has_failed(const Context& c) { return __syncthreads_or(has_failed(c)) != 0; }
+
+// The header as this rank announces it: a cached dispatch names the call that filled the handle, and only the device knows it.
+__device__ inline protocol::CallHeader complete_header(protocol::CallHeader header, const HandleView& handle) {
+  if (header.handle_call != 0) header.handle_call = handle.header->call;
+  return header;
+}
+
+// By all threads of block 0, first in a call: settles what came before, then tells everybody. Block-uniform.
+__device__ inline bool begin_call(const Context& c, const protocol::CallHeader& header, int buffer) {
+  if (!settle(c)) return false;
+  announce(c, header, static_cast<std::uint64_t>(buffer));
+  return true;
+}
+
+// By any block: waits until every other rank has begun the same call. Not for this rank itself: block 0 may still wait for a
+// peer before it announces, and that peer is to blame, not this rank. What a peer announces, it announces after it has left
+// every earlier call. Block-uniform; false: the call has failed.
+__device__ inline bool wait_for_peers(const Context& c, const protocol::CallHeader& header, Phase phase) {
+  bool good = true;
+  for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
+    if (peer == c.rank) continue;
+    good = wait_for_flag(c, Flag::begun, peer, phase) && agrees(c, header, peer, phase) && good;
+  }
+  return __syncthreads_and(good) != 0;
+}
+
+// The receive buffer that `rank` offers for `call`. This rank's own is known where its announcement may not be there yet.
+__device__ inline int buffer_of(const Context& c, int rank, std::uint64_t call, int own_buffer) {
+  if (rank == c.rank) return own_buffer;
+  return static_cast<int>(mailbox(c, c.rank, rank).buffer[call % protocol::kRing]);
+}
+
+// What this rank has sent, behind the rows of a dispatch; by the threads of one block.
+__device__ inline void add_link_bytes(const Context& c, const std::int32_t* sent_counts, std::int64_t bytes_per_row) {
+  if (c.link_bytes == nullptr) return;
+  for (int rank = threadIdx.x; rank < c.ranks; rank += blockDim.x) {
+    c.link_bytes[rank] += static_cast<std::uint64_t>(sent_counts[rank] * bytes_per_row);
+  }
+}
+
+// Sum over the lanes before this one, and this one.
+template <class Number>
+__device__ inline Number inclusive_sum(Number value) {
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    const Number before = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane_index() >= distance) value += before;
+  }
+  return value;
+}
+
+// column[step * i] for i < count becomes the sum of what lay before it, from `sum` on; returns the sum of all. By one warp.
+__device__ inline std::int32_t exclusive_scan_column(std::int32_t* column, std::int64_t step, std::int64_t count, std::int32_t sum) {
+  for (std::int64_t begin = 0; begin < count; begin += kLanes) {
+    const std::int64_t i = begin + lane_index();
+    const std::int32_t value = i < count ? column[i * step] : 0;
+    const std::int32_t inclusive = inclusive_sum(value);
+    if (i < count) column[i * step] = sum + inclusive - value;
+    sum += __shfl_sync(kAllLanes, inclusive, kLanes - 1);
+  }
+  return sum;
+}
+
+}  // namespace tokenyard::cuda

@@ -1,0 +1,252 @@
+#pragma once
+// From received rows to the order of a layout: a stable counting sort of (row, k) by local expert. Rows are cut into chunks;
+// a table [chunks][columns] holds how often each local expert occurs in a chunk, then where the chunk's rows of it begin.
+// The last column counts rows that are present, to close gaps (token_major in latency mode).
+
+#include "kernels/cuda/received.cuh"
+
+namespace tokenyard::cuda {
+
+struct Chunk {
+  std::int32_t begin = 0;  // received rows
+  std::int32_t end = 0;
+};
+
+__device__ inline int layout_columns(const LayoutArgs& args) { return args.local_experts + 1; }
+__device__ inline bool is_expert_layout(const LayoutArgs& args) {
+  return args.layout == Layout::expert_major || args.layout == Layout::expert_padded;
+}
+// token_major where received rows have gaps.
+__device__ inline bool is_compacted(const LayoutArgs& args) { return args.layout == Layout::token_major && args.mode == Mode::latency; }
+__device__ inline std::int32_t local_id_at(const LayoutArgs& args, std::int64_t pair) {
+  const std::int32_t local = args.handle.local_ids[pair];
+  return local < args.local_experts ? local : -1;  // what a peer sent must not lead out of the tables
+}
+
+// Adds a chunk to its row of the table, by `threads` threads of which this is number `thread`. counters are shared or global.
+__device__ inline void count_rows(const LayoutArgs& args, Chunk chunk, std::int32_t* counters, int thread, int threads) {
+  const std::int64_t top_k = args.handle.top_k;
+  for (std::int64_t pair = chunk.begin * top_k + thread; pair < chunk.end * top_k; pair += threads) {
+    const std::int32_t local = local_id_at(args, pair);
+    if (local >= 0) atomicAdd(&counters[local], 1);
+  }
+  for (std::int32_t row = chunk.begin + thread; row < chunk.end; row += threads) {
+    if (args.handle.source_token[row] >= 0) atomicAdd(&counters[args.local_experts], 1);
+  }
+}
+
+// Where the groups of the local experts lie in the output.
+struct Groups {
+  std::int32_t* kept = nullptr;    // [L] rows of each: first true counts, then without drops
+  std::int32_t* begins = nullptr;  // [L+1]
+};
+struct GroupsMemory {
+  std::int64_t sums[kLanes];  // of warps
+  std::int64_t rows;          // of all groups so far, with padding
+  std::int64_t kept;
+  int overflowing;  // the first local expert beyond its capacity
+};
+
+// Inclusive sum over the block; `sums` holds one number per warp. Begins and ends with a barrier.
+__device__ inline std::int64_t block_inclusive_sum(std::int64_t value, std::int64_t* sums) {
+  const std::int64_t inclusive = inclusive_sum(value);
+  __syncthreads();
+  if (lane_index() == kLanes - 1) sums[warp_index()] = inclusive;
+  __syncthreads();
+  std::int64_t before = 0;
+  for (int warp = 0; warp < warp_index(); ++warp) before += sums[warp];
+  return before + inclusive;
+}
+
+__device__ inline std::int64_t kept_of(const LayoutArgs& args, std::int64_t count) {
+  return args.expert_capacity != 0 && count > args.expert_capacity ? args.expert_capacity : count;
+}
+__device__ inline std::int64_t group_size(const LayoutArgs& args, std::int64_t kept) {
+  if (args.layout == Layout::expert_padded) return args.expert_capacity;
+  return args.layout == Layout::expert_major ? protocol::align_up(kept, args.alignment) : kept;
+}
+
+// Fails the call when the groups do not fit. The count matrix has excluded that in throughput mode; in latency mode only the
+// receiver knows, so this rank fails alone and tells the others. Only one block reports. Block-uniform.
+__device__ inline bool groups_fit(const LayoutArgs& args, const Groups& groups, const GroupsMemory& memory, bool report) {
+  const Context& c = args.context;
+  const int first = memory.overflowing;
+  if (first < args.local_experts) {
+    if (report && threadIdx.x == 0) {
+      fail(c, FailureKind::overflow, Phase::dispatch_rows, c.rank, args.expert_capacity, groups.kept[first]);
+    }
+    return false;
+  }
+  if (!is_expert_layout(args) || memory.rows <= args.output_rows) return true;
+  if (report && threadIdx.x == 0) fail(c, FailureKind::overflow, Phase::dispatch_rows, c.rank, args.output_rows, memory.rows);
+  return false;
+}
+
+// From true counts in groups.kept to groups, by the block; all of them empty when they do not fit. Ends with a barrier.
+// `writes`: this block also fills what the handle says of experts.
+__device__ inline bool make_groups(const LayoutArgs& args, const Groups& groups, GroupsMemory& memory, bool writes) {
+  const HandleView& handle = args.handle;
+  const int experts = args.local_experts;
+  if (threadIdx.x == 0) {
+    memory.rows = memory.kept = 0;
+    memory.overflowing = experts;
+  }
+  __syncthreads();
+  for (int first = 0; first < experts; first += static_cast<int>(blockDim.x)) {
+    const int local = first + static_cast<int>(threadIdx.x);
+    const std::int64_t count = local < experts ? groups.kept[local] : 0;
+    const std::int64_t kept = kept_of(args, count);
+    const std::int64_t size = local < experts ? group_size(args, kept) : 0;
+    const std::int64_t rows_before = memory.rows, kept_before = memory.kept;
+    const std::int64_t end = rows_before + block_inclusive_sum(size, memory.sums);
+    const std::int64_t kept_end = kept_before + block_inclusive_sum(kept, memory.sums);
+    if (local < experts) groups.begins[local] = static_cast<std::int32_t>(end - size);
+    if (kept < count && !args.drop) atomicMin(&memory.overflowing, local);
+    __syncthreads();
+    if (threadIdx.x == blockDim.x - 1) {
+      memory.rows = end;
+      memory.kept = kept_end;
+    }
+    __syncthreads();
+  }
+  const bool fit = groups_fit(args, groups, memory, writes);
+  __syncthreads();
+  for (int local = threadIdx.x; local < experts; local += static_cast<int>(blockDim.x)) {
+    const std::int32_t count = groups.kept[local];
+    const auto kept = fit ? static_cast<std::int32_t>(kept_of(args, count)) : 0;
+    groups.kept[local] = kept;
+    if (!fit) groups.begins[local] = 0;
+    if (!writes) continue;
+    handle.expert_counts[local] = kept;
+    handle.dropped[local] = fit ? count - kept : 0;
+    handle.expert_offsets[local] = groups.begins[local];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    groups.begins[experts] = fit ? static_cast<std::int32_t>(memory.rows) : 0;
+    if (!fit) memory.rows = memory.kept = 0;
+    if (writes) handle.expert_offsets[experts] = groups.begins[experts];
+  }
+  __syncthreads();
+  return fit;
+}
+
+// What the header and the host learn from the groups. By one thread.
+__device__ inline void tell_groups(const LayoutArgs& args, const GroupsMemory& memory, bool fit) {
+  HandleView::Header& header = *args.handle.header;
+  if (!fit) header.num_rows = 0;
+  header.layout_rows = header.num_rows;
+  if (args.layout == Layout::expert_major) header.layout_rows = static_cast<std::int32_t>(memory.rows);
+  if (args.layout == Layout::expert_padded) header.layout_rows = static_cast<std::int32_t>(memory.kept);
+  // In throughput mode the plan has told the host, which may have gone on.
+  if (args.mode == Mode::latency) tell_host(args.host, call_number(args.context), header, static_cast<std::int32_t>(memory.kept));
+}
+
+// Rows of token_major without gaps: `next` is where the chunk's first present row goes. By one warp.
+__device__ inline void compact_rows(const LayoutArgs& args, Chunk chunk, std::int32_t next) {
+  const HandleView& handle = args.handle;
+  const int top_k = handle.top_k;
+  for (std::int32_t begin = chunk.begin; begin < chunk.end; begin += kLanes) {
+    const std::int32_t row = begin + lane_index();
+    const bool present = row < chunk.end && handle.source_token[row] >= 0;
+    const unsigned all = __ballot_sync(kAllLanes, present);
+    const std::int32_t to = present ? next + __popc(all & lanes_below()) : -1;
+    if (row < chunk.end) handle.output_row[row] = to;
+    if (present) {
+      handle.out_source_rank[to] = handle.source_rank[row];
+      handle.out_source_token[to] = handle.source_token[row];
+    }
+    for (int i = lane_index(); i - lane_index() < kLanes * top_k; i += kLanes) {  // all lanes take part in the shuffle
+      const std::int32_t target = __shfl_sync(kAllLanes, to, i / top_k);
+      if (target < 0) continue;
+      const std::int64_t from = static_cast<std::int64_t>(begin) * top_k + i;
+      handle.out_local_ids[static_cast<std::int64_t>(target) * top_k + i % top_k] = handle.local_ids[from];
+      handle.out_weights[static_cast<std::int64_t>(target) * top_k + i % top_k] = handle.weights[from];
+    }
+    next += __popc(all);
+  }
+  __syncwarp();  // place_pairs reads output_row
+}
+
+// Where one (row, k) goes that is number `position` of its local expert (local < 0: none).
+__device__ inline void place_pair(const LayoutArgs& args, const Groups& groups, std::int64_t pair, std::int32_t local,
+                                  std::int32_t position) {
+  const HandleView& handle = args.handle;
+  const std::int64_t row = pair / handle.top_k;
+  if (is_expert_layout(args)) {
+    std::int32_t to = -1;
+    if (local >= 0 && position < groups.kept[local]) {
+      to = groups.begins[local] + position;
+      handle.out_weights[to] = handle.weights[pair];
+      handle.out_source_rank[to] = handle.source_rank[row];
+      handle.out_source_token[to] = handle.source_token[row];
+      handle.out_source_k[to] = static_cast<std::int32_t>(pair - row * handle.top_k);
+    }
+    handle.output_row[pair] = to;
+  } else if (local >= 0 && position < groups.kept[local]) {
+    const std::int64_t to = groups.begins[local] + position;
+    if (to < args.map_rows) handle.gather_map[to] = is_compacted(args) ? handle.output_row[row] : static_cast<std::int32_t>(row);
+  }
+}
+
+// Places a chunk by one warp, 32 pairs after the other in their order. counters: its row of the table, shared or global; they run.
+__device__ inline void place_rows(const LayoutArgs& args, const Groups& groups, Chunk chunk, std::int32_t* counters) {
+  if (is_compacted(args)) compact_rows(args, chunk, counters[args.local_experts]);
+  if (!is_expert_layout(args) && !args.gather_map) return;
+  const std::int64_t end = static_cast<std::int64_t>(chunk.end) * args.handle.top_k;
+  for (std::int64_t begin = static_cast<std::int64_t>(chunk.begin) * args.handle.top_k; begin < end; begin += kLanes) {
+    const std::int64_t pair = begin + lane_index();
+    const std::int32_t local = pair < end ? local_id_at(args, pair) : -1;
+    const unsigned alike = __match_any_sync(kAllLanes, local);
+    const int before = __popc(alike & lanes_below());
+    const std::int32_t position = local >= 0 ? counters[local] + before : 0;
+    __syncwarp();  // all have read their counter
+    if (local >= 0 && before == 0) counters[local] += __popc(alike);
+    __syncwarp();
+    if (pair < end) place_pair(args, groups, pair, local, position);
+  }
+}
+
+__device__ inline void clear_output(const HandleView& handle, std::int64_t row) {
+  handle.out_weights[row] = 0.0F;
+  handle.out_source_rank[row] = -1;
+  handle.out_source_token[row] = -1;
+  handle.out_source_k[row] = -1;
+}
+
+// What no row goes to, by all threads of the grid: the defaults of Received. Rows that are placed are left alone, so that
+// blocks need not wait for each other.
+__device__ inline void fill_rest(const LayoutArgs& args, const Groups& groups) {
+  const HandleView& handle = args.handle;
+  const auto thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const auto threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  const int experts = args.local_experts;
+  if (args.layout == Layout::expert_padded) {
+    const auto capacity = static_cast<std::uint32_t>(args.expert_capacity);
+    const std::int64_t rows = experts * args.expert_capacity;
+    for (std::int64_t row = thread; row < rows; row += threads) {
+      const std::uint32_t local = static_cast<std::uint32_t>(row) / capacity;
+      if (static_cast<std::int32_t>(static_cast<std::uint32_t>(row) - local * capacity) >= groups.kept[local]) clear_output(handle, row);
+    }
+  } else if (args.layout == Layout::expert_major) {
+    for (std::int64_t local = thread / kLanes; local < experts; local += threads / kLanes) {
+      for (int row = groups.begins[local] + groups.kept[local] + lane_index(); row < groups.begins[local + 1]; row += kLanes) {
+        clear_output(handle, row);
+      }
+    }
+    for (std::int64_t row = groups.begins[experts] + thread; row < args.output_rows; row += threads) clear_output(handle, row);
+  } else {
+    for (std::int64_t at = groups.begins[experts] + thread; args.gather_map && at < args.map_rows; at += threads)
+      handle.gather_map[at] = -1;
+  }
+  if (!is_compacted(args)) return;
+  const std::int64_t top_k = handle.top_k;
+  const std::int64_t rows = handle.header->num_rows, capacity = received_capacity(args.context, args.mode);
+  for (std::int64_t row = rows + thread; row < capacity; row += threads) handle.out_source_rank[row] = handle.out_source_token[row] = -1;
+  for (std::int64_t at = rows * top_k + thread; at < capacity * top_k; at += threads) {
+    handle.out_local_ids[at] = -1;
+    handle.out_weights[at] = 0.0F;
+  }
+}
+
+}  // namespace tokenyard::cuda

@@ -1,0 +1,113 @@
+#pragma once
+// What both ways of moving rows share: where a token's rows go, the scales and records beside them, how a move begins and ends.
+
+#include "kernels/cuda/received.cuh"
+#include "kernels/cuda/routing.cuh"
+#include "kernels/cuda/source.cuh"
+
+namespace tokenyard::cuda {
+
+enum MoveTicket { kMoveTicket };
+
+// Opens the call of a cached dispatch; behind a plan every rank is known to have begun. Block-uniform.
+__device__ inline bool begin_move(const MoveArgs& args) {
+  const Context& c = args.context;
+  if (block_has_failed(c)) return false;
+  if (!args.cached) return true;
+  const protocol::CallHeader header = complete_header(args.header, args.handle);
+  if (blockIdx.x == 0 && !begin_call(c, header, args.buffer)) return false;
+  return wait_for_peers(c, header, Phase::dispatch_credit);
+}
+
+// The last block tells every rank that its rows are there. Each thread's stores are complete, or ordered by the fences of
+// is_last_block.
+__device__ inline void finish_move(const MoveJob& job) {
+  const Context& c = job.args.context;
+  if (!is_last_block(c, kMoveTicket)) return;
+  if (block_has_failed(c)) return;
+  set_flag_everywhere(c, Flag::rows);
+  add_link_bytes(c, job.args.handle.sent_counts, job.args.source.row_bytes + job.scales.row_bytes);
+}
+
+__device__ inline std::int32_t tokens_of(const MoveArgs& args) {
+  return args.cached ? args.handle.header->num_tokens : args.routing.num_tokens;
+}
+
+// A token's destinations among 32 ranks, of which each lane has one. Pointers only where `present` has the lane's bit.
+struct Targets {
+  int first_rank = 0;
+  unsigned present = 0;
+  std::byte* row = nullptr;
+  std::byte* scales = nullptr;
+  std::byte* record = nullptr;
+};
+
+__device__ inline Targets targets_of(const MoveJob& job, std::int32_t token, int first_rank, std::uint64_t call) {
+  const Context& c = job.args.context;
+  const int rank = first_rank + lane_index();
+  const std::int32_t slot = rank < c.ranks ? job.args.handle.slots[static_cast<std::int64_t>(token) * c.ranks + rank] : -1;
+  Targets targets;
+  targets.first_rank = first_rank;
+  targets.present = __ballot_sync(kAllLanes, slot >= 0);
+  if (slot < 0) return targets;
+  const int buffer = buffer_of(c, rank, call, job.args.buffer);
+  targets.row = receive_rows(c, rank, buffer) + slot * job.args.source.row_bytes;
+  targets.scales = receive_scales(c, rank, buffer) + slot * job.scales.row_bytes;
+  targets.record = receive_records(c, rank, buffer) + slot * c.shape.record_bytes();
+  return targets;
+}
+
+// Visits the lanes of `present`, first those from `start` on: at any time rows leave for all ranks, and the ranks begin with
+// different peers.
+template <class Visit>
+__device__ inline void for_each_lane(unsigned present, int start, Visit&& visit) {
+  const unsigned from_start = kAllLanes << start;
+  for (unsigned left = present & from_start; left != 0; left &= left - 1) visit(__ffs(left) - 1);
+  for (unsigned left = present & ~from_start; left != 0; left &= left - 1) visit(__ffs(left) - 1);
+}
+__device__ inline int start_lane(const Context& c, std::int32_t token, int first_rank) {
+  return (c.rank + 1 + token) % min(kLanes, c.ranks - first_rank);
+}
+
+template <class Pointer>
+__device__ inline Pointer* of_lane(Pointer* pointer, int lane) {
+  return reinterpret_cast<Pointer*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
+// The scales of a token as the caller has them, to all targets. By one warp.
+__device__ inline void move_scales(const MoveJob& job, std::int32_t token, const Targets& targets) {
+  for (int begin = 0; begin < job.scales.units; begin += kLanes) {
+    const int unit = begin + lane_index();
+    const bool mine = unit < job.scales.units;
+    const int4 value = mine ? load_scale_unit(job, token, unit) : int4{};
+    for_each_lane(targets.present, 0, [&](int lane) {
+      std::byte* to = of_lane(targets.scales, lane);
+      if (mine) store_unit(to + static_cast<std::int64_t>(unit) * job.scales.width, value, job.scales.width);
+    });
+  }
+}
+
+// Words of quantised scales, staged in shared memory, to `offset` bytes behind the first of all targets. By one warp.
+__device__ inline void move_staged_scales(const Targets& targets, const std::byte* stage, int words, int offset) {
+  for_each_lane(targets.present, 0, [&](int lane) {
+    std::byte* to = of_lane(targets.scales, lane) + offset;
+    for (int word = lane_index(); word < words; word += kLanes) {
+      reinterpret_cast<std::uint32_t*>(to)[word] = reinterpret_cast<const std::uint32_t*>(stage)[word];
+    }
+  });
+}
+
+// The records of a token for all targets; `ordinal` counts its destinations so far that are other ranks. By one warp.
+__device__ inline void write_records(const MoveArgs& args, std::int32_t token, const TokenChoices& choices, const Targets& targets,
+                                     std::int32_t& ordinal) {
+  const Context& c = args.context;
+  const auto first_partial = static_cast<std::int32_t>(token * c.shape.partials_per_token());
+  for_each_lane(targets.present, 0, [&](int lane) {
+    const int rank = targets.first_rank + lane;
+    const RecordHead head{token, rank == c.rank ? -1 : first_partial + ordinal};
+    if (rank != c.rank) ++ordinal;
+    write_record(of_lane(targets.record, lane), head, choices, local_ids_at(args.routing, choices, rank), args.routing.top_k);
+  });
+}
+
+}  // namespace tokenyard::cuda

@@ -1,0 +1,152 @@
+// Moves rows by bulk copies, one warp a row: into shared memory and from there to each rank, two rows under way per warp.
+// Quantised rows are made in shared memory instead of loaded.
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+
+#include "kernels/cuda/bulk.cuh"
+#include "kernels/cuda/move.cuh"
+#include "kernels/cuda/preload.h"
+
+namespace tokenyard::cuda {
+namespace {
+
+constexpr int kMaxWarps = 16;
+constexpr int kStages = 2;  // of one row each; a third was not faster
+
+struct WarpMemory {
+  std::byte* stages;  // [kStages][row_bytes]
+  std::byte* scales;  // of one row, where rows are quantised
+  bulk::Barrier* barriers;
+};
+
+__host__ __device__ std::int64_t warp_bytes(const MoveJob& job) {
+  const std::int64_t scales = job.args.source.quantise ? protocol::align_up(job.scales.row_bytes, 16) : 0;
+  return kStages * job.args.source.row_bytes + scales;
+}
+
+// By lane 0.
+__device__ void prefetch(const MoveJob& job, std::int32_t token, const WarpMemory& memory, int stage) {
+  const auto bytes = static_cast<std::uint32_t>(job.args.source.row_bytes);
+  memory.barriers[stage].expect(bytes);
+  bulk::load(memory.stages + stage * job.args.source.row_bytes, row_at(job.args.source, token), bytes, memory.barriers[stage]);
+}
+
+// The whole row and its scales, by the warp; lane 0 may then store the row.
+__device__ void quantise_row(const MoveJob& job, std::int32_t token, const WarpMemory& memory, int stage) {
+  const SourceArgs& source = job.args.source;
+  // The stores that read this stage were committed two rows ago, so all but the last group have been read.
+  if (lane_index() == 0) bulk::wait_read<kStages - 1>();
+  __syncwarp();
+  const int blocks = (source.hidden_size + kQuantiseBlock - 1) / kQuantiseBlock;
+  quantise_blocks(job, token, {.end = blocks}, {memory.stages + stage * source.row_bytes, memory.scales});
+  bulk::fence_shared();
+  __syncwarp();
+}
+
+// By the warp; lane 0 issues one store per rank.
+__device__ void store_row(const MoveJob& job, std::int32_t token, const std::byte* row, std::uint64_t call) {
+  const Context& c = job.args.context;
+  const auto bytes = static_cast<std::uint32_t>(job.args.source.row_bytes);
+  for (int first = 0; first < c.ranks; first += kLanes) {
+    const Targets targets = targets_of(job, token, first, call);
+    for_each_lane(targets.present, start_lane(c, token, first), [&](int lane) {
+      std::byte* to = of_lane(targets.row, lane);
+      if (lane_index() == 0) bulk::store(to, row, bytes);
+    });
+  }
+  if (lane_index() == 0) bulk::commit();
+}
+
+// What goes beside the row, by ordinary stores.
+template <bool kQuantise>
+__device__ void store_metadata(const MoveJob& job, std::int32_t token, const TokenChoices& choices, const WarpMemory& memory,
+                               std::uint64_t call) {
+  const Context& c = job.args.context;
+  std::int32_t ordinal = 0;
+  for (int first = 0; first < c.ranks; first += kLanes) {
+    const Targets targets = targets_of(job, token, first, call);
+    if (targets.present == 0) continue;
+    if (kQuantise) {
+      move_staged_scales(targets, memory.scales, static_cast<int>(job.scales.row_bytes / 4), 0);
+    } else {
+      move_scales(job, token, targets);
+    }
+    if (!job.args.cached) write_records(job.args, token, choices, targets, ordinal);
+  }
+}
+
+template <bool kQuantise>
+__device__ void move_rows(const MoveJob& job, const WarpMemory& memory) {
+  const MoveArgs& args = job.args;
+  const std::uint64_t call = call_number(args.context);
+  const std::int32_t tokens = tokens_of(args);
+  const int step = static_cast<int>(gridDim.x) * warps_of_block();
+  std::int32_t token = warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  int stage = 0;
+  std::uint32_t parity = 0;
+  if (!kQuantise && lane_index() == 0) {
+    for (int i = 0; i < kStages; ++i) memory.barriers[i].init(1);
+    bulk::publish_barriers();
+    if (token < tokens) prefetch(job, token, memory, stage);
+  }
+  __syncwarp();
+  for (; token < tokens; token += step) {
+    TokenChoices choices;
+    if (!args.cached) choices = choices_of(args.routing, args.context.rank, token);
+    if constexpr (kQuantise) {
+      quantise_row(job, token, memory, stage);
+    } else {
+      memory.barriers[stage].wait(parity);
+    }
+    store_row(job, token, memory.stages + stage * args.source.row_bytes, call);
+    if (!kQuantise && lane_index() == 0 && token + step < tokens) {
+      bulk::wait_read<kStages - 1>();  // the other stage's stores have read it; this one's may go on
+      prefetch(job, token + step, memory, stage ^ 1);
+    }
+    store_metadata<kQuantise>(job, token, choices, memory, call);
+    stage ^= 1;
+    if (stage == 0) parity ^= 1;
+  }
+  if (lane_index() != 0) return;
+  // This thread's bulk stores are complete, and ordered before the flag that is_last_block leads to.
+  bulk::drain();
+  bulk::fence_all();
+}
+
+template <bool kQuantise>
+__global__ void __launch_bounds__(kMaxWarps* kLanes, 1) move_rows_bulk(const __grid_constant__ MoveJob job) {
+  extern __shared__ __align__(128) std::byte shared[];
+  __shared__ bulk::Barrier barriers[kMaxWarps][kStages];
+  if (begin_move(job.args)) {
+    std::byte* mine = shared + warp_index() * warp_bytes(job);
+    move_rows<kQuantise>(job, {mine, mine + kStages * job.args.source.row_bytes, barriers[warp_index()]});
+  }
+  __syncwarp();
+  finish_move(job);
+}
+
+const Preloaded preloaded({{move_rows_bulk<false>, kAllSharedMemory}, {move_rows_bulk<true>, kAllSharedMemory}});
+
+}  // namespace
+
+bool launch_move_bulk(const MoveJob& job, Stream stream) {
+  constexpr std::int64_t kStaticShared = 1024;  // at most: barriers, and what call.cuh and the system need
+  int device = 0, shared = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return false;
+  const std::int64_t bytes = warp_bytes(job);
+  const std::int64_t warps = std::min<std::int64_t>(kMaxWarps, (shared - kStaticShared) / bytes);
+  if (warps < 1) return false;
+  const auto threads = static_cast<unsigned>(warps * kLanes);
+  const auto dynamic = static_cast<std::size_t>(warps * bytes);
+  if (job.args.source.quantise) {
+    move_rows_bulk<true><<<job.args.blocks, threads, dynamic, stream>>>(job);
+  } else {
+    move_rows_bulk<false><<<job.args.blocks, threads, dynamic, stream>>>(job);
+  }
+  return true;
+}
+
+}  // namespace tokenyard::cuda
