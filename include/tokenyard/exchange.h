@@ -157,7 +157,8 @@ class Exchange {
   Pending<Received> start_dispatch(const DispatchInput& input, const Handle& handle, const DispatchOptions& options = {});
   Pending<Combined> start_combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options = {});
 
-  // grad_rows in the layout of the dispatch; grad_row_weights optional, shaped as row_weights of that layout.
+  // grad_rows in the layout of the dispatch; grad_row_weights optional, shaped as row_weights of that layout. On cuda on the
+  // stream of the dispatch.
   DispatchGradient dispatch_backward(const Handle& handle, const ConstTensorView& grad_rows, const ConstTensorView& grad_row_weights = {});
   // grad_out [T,H]; y is what was combined (needed for at_expert and at_source).
   CombineGradient combine_backward(const Handle& handle, const ConstTensorView& grad_out, const ConstTensorView& y = {},

@@ -94,8 +94,9 @@ void DeviceHandle::set_counts(const cuda::HostCounts& known) {
 std::span<const std::int64_t> DeviceHandle::dropped() const {
   dropped_.resize(shape.local_experts);
   const std::size_t bytes = dropped_.size() * sizeof(std::int64_t);
-  cuda_check(cudaMemcpyAsync(dropped_.data(), view.dropped, bytes, cudaMemcpyDefault, stream), "reading dropped counts");
-  cuda_check(cudaStreamSynchronize(stream), "reading dropped counts");
+  auto* const on = static_cast<cudaStream_t>(stream);
+  cuda_check(cudaMemcpyAsync(dropped_.data(), view.dropped, bytes, cudaMemcpyDefault, on), "reading dropped counts");
+  cuda_check(cudaStreamSynchronize(on), "reading dropped counts");
   return dropped_;
 }
 

@@ -55,7 +55,6 @@ struct DeviceHandle final : HandleFacts {
   std::shared_ptr<std::byte> block;
   std::shared_ptr<cuda::HostCounts> counts;  // pinned
   cuda::HandleView view;
-  cuda::Stream stream = nullptr;  // on which it becomes valid
   std::int64_t tokens = 0;
   std::int64_t token_rows = -1;
   std::int64_t layout_rows = -1;

@@ -107,6 +107,7 @@ DispatchGradient Exchange::dispatch_backward(const Handle& handle, const ConstTe
                                              const ConstTensorView& grad_row_weights) {
   CombineOptions options;
   options.row_weights = grad_row_weights;
+  options.stream = held(handle.state(), "Handle").stream;
   Combined combined = engine_->combine(grad_rows, handle, options);
   return {combined.out, combined.combined_weights, std::move(combined.memory)};
 }

@@ -33,6 +33,7 @@ struct HandleFacts {
   std::uint64_t placement_hash = 0;
   Layout layout = Layout::token_major;
   Mode mode = Mode::throughput;
+  void* stream = nullptr;  // cuda: the cudaStream_t of the dispatch
 
   virtual ~HandleFacts() = default;
   virtual int top_k() const = 0;
