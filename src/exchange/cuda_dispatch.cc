@@ -259,14 +259,9 @@ void CudaEngine::place_output(const CudaDispatch& job, cudaStream_t stream, Rece
     data = block.get();
     state.lease = std::move(block);
   } else {
-    DeviceBuffer& kept = expert_memory_[job.expert_buffer];
-    if (static_cast<std::int64_t>(kept.bytes()) < bytes) {
-      if (is_capturing(stream))
-        usage_error("a graph is being captured, and expert rows need {} bytes; make the same call once before", bytes);
-      wait_idle();
-      kept = value_or_throw(make_device_buffer(device_, static_cast<std::size_t>(bytes)));
-    }
-    data = kept.data();
+    ExpertMemory& kept = expert_memory_[job.expert_buffer];
+    if (kept.bytes < bytes) kept = {blocks_->take(bytes, stream), bytes};
+    data = kept.data.get();
     state.lease = job.expert_lease;
   }
   state.rows.data = data;

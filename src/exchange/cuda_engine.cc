@@ -43,7 +43,7 @@ int ranks_on_device(const World& world, int device) {
 }  // namespace
 
 CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
-    : ExchangeEngine(world, with_device(options)), device_(options_.device_index), blocks_(std::make_shared<BlockPool>(device_)) {
+    : ExchangeEngine(world, with_device(options)), device_(options_.device_index) {
   const CudaDeviceScope scope(device_);
   cuda_check(scope.status(), "cudaSetDevice");
   const int sharing = ranks_on_device(world_, device_);
@@ -52,6 +52,8 @@ CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
   options_.sm_budget = budget_.multiprocessors;
   latency_blocks_ = sharing > 1 ? budget_.multiprocessors : share;
   cuda::preload_kernels();
+  blocks_ = std::make_shared<BlockPool>(device_);
+  counts_pool_ = std::make_shared<CountsPool>();
   int least = 0, greatest = 0;
   cuda_check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
   stream_ = value_or_throw(make_cuda_stream(greatest));

@@ -115,10 +115,14 @@ class CudaEngine final : public ExchangeEngine {
   std::vector<std::unique_ptr<DeviceArena>> lost_arenas_;  // late stores of a lost rank end there
   std::unique_ptr<LostWatch> watch_;
   std::shared_ptr<BlockPool> blocks_;
-  std::shared_ptr<CountsPool> counts_pool_ = std::make_shared<CountsPool>();
+  std::shared_ptr<CountsPool> counts_pool_;
   std::shared_ptr<LeaseBoard> receive_board_;
   std::shared_ptr<LeaseBoard> expert_board_;
-  std::vector<DeviceBuffer> expert_memory_;  // [depth], of the expert layouts
+  struct ExpertMemory {
+    std::shared_ptr<std::byte> data;
+    std::int64_t bytes = 0;
+  };
+  std::vector<ExpertMemory> expert_memory_;  // [depth], of the expert layouts
   DeviceBuffer scratch_;
   std::uint64_t* masks_ = nullptr;
   std::int32_t* plan_chunks_ = nullptr;

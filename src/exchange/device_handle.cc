@@ -1,5 +1,7 @@
 #include "exchange/device_handle.h"
 
+#include <algorithm>
+#include <tuple>
 #include <utility>
 
 #include "core/usage.h"
@@ -27,41 +29,63 @@ ConstTensorView list(const std::int32_t* data, std::int64_t count) { return tens
 
 }  // namespace
 
+BlockPool::BlockPool(int device) : device_(device), stream_(value_or_throw(make_cuda_stream())) {
+  cudaMemPoolProps properties{};
+  properties.allocType = cudaMemAllocationTypePinned;
+  properties.location = {cudaMemLocationTypeDevice, device};
+  cuda_check(cudaMemPoolCreate(&memory_, &properties), "cudaMemPoolCreate");
+  std::uint64_t keep_all = ~std::uint64_t{0};
+  cuda_check(cudaMemPoolSetAttribute(memory_, cudaMemPoolAttrReleaseThreshold, &keep_all), "cudaMemPoolSetAttribute");
+}
+
+BlockPool::~BlockPool() {
+  const CudaDeviceScope scope(device_);
+  for (const auto& [bytes, block] : free_) cudaFreeAsync(block, stream_.get());
+  cudaStreamSynchronize(stream_.get());
+  cudaMemPoolDestroy(memory_);
+}
+
+std::byte* BlockPool::allocate(std::int64_t bytes) {
+  void* block = nullptr;
+  const std::string what = fmt::format("{} bytes of memory on GPU {}", bytes, device_);
+  cuda_check(cudaMallocFromPoolAsync(&block, static_cast<std::size_t>(bytes), memory_, stream_.get()), what);
+  cuda_check(cudaStreamSynchronize(stream_.get()), what);
+  return static_cast<std::byte*>(block);
+}
+
 std::shared_ptr<std::byte> BlockPool::take(std::int64_t bytes, cuda::Stream stream) {
-  DeviceBuffer buffer;
-  {
-    const std::lock_guard lock(mutex_);
-    const auto found = free_.lower_bound(bytes);
-    if (found != free_.end() && found->first <= 2 * bytes + (1 << 20)) {
-      buffer = std::move(found->second);
-      free_.erase(found);
-    }
-  }
-  if (!buffer) {
+  bytes = std::max<std::int64_t>(bytes, 1);
+  const std::lock_guard lock(mutex_);
+  std::byte* block = nullptr;
+  std::int64_t size = bytes;
+  const auto found = free_.lower_bound(bytes);
+  if (found != free_.end() && found->first <= 2 * bytes + (1 << 20)) {
+    std::tie(size, block) = *found;
+    free_.erase(found);
+  } else {
     if (is_capturing(stream)) {
       usage_error(
           "a graph is being captured, and this call needs {} bytes of device memory that no earlier call has left; make the same "
           "call once before the capture, and release what it returned",
           bytes);
     }
-    buffer = value_or_throw(make_device_buffer(device_, static_cast<std::size_t>(bytes)));
+    block = allocate(bytes);
   }
-  auto* const data = buffer.data();
-  auto keep = std::make_shared<DeviceBuffer>(std::move(buffer));
-  return {data, [pool = shared_from_this(), keep](std::byte*) {
-            const std::lock_guard lock(pool->mutex_);
-            const auto size = static_cast<std::int64_t>(keep->bytes());
-            pool->free_.emplace(size, std::move(*keep));
+  return {block, [pool = shared_from_this(), size](std::byte* back) {
+            const std::lock_guard returning(pool->mutex_);
+            pool->free_.emplace(size, back);
           }};
 }
 
+void CountsPool::add_slab() {
+  constexpr std::size_t kSlab = 256;
+  slabs_.push_back(value_or_throw(make_pinned_buffer(kSlab * sizeof(cuda::HostCounts))));
+  for (std::size_t i = 0; i < kSlab; ++i) free_.push_back(new (slabs_.back().as<cuda::HostCounts>() + i) cuda::HostCounts);
+}
+
 std::shared_ptr<cuda::HostCounts> CountsPool::take() {
-  constexpr std::size_t kSlab = 64;
   const std::lock_guard lock(mutex_);
-  if (free_.empty()) {
-    slabs_.push_back(value_or_throw(make_pinned_buffer(kSlab * sizeof(cuda::HostCounts))));
-    for (std::size_t i = 0; i < kSlab; ++i) free_.push_back(new (slabs_.back().as<cuda::HostCounts>() + i) cuda::HostCounts);
-  }
+  if (free_.empty()) add_slab();
   cuda::HostCounts* const counts = free_.back();
   free_.pop_back();
   return {counts, [pool = shared_from_this()](cuda::HostCounts* back) {

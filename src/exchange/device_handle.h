@@ -9,29 +9,41 @@
 #include "exchange/handle_shape.h"
 #include "kernels/cuda/kernels.h"
 #include "memory/cuda_buffer.h"
+#include "memory/cuda_handle.h"
 
 namespace tokenyard::exchange_internal {
 
 // Device memory that is used again: blocks come back when their last owner goes, and kernels that still read them run before
-// those of later calls. Thread-safe; outlives the exchange as long as a block does.
+// those of later calls. Thread-safe; outlives the exchange as long as a block does. Allocating waits for no kernel: ranks may share
+// a GPU, and their kernels wait for each other.
 class BlockPool : public std::enable_shared_from_this<BlockPool> {
  public:
-  explicit BlockPool(int device) : device_(device) {}
+  explicit BlockPool(int device);
+  ~BlockPool();
+  BlockPool(const BlockPool&) = delete;
+  BlockPool& operator=(const BlockPool&) = delete;
   // At least `bytes`, from what came back before, else allocated: UsageError while `stream` captures a graph, which must not allocate.
   std::shared_ptr<std::byte> take(std::int64_t bytes, cuda::Stream stream);
 
  private:
+  std::byte* allocate(std::int64_t bytes);
+
   int device_;
+  CudaStream stream_;
+  cudaMemPool_t memory_ = nullptr;
   std::mutex mutex_;
-  std::multimap<std::int64_t, DeviceBuffer> free_;
+  std::multimap<std::int64_t, std::byte*> free_;
 };
 
 // Counts that the device tells the host, in pinned memory that is used again.
 class CountsPool : public std::enable_shared_from_this<CountsPool> {
  public:
+  CountsPool() { add_slab(); }
   std::shared_ptr<cuda::HostCounts> take();
 
  private:
+  void add_slab();
+
   std::mutex mutex_;
   std::vector<PinnedBuffer> slabs_;
   std::vector<cuda::HostCounts*> free_;
