@@ -98,6 +98,7 @@ cuda::RoutingArgs CudaEngine::routing_args(const CudaDispatch& job) const {
   args.num_tokens = static_cast<std::int32_t>(job.handle->tokens);
   args.top_k = job.header.top_k;
   args.table = tables_[job.handle->placement].view;
+  args.local_experts = job.handle->shape.local_experts;
   if (job.cached) return args;
   args.ids = matrix(job.input.topk_ids);
   args.wide_ids = job.input.topk_ids.dtype == Dtype::int64;
@@ -162,8 +163,13 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
           stream);
     }
     cuda::launch_move(move, stream);
-    cuda::launch_land(
-        {.context = arena_->context(), .handle = job.handle->view, .buffer = job.buffer, .cached = job.cached, .last = !lays_out}, stream);
+    cuda::launch_land({.context = arena_->context(),
+                       .handle = job.handle->view,
+                       .buffer = job.buffer,
+                       .local_experts = shape.local_experts,
+                       .cached = job.cached,
+                       .last = !lays_out},
+                      stream);
   }
   if (lays_out) {
     cuda::launch_layout({.context = arena_->context(),

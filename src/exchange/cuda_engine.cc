@@ -225,10 +225,18 @@ Failure CudaEngine::describe_failure(const protocol::ErrorRecord& record) const 
       failure.detail = arena_->reason_of(record.peer);
       break;
     case FailureKind::mismatch:
+      if (record.mine == record.theirs && record.peer != world_.rank()) {
+        failure.detail = fmt::format("rank {} has stopped with this failure; its own error tells more", record.peer);
+        break;
+      }
+      if (record.mine == record.theirs) {
+        failure.detail = record.expected == cuda::kNotFinite
+                             ? fmt::format("topk_weights of token {} has a weight that is not finite", record.seen)
+                             : fmt::format("topk_ids has the id {} but the placement has {} experts", record.seen, record.expected);
+        break;
+      }
       failure.detail =
-          record.mine == record.theirs
-              ? fmt::format("topk_ids has the id {} (or a weight that is not finite); expected ids below num_experts", record.seen)
-              : fmt::format("rank {} made {}; rank {} made {}", world_.rank(), describe(record.mine), record.peer, describe(record.theirs));
+          fmt::format("rank {} made {}; rank {} made {}", world_.rank(), describe(record.mine), record.peer, describe(record.theirs));
       break;
     case FailureKind::overflow:
       failure.detail = fmt::format(

@@ -7,9 +7,27 @@
 #include "exchange/engine.h"
 #include "exchange/memory_plan.h"
 #include "kernels/cpu/kernels.h"
+#include "protocol/overflow.h"
 #include "protocol/record.h"
 
 namespace tokenyard::exchange_internal {
+namespace {
+
+std::string describe(const protocol::Overflow& overflow, int rank, std::int64_t local) {
+  if (overflow.excess == protocol::Excess::receive_rows) {
+    return fmt::format("rank {} would receive {} rows, receive_rows is {}; raise it, or send fewer tokens, then clear()", rank,
+                       overflow.needed, overflow.capacity);
+  }
+  if (overflow.excess == protocol::Excess::expert_capacity) {
+    return fmt::format(
+        "local expert {} of rank {} would receive {} rows, its capacity is {}; raise expert_capacity or set drop, then clear()", local,
+        rank, overflow.needed, overflow.capacity);
+  }
+  return fmt::format("rank {} would need {} expert rows, max_expert_rows is {}; raise it, then clear()", rank, overflow.needed,
+                     overflow.capacity);
+}
+
+}  // namespace
 
 DispatchJob Engine::make_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached, std::uint64_t call) {
   if (placements_.empty()) usage_error("dispatch without a placement; register one with Exchange::add");
@@ -120,43 +138,28 @@ Expected<void> Engine::decide_overflow(const DispatchJob& job, std::span<const s
   for (std::int64_t source = 0; source < shape_.ranks; ++source) {
     for (std::int64_t word = 0; word < words; ++word) total[word] += counts[source * words + word];
   }
-  auto overflow = [&](int rank, std::int64_t capacity, std::int64_t needed, std::string detail) {
-    Failure failure{.kind = FailureKind::overflow, .phase = Phase::dispatch_counts, .rank = world_.rank(), .peer = rank};
-    failure.expected = capacity;
-    failure.seen = needed;
-    failure.detail = std::move(detail);
-    return unexpected(std::move(failure));
-  };
   const LayoutOptions layout = layout_options(job);
-  const bool is_expert_layout = job.layout() == Layout::expert_major || job.layout() == Layout::expert_padded;
-  const std::int64_t capacity =
-      job.layout() == Layout::expert_padded && layout.expert_capacity == 0 ? shape_.receive_rows : layout.expert_capacity;
+  const bool is_bounded = job.layout() == Layout::expert_major && layout.sizing == Sizing::capacity;
+  const protocol::CountLimits limits{.receive_rows = shape_.receive_rows,
+                                     .expert_capacity = job.layout() == Layout::expert_padded && layout.expert_capacity == 0
+                                                            ? shape_.receive_rows
+                                                            : layout.expert_capacity,
+                                     .max_layout_rows = is_bounded ? layout.max_expert_rows : 0,
+                                     .alignment = layout.alignment,
+                                     .drop = layout.drop,
+                                     .expert_layout = job.layout() == Layout::expert_major || job.layout() == Layout::expert_padded};
   for (int rank = 0; rank < shape_.ranks; ++rank) {
-    if (total[rank] > shape_.receive_rows) {
-      return overflow(rank, shape_.receive_rows, total[rank],
-                      fmt::format("rank {} would receive {} rows, receive_rows is {}; raise it, or send fewer tokens, then clear()", rank,
-                                  total[rank], shape_.receive_rows));
-    }
-    if (!is_expert_layout) continue;
-    std::vector<std::int32_t> experts(shape_.max_local_experts);
+    protocol::ExpertTally experts;
     for (std::int64_t local = 0; local < shape_.max_local_experts; ++local) {
-      const std::int64_t rows = total[shape_.instance_word(rank, local)];
-      experts[local] = static_cast<std::int32_t>(rows);
-      if (capacity != 0 && !layout.drop && rows > capacity) {
-        return overflow(
-            rank, capacity, rows,
-            fmt::format(
-                "local expert {} of rank {} would receive {} rows, its capacity is {}; raise expert_capacity or set drop, then clear()",
-                local, rank, rows, capacity));
-      }
+      experts.add(limits, local, total[shape_.instance_word(rank, local)]);
     }
-    const std::int64_t needed = expert_rows_needed(experts, layout, job.layout());
-    if (job.layout() == Layout::expert_major && layout.sizing == Sizing::capacity && layout.max_expert_rows != 0 &&
-        needed > layout.max_expert_rows) {
-      return overflow(rank, layout.max_expert_rows, needed,
-                      fmt::format("rank {} would need {} expert rows, max_expert_rows is {}; raise it, then clear()", rank, needed,
-                                  layout.max_expert_rows));
-    }
+    const protocol::Overflow found = protocol::find_overflow(limits, total[rank], experts);
+    if (found.excess == protocol::Excess::none) continue;
+    Failure failure{.kind = FailureKind::overflow, .phase = Phase::dispatch_counts, .rank = world_.rank(), .peer = rank};
+    failure.expected = found.capacity;
+    failure.seen = found.needed;
+    failure.detail = describe(found, rank, experts.excess_local);
+    return unexpected(std::move(failure));
   }
   return {};
 }

@@ -168,15 +168,6 @@ Expected<void> lay_out_experts(HandleState& handle, const LayoutOptions& options
 
 }  // namespace
 
-std::int64_t expert_rows_needed(std::span<const std::int32_t> counts, const LayoutOptions& options, Layout layout) {
-  std::int64_t rows = 0;
-  for (std::int64_t count : counts) {
-    if (options.drop && options.expert_capacity != 0) count = std::min(count, options.expert_capacity);
-    rows += layout == Layout::expert_major ? padded(count, options.alignment) : count;
-  }
-  return rows;
-}
-
 Expected<void> lay_out(HandleState& handle, const LayoutOptions& options, const protocol::ArenaShape& shape) {
   Metadata& meta = handle.metadata;
   handle.dropped_rows.assign(options.local_experts, 0);

@@ -23,7 +23,4 @@ struct LayoutOptions {
 // expert layout does not hold the rows (the count matrix has excluded that in throughput mode).
 Expected<void> lay_out(HandleState& handle, const LayoutOptions& options, const protocol::ArenaShape& shape);
 
-// Rows of an expert layout that a rank would need, for the overflow decision: counts [L] true rows per local expert.
-std::int64_t expert_rows_needed(std::span<const std::int32_t> counts, const LayoutOptions& options, Layout layout);
-
 }  // namespace tokenyard::exchange_internal

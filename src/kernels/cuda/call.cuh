@@ -37,7 +37,8 @@ __device__ inline protocol::DeviceBeacon& beacon(const Context& c, int owner) {
   return *reinterpret_cast<protocol::DeviceBeacon*>(arena(c, owner) + c.layout.beacon);
 }
 
-// The number of the call under way. The kernels of a call are ordered by the stream, so plain reads do.
+// The number of the call under way. The kernels of a call are ordered by the stream, so plain reads do. It costs a trip to the
+// L2 cache: kernels in a hurry ask once.
 __device__ inline std::uint64_t call_number(const Context& c) { return *const_cast<volatile std::uint64_t*>(&c.state->call) + 1; }
 __device__ inline bool has_failed(const Context& c) {
   const volatile protocol::DeviceState& state = *c.state;
@@ -132,11 +133,12 @@ __device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phas
 
 // The whole block waits for `flag` of every rank, itself included. Block-uniform; false: the call has failed. Ends with a
 // barrier, behind which all threads see what the flags publish.
-__device__ inline bool wait_for_all(const Context& c, Flag flag, Phase phase) {
+__device__ inline bool wait_for_all(const Context& c, Flag flag, Phase phase, std::uint64_t call) {
   bool arrived = true;
-  for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) arrived = wait_for_flag(c, flag, peer, phase) && arrived;
+  for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) arrived = wait_for_flag(c, flag, peer, phase, call) && arrived;
   return __syncthreads_and(arrived) != 0;
 }
+__device__ inline bool wait_for_all(const Context& c, Flag flag, Phase phase) { return wait_for_all(c, flag, phase, call_number(c)); }
 
 // Tells `peer`, by one thread. release at system scope: publishes what this thread has done and seen before.
 __device__ inline void set_flag(const Context& c, Flag flag, int peer) {
@@ -144,12 +146,13 @@ __device__ inline void set_flag(const Context& c, Flag flag, int peer) {
 }
 // By the threads of one block, after a barrier behind the work to publish. The fence makes other threads' work, which the
 // barrier has ordered before, part of what the flag publishes.
-__device__ inline void set_flag_everywhere(const Context& c, Flag flag) {
+__device__ inline void set_flag_everywhere(const Context& c, Flag flag, std::uint64_t call) {
   for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
     __threadfence_system();
-    set_flag(c, flag, (c.rank + 1 + i) % c.ranks);
+    ptx::store_release(&mailbox(c, (c.rank + 1 + i) % c.ranks, c.rank).flags[static_cast<int>(flag)], call);
   }
 }
+__device__ inline void set_flag_everywhere(const Context& c, Flag flag) { set_flag_everywhere(c, flag, call_number(c)); }
 
 // What this rank is about to do, to every peer; by the threads of one block (block 0 of a call's first kernel).
 __device__ inline void announce(const Context& c, protocol::CallHeader header, std::uint64_t buffer) {

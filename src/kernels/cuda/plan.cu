@@ -1,5 +1,7 @@
 // Who gets what, and where: every block counts a chunk of tokens, the last one exchanges counts with all ranks and places rows.
 
+#include <algorithm>
+
 #include "kernels/cuda/preload.h"
 #include "kernels/cuda/received.cuh"
 #include "kernels/cuda/routing.cuh"
@@ -108,22 +110,20 @@ __device__ void count_chunk(const PlanArgs& args, ChunkMemory& memory) {
 }
 
 // This rank's row of the count matrix, to everybody. release: the flag publishes it.
-__device__ void publish_counts(const PlanArgs& args) {
+__device__ void publish_counts(const PlanArgs& args, std::uint64_t call) {
   const Context& c = args.context;
-  const std::uint64_t call = call_number(c);
   const int words = static_cast<int>(c.shape.count_words());
   for (int i = 0; i < c.ranks; ++i) {
     std::int32_t* row = count_row(c, (c.rank + 1 + i) % c.ranks, c.rank, call);
     for (int word = threadIdx.x; word < words; word += kPlanThreads) row[word] = args.counts[word];
   }
   __syncthreads();
-  set_flag_everywhere(c, Flag::counts);
+  set_flag_everywhere(c, Flag::counts, call);
 }
 
 // args.counts becomes the sum over all ranks.
-__device__ void sum_counts(const PlanArgs& args) {
+__device__ void sum_counts(const PlanArgs& args, std::uint64_t call) {
   const Context& c = args.context;
-  const std::uint64_t call = call_number(c);
   for (int word = threadIdx.x; word < c.shape.count_words(); word += kPlanThreads) {
     std::int32_t sum = 0;
 #pragma unroll 4
@@ -186,9 +186,8 @@ __device__ bool everything_fits(const PlanArgs& args, LastMemory& memory) {
 }
 
 // Numbers within chunks become indices at the destination: behind the rows of lower ranks, and of this rank's earlier chunks.
-__device__ void place_rows(const PlanArgs& args) {
+__device__ void place_rows(const PlanArgs& args, std::uint64_t call) {
   const Context& c = args.context;
-  const std::uint64_t call = call_number(c);
   const int chunks = (args.routing.num_tokens + kPlanChunk - 1) / kPlanChunk;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     std::int32_t base = 0;
@@ -218,9 +217,8 @@ __device__ void place_rows(const PlanArgs& args) {
 }
 
 // What the handle says of this rank's counts.
-__device__ void fill_handle(const PlanArgs& args, const LastMemory& memory) {
+__device__ void fill_handle(const PlanArgs& args, const LastMemory& memory, std::uint64_t call) {
   const Context& c = args.context;
-  const std::uint64_t call = call_number(c);
   const HandleView& handle = args.handle;
   for (int rank = threadIdx.x; rank < c.ranks; rank += kPlanThreads) {
     handle.rank_counts[rank] = count_row(c, c.rank, rank, call)[c.rank];
@@ -255,13 +253,14 @@ __device__ void fill_handle(const PlanArgs& args, const LastMemory& memory) {
 __device__ bool exchange_and_place(const PlanArgs& args, LastMemory& memory) {
   const Context& c = args.context;
   if (block_has_failed(c)) return false;
-  publish_counts(args);
+  const std::uint64_t call = call_number(c);
+  publish_counts(args, call);
   if (!wait_until_begun(c, args.header, Phase::dispatch_credit)) return false;
-  if (!wait_for_all(c, Flag::counts, Phase::dispatch_counts)) return false;
-  sum_counts(args);
+  if (!wait_for_all(c, Flag::counts, Phase::dispatch_counts, call)) return false;
+  sum_counts(args, call);
   if (!everything_fits(args, memory)) return false;
-  fill_handle(args, memory);
-  place_rows(args);
+  fill_handle(args, memory, call);
+  place_rows(args, call);
   return true;
 }
 
@@ -291,7 +290,8 @@ const Preloaded preloaded({{plan_dispatch}});
 
 void launch_plan(const PlanArgs& args, Stream stream) {
   const int chunks = (args.routing.num_tokens + kPlanChunk - 1) / kPlanChunk;
-  plan_dispatch < < <chunks> 0 ? chunks : 1, kPlanThreads, 0, stream >>> (args);
+  const int blocks = std::max(chunks, 1);  // also without tokens there are counts to exchange
+  plan_dispatch<<<blocks, kPlanThreads, 0, stream>>>(args);
 }
 
 }  // namespace tokenyard::cuda

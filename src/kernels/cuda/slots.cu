@@ -35,6 +35,7 @@ struct alignas(16) SlotsStage {  // where rows are quantised
 
 // What a block knows of the token it sends.
 struct Token {
+  std::uint64_t call = 0;
   std::int32_t index = 0;
   TokenChoices choices;    // of this warp's lanes
   int4 row[kUnroll] = {};  // the first piece, unless rows are quantised
@@ -54,7 +55,7 @@ __device__ bool meet_peers(const MoveArgs& args, const protocol::CallHeader& hea
   bool good = true;
   for (int peer = threadIdx.x; peer < c.ranks; peer += kSlotThreads) {
     std::byte* at = arena(c, peer);
-    if (peer != c.rank) good = wait_for_flag(c, Flag::begun, peer, Phase::dispatch_credit) && good;
+    if (peer != c.rank) good = wait_for_flag(c, Flag::begun, peer, Phase::dispatch_credit, call) && good;
     if (peer < kKnownPeers) memory.peers[peer] = {at, buffer_of(c, peer, call, args.buffer)};
     if (peer != c.rank) good = good && agrees(c, header, peer, Phase::dispatch_credit);
   }
@@ -62,8 +63,9 @@ __device__ bool meet_peers(const MoveArgs& args, const protocol::CallHeader& hea
 }
 
 // Everything about a token that needs no peer: loads are under way, or done, before the wait.
-__device__ Token look_at(const MoveJob& job, std::int32_t index) {
+__device__ Token look_at(const MoveJob& job, std::int32_t index, std::uint64_t call) {
   Token token;
+  token.call = call;
   token.index = index;
   const SourceArgs& source = job.args.source;
   if (!source.quantise) {
@@ -110,14 +112,13 @@ __device__ void find_destinations(const MoveArgs& args, const Token& token, Slot
 __device__ void store_piece(const MoveJob& job, const Token& token, const int4 (&v)[kUnroll], std::int64_t piece,
                             const SlotsMemory& memory) {
   const Context& c = job.args.context;
-  const std::uint64_t call = call_number(c);
   const std::int64_t bytes = job.args.source.row_bytes - piece;
   const std::int64_t slot = c.rank * c.shape.max_tokens_per_rank + token.index;
   const int start = (c.rank + 1 + token.index) % c.ranks;
   for (int i = 0; i < c.ranks; ++i) {
     const int rank = start + i < c.ranks ? start + i : start + i - c.ranks;
     if (!goes_to(memory, rank)) continue;
-    const Peer peer = peer_of(job.args, memory, rank, call);
+    const Peer peer = peer_of(job.args, memory, rank, token.call);
     std::byte* to = peer.arena + c.layout.rows + peer.buffer * c.layout.rows_bytes + slot * job.args.source.row_bytes + piece;
 #pragma unroll
     for (int j = 0; j < kUnroll; ++j) {
@@ -131,12 +132,11 @@ __device__ void store_piece(const MoveJob& job, const Token& token, const int4 (
 __device__ void store_scales(const MoveJob& job, const Token& token, const SlotsMemory& memory) {
   const Context& c = job.args.context;
   const ScaleCopy& scales = job.scales;
-  const std::uint64_t call = call_number(c);
   const std::int64_t slot = c.rank * c.shape.max_tokens_per_rank + token.index;
   if (scales.units == 0) return;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     if (!goes_to(memory, rank)) continue;
-    const Peer peer = peer_of(job.args, memory, rank, call);
+    const Peer peer = peer_of(job.args, memory, rank, token.call);
     std::byte* to = peer.arena + c.layout.scales + peer.buffer * c.layout.scales_bytes + slot * scales.row_bytes;
     for (int unit = lane_index(); unit < scales.units; unit += kLanes) {
       const int4 value = unit < kLanes ? token.scales : load_scale_unit(job, token.index, unit);
@@ -150,13 +150,12 @@ __device__ void store_staged_scales(const MoveJob& job, const Token& token, int 
                                     const SlotsMemory& memory) {
   const Context& c = job.args.context;
   const SourceArgs& source = job.args.source;
-  const std::uint64_t call = call_number(c);
   const int blocks = min(kPieceBlocks, (source.hidden_size + kQuantiseBlock - 1) / kQuantiseBlock - first_block);
   const int words = quantised_scale_bytes(source.format, blocks) / 4;
   const std::int64_t slot = c.rank * c.shape.max_tokens_per_rank + token.index;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     if (!goes_to(memory, rank)) continue;
-    const Peer peer = peer_of(job.args, memory, rank, call);
+    const Peer peer = peer_of(job.args, memory, rank, token.call);
     std::byte* to = peer.arena + c.layout.scales + peer.buffer * c.layout.scales_bytes + slot * job.scales.row_bytes;
     to += quantised_scale_bytes(source.format, first_block);
     for (int word = lane_index(); word < words; word += kLanes) {
@@ -189,7 +188,6 @@ __device__ std::int32_t remote_ordinal(const SlotsMemory& memory, int own_rank, 
 // A record for every rank, also where the token does not go: the receiver has no other way to know.
 __device__ void store_records(const MoveArgs& args, const Token& token, const SlotsMemory& memory) {
   const Context& c = args.context;
-  const std::uint64_t call = call_number(c);
   const std::int64_t slot = c.rank * c.shape.max_tokens_per_rank + token.index;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     RecordHead head;
@@ -198,7 +196,7 @@ __device__ void store_records(const MoveArgs& args, const Token& token, const Sl
       const std::int64_t first_partial = token.index * c.shape.partials_per_token();
       if (rank != c.rank) head.partial_slot = static_cast<std::int32_t>(first_partial + remote_ordinal(memory, c.rank, rank));
     }
-    const Peer peer = peer_of(args, memory, rank, call);
+    const Peer peer = peer_of(args, memory, rank, token.call);
     std::byte* to = peer.arena + c.layout.records + peer.buffer * c.layout.records_bytes + slot * c.shape.record_bytes();
     write_record(to, head, token.choices, local_ids_at(args.routing, token.choices, rank), args.routing.top_k);
   }
@@ -210,12 +208,13 @@ __device__ bool send_tokens(const MoveJob& job, const protocol::CallHeader& head
   const MoveArgs& args = job.args;
   const std::int64_t row_bytes = args.source.row_bytes;
   const std::int32_t tokens = args.cached ? args.handle.header->num_tokens : args.routing.num_tokens;
+  const std::uint64_t call = call_number(args.context);
   bool met = false;
   for (std::int32_t index = static_cast<std::int32_t>(blockIdx.x); index < tokens; index += static_cast<std::int32_t>(gridDim.x)) {
-    Token token = look_at(job, index);
+    Token token = look_at(job, index, call);
     if constexpr (kQuantise) quantise_piece(job, token, 0, token.row, *stage);
     find_destinations(args, token, memory);
-    if (!met && !meet_peers(args, header, memory, call_number(args.context))) return false;
+    if (!met && !meet_peers(args, header, memory, call)) return false;
     met = true;
     store_piece(job, token, token.row, 0, memory);
     if constexpr (kQuantise) {
@@ -254,7 +253,7 @@ __device__ void publish_rows(const MoveJob& job, const protocol::CallHeader& hea
     mailbox(c, peer, c.rank).tokens[call % protocol::kRing] = static_cast<std::uint64_t>(tokens);
   }
   __syncthreads();
-  set_flag_everywhere(c, Flag::rows);
+  set_flag_everywhere(c, Flag::rows, call);
   for (int rank = warp_index(); !args.cached && rank < c.ranks; rank += warps_of_block()) {
     std::int32_t sent = 0;
     for (std::int32_t token = lane_index(); token < tokens; token += kLanes) {
@@ -268,10 +267,10 @@ __device__ void publish_rows(const MoveJob& job, const protocol::CallHeader& hea
 }
 
 // A share of the slots of one source, by the block.
-__device__ void land_source(const MoveArgs& args, int source, unsigned part, unsigned parts) {
+__device__ void land_source(const MoveArgs& args, std::uint64_t call, int source, unsigned part, unsigned parts) {
   const Context& c = args.context;
   const HandleView& handle = args.handle;
-  const std::uint64_t sent = mailbox(c, c.rank, source).tokens[call_number(c) % protocol::kRing];
+  const std::uint64_t sent = mailbox(c, c.rank, source).tokens[call % protocol::kRing];
   const auto top_k = static_cast<unsigned>(handle.top_k);
   const std::int64_t first_row = source * c.shape.max_tokens_per_rank;
   const std::int64_t record_bytes = c.shape.record_bytes();
@@ -297,12 +296,13 @@ __device__ void land_source(const MoveArgs& args, int source, unsigned part, uns
 __device__ void land_slots(const MoveArgs& args) {
   const Context& c = args.context;
   if (block_has_failed(c)) return;
+  const std::uint64_t call = call_number(c);
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   for (int source = block % c.ranks; source < c.ranks; source += blocks) {
-    const bool arrived = threadIdx.x != 0 || wait_for_flag(c, Flag::rows, source, Phase::dispatch_rows);
+    const bool arrived = threadIdx.x != 0 || wait_for_flag(c, Flag::rows, source, Phase::dispatch_rows, call);
     if (__syncthreads_and(arrived) == 0) return;
     const int parts = max(1, (blocks - source + c.ranks - 1) / c.ranks);
-    land_source(args, source, static_cast<unsigned>(block / c.ranks), static_cast<unsigned>(parts));
+    land_source(args, call, source, static_cast<unsigned>(block / c.ranks), static_cast<unsigned>(parts));
   }
 }
 
