@@ -54,24 +54,23 @@ constexpr TY_HOST_DEVICE std::int64_t unfolded_slot(const protocol::ArenaShape& 
   return (token * shape.top_k + k) * shape.max_fanout + ordinal;
 }
 
-constexpr int kWarp = 32;
-
 // How rows of `vectors` 16-byte vectors are cut, so that `warps` warps have about the same to do: many rows stay whole, few
 // are cut down to two vectors per lane. A row without vectors is one empty segment.
 struct RowCut {
   int segments = 1;
-  int length = 0;  // vectors of a segment, a multiple of kWarp; the last one may be shorter
+  int length = 0;                   // vectors of a segment, a multiple of kStep; the last one may be shorter
+  static constexpr int kStep = 32;  // what a warp takes at once
 
   static constexpr TY_HOST_DEVICE RowCut of(std::int64_t rows, std::int64_t warps, int vectors) {
     constexpr std::int64_t kUnitsPerWarp = 4;
     constexpr int kLeast = 2;
-    const int steps = (vectors + kWarp - 1) / kWarp;
+    const int steps = (vectors + kStep - 1) / kStep;
     if (steps == 0) return {};
     const std::int64_t wanted = rows > 0 ? (kUnitsPerWarp * warps + rows - 1) / rows : 1;
     const int most = (steps + kLeast - 1) / kLeast;
     const int segments = wanted < most ? static_cast<int>(wanted) : most;
     const int steps_each = (steps + segments - 1) / segments;
-    return {.segments = (steps + steps_each - 1) / steps_each, .length = steps_each * kWarp};
+    return {.segments = (steps + steps_each - 1) / steps_each, .length = steps_each * kStep};
   }
 };
 

@@ -5,57 +5,47 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/call.cuh"
+#include "kernels/cuda/block.cuh"
 #include "kernels/cuda/combine_arithmetic.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/numbers.cuh"
+#include "kernels/cuda/preload.h"
 
 namespace tokenyard::cuda {
 
-// One block fills a multiprocessor; registers are held below what that allows.
+// One block fills a multiprocessor: what is under way at once is bounded by registers, of which every thread may have 128.
 constexpr int kCombineThreads = 512;
-constexpr unsigned kAllLanes = 0xffffffffU;
-constexpr int kStepBytes = kWarp * kVectorBytes;  // what a warp reads of a row at once
+constexpr int kStepBytes = kLanes * kVectorBytes;  // what a warp reads of a row at once
 
 // Tickets of is_last_block.
-constexpr int kEndTicket = 0;
-constexpr int kPushTicket = 1;  // of a kernel that pushes and sums
+enum CombineTicket { kCombineEnd, kCombinePushed };
 
-__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % kWarp); }
-__device__ __forceinline__ int warps_per_block() { return static_cast<int>(blockDim.x / kWarp); }
 // Neighbours run on different multiprocessors: a few pieces of work spread over all of them.
-__device__ __forceinline__ std::int64_t warp_index() { return static_cast<std::int64_t>(threadIdx.x / kWarp) * gridDim.x + blockIdx.x; }
-__device__ __forceinline__ std::int64_t warp_count() { return static_cast<std::int64_t>(warps_per_block()) * gridDim.x; }
-
-// has_failed, the same answer for all threads of the block.
-__device__ inline bool is_dead(const Context& c) { return __syncthreads_or(threadIdx.x == 0 && has_failed(c)) != 0; }
+__device__ __forceinline__ std::int64_t grid_warp() { return static_cast<std::int64_t>(warp_index()) * gridDim.x + blockIdx.x; }
+__device__ __forceinline__ std::int64_t grid_warps() { return static_cast<std::int64_t>(warps_of_block()) * gridDim.x; }
 
 // In every block of a call's first kernel: waits until all peers make the same call and their arenas may be written. Block-uniform.
 __device__ inline bool begin_combine(const CombineArgs& args) {
   const Context& c = args.context;
-  if (is_dead(c)) return false;
-  protocol::CallHeader header = args.header;
-  header.handle_call = args.handle.header->call;
-  if (blockIdx.x == 0) {
-    if (!settle(c)) return false;
-    announce(c, header, 0);
-  }
-  return wait_until_begun(c, header, Phase::combine_credit);
+  if (block_has_failed(c)) return false;
+  const protocol::CallHeader header = complete_header(args.header, args.handle);
+  if (blockIdx.x == 0 && !begin_call(c, header, 0)) return false;
+  return wait_for_peers(c, header, Phase::combine_credit);
 }
 
-// In every block of the kernel that folds. at_source: combine_weights came before it and has begun the call.
+// In every block of the kernel that folds. at_source: combine_weights came before it and has begun the call. Block-uniform.
 __device__ inline bool begin_push(const CombineArgs& args) {
   if (args.weighting != Weighting::at_source) return begin_combine(args);
-  return !is_dead(args.context) && wait_for_all(args.context, Flag::weights, Phase::combine_weights);
+  return !block_has_failed(args.context) && wait_for_all(args.context, Flag::weights, Phase::combine_weights);
 }
 
 // The lists of one warp, in shared memory.
-struct Term {  // a partial sum of a token
+struct Term {                      // a partial sum of a token
   const std::byte* row = nullptr;  // null: this rank's own, which is still to be folded
   std::int32_t group = 0;
   std::int32_t rank = 0;
 };
-struct Leaf {  // a row of y in the fold of a received row
+struct Leaf {                      // a row of y in the fold of a received row
   const std::byte* row = nullptr;  // null: dropped, its partial sum is zero (unfolded)
   float weight = 1.0F;
   std::int32_t slot = 0;  // unfolded: of staging, where it goes
@@ -68,9 +58,7 @@ struct WarpLists {
   int ranks = 0;
 
   static constexpr TY_HOST_DEVICE int entries(const CombineArgs& args) { return args.context.ranks + args.handle.top_k; }
-  __device__ static WarpLists mine(const CombineArgs& args) {
-    return {.begin = static_cast<int>(threadIdx.x / kWarp) * entries(args), .ranks = args.context.ranks};
-  }
+  __device__ static WarpLists mine(const CombineArgs& args) { return {.begin = warp_index() * entries(args), .ranks = args.context.ranks}; }
   __device__ __forceinline__ Term& term(int n) const { return reinterpret_cast<Term*>(memory())[begin + n]; }
   __device__ __forceinline__ Leaf& leaf(int n) const { return reinterpret_cast<Leaf*>(memory())[begin + ranks + n]; }
 
@@ -118,7 +106,7 @@ __device__ inline int list_leaves(const CombineArgs& args, std::int64_t i, const
   __syncwarp();  // all lanes have read the last list
   int count = 0;
 #pragma unroll 1
-  for (int first = 0; first < top_k; first += kWarp) {
+  for (int first = 0; first < top_k; first += kLanes) {
     const int k = first + lane;
     Leaf leaf;
     bool is_there = false;
@@ -133,39 +121,48 @@ __device__ inline int list_leaves(const CombineArgs& args, std::int64_t i, const
       }
     }
     const unsigned found = __ballot_sync(kAllLanes, is_there);
-    if (is_there) lists.leaf(count + __popc(found & ((1U << lane) - 1))) = leaf;
+    if (is_there) lists.leaf(count + __popc(found & lanes_below())) = leaf;
     count += __popc(found);
   }
   __syncwarp();
   return count;
 }
 
-// The fold of leaves [begin, end), none of them dropped, in kColumns vectors of a row that lie kWarp apart: from +0, rounded.
+// Calls step(constant n, first) for [begin, end) in batches: of four, then one of what is left. Each size is code of its
+// own, without conditions between its loads.
+template <class Step>
+__device__ __forceinline__ void for_each_batch(int begin, int end, Step&& step) {
+  int first = begin;
+#pragma unroll 1
+  for (; first + 4 <= end; first += 4) step(std::integral_constant<int, 4>(), first);
+  const int rest = end - first;
+  if (rest == 3) step(std::integral_constant<int, 3>(), first);
+  if (rest == 2) step(std::integral_constant<int, 2>(), first);
+  if (rest == 1) step(std::integral_constant<int, 1>(), first);
+}
+
+// The fold of leaves [begin, end), none of them dropped, in kColumns vectors of a row that lie kLanes apart: from +0, rounded.
 template <Dtype kDtype, bool kAligned, int kColumns>
 __device__ __forceinline__ void fold_columns(const WarpLists& lists, int begin, int end, int vector, int4 (&folded)[kColumns]) {
-  constexpr int kBatch = 4;  // rows under way at once
   const std::int64_t offset = static_cast<std::int64_t>(vector) * kVectorBytes;
   Floats<kDtype> sums[kColumns];
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) sums[c] = Floats<kDtype>::zero();
-#pragma unroll 1
-  for (int first = begin; first < end; first += kBatch) {
-    int4 rows[kBatch][kColumns];
+  for_each_batch(begin, end, [&](auto size, int first) {
+    int4 rows[size.value][kColumns];
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (first + j >= end) continue;
+    for (int j = 0; j < size.value; ++j) {
       const std::byte* const row = lists.leaf(first + j).row + offset;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) rows[j][c] = load_vector<kAligned>(row + c * kStepBytes);
     }
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (first + j >= end) continue;
+    for (int j = 0; j < size.value; ++j) {
       const float weight = lists.leaf(first + j).weight;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) sums[c].add_product(weight, Floats<kDtype>::of(rows[j][c]));
     }
-  }
+  });
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) folded[c] = sums[c].packed();
 }
@@ -178,11 +175,11 @@ inline bool is_aligned_pitch(const void* data, std::int64_t pitch) {
 
 // Of one warp.
 inline std::int64_t list_bytes(const CombineArgs& args) { return static_cast<std::int64_t>(sizeof(Term)) * WarpLists::entries(args); }
-// As many threads as their lists fit into the shared memory that needs no asking for.
+// As many threads as their lists fit into the shared memory that needs no asking for, beside the kernels' few variables.
 inline int combine_threads(const CombineArgs& args) {
-  constexpr std::int64_t kSharedBytes = 48 * 1024;
+  constexpr std::int64_t kSharedBytes = 47 * 1024;
   const std::int64_t warps = kSharedBytes / list_bytes(args);
-  return static_cast<int>(std::clamp<std::int64_t>(warps, 1, kCombineThreads / kWarp)) * kWarp;
+  return static_cast<int>(std::clamp<std::int64_t>(warps, 1, kCombineThreads / kLanes)) * kLanes;
 }
 
 // Calls visitor(constant of the dtype) with one of the three that this folder adds up.
@@ -217,12 +214,12 @@ struct CombineLaunch {
     const int threads = combine_threads(args);
     config.gridDim = dim3(static_cast<unsigned>(args.blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<std::size_t>(threads / kWarp * list_bytes(args));
+    config.dynamicSmemBytes = static_cast<std::size_t>(threads / kLanes * list_bytes(args));
     config.stream = stream;
     attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = cooperative ? 1 : 0;
+    attribute.val.cooperative = 1;
     config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.numAttrs = cooperative ? 1 : 0;
   }
   CombineLaunch(const CombineLaunch&) = delete;
   CombineLaunch& operator=(const CombineLaunch&) = delete;

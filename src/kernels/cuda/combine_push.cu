@@ -8,8 +8,15 @@ namespace {
 template <Dtype kDtype, bool kAligned>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_push_kernel(const __grid_constant__ CombineArgs args) {
   if (begin_push(args)) push_rows<kDtype, kAligned>(args);
-  if (is_last_block(args.context, kEndTicket) && !is_dead(args.context)) set_flag_everywhere(args.context, Flag::partials);
+  if (is_last_block(args.context, kCombineEnd) && !block_has_failed(args.context)) set_flag_everywhere(args.context, Flag::partials);
 }
+
+const Preloaded preloaded({{combine_push_kernel<Dtype::float32, true>},
+                           {combine_push_kernel<Dtype::float32, false>},
+                           {combine_push_kernel<Dtype::bfloat16, true>},
+                           {combine_push_kernel<Dtype::bfloat16, false>},
+                           {combine_push_kernel<Dtype::float16, true>},
+                           {combine_push_kernel<Dtype::float16, false>}});
 
 }  // namespace
 

@@ -42,15 +42,14 @@ __device__ __forceinline__ void copy_columns(std::byte* to, const std::byte* fro
   for (int c = 0; c < kColumns; ++c) ptx::store_streaming(to + offset + c * kStepBytes, columns[c]);
 }
 
-// The loops over a row are functions of their own, so that registers hold rows in them and not what their caller knows.
 // Vectors [vector, end) in steps of a warp.
 template <bool kAligned>
 __device__ __forceinline__ void copy_vectors(std::byte* to, const std::byte* from, int vector, int end) {
   constexpr int kMany = 4;
 #pragma unroll 1
-  for (; vector + (kMany - 1) * kWarp < end; vector += kMany * kWarp) copy_columns<kAligned, kMany>(to, from, vector);
+  for (; vector + (kMany - 1) * kLanes < end; vector += kMany * kLanes) copy_columns<kAligned, kMany>(to, from, vector);
 #pragma unroll 1
-  for (; vector < end; vector += kWarp) copy_columns<kAligned, 1>(to, from, vector);
+  for (; vector < end; vector += kLanes) copy_columns<kAligned, 1>(to, from, vector);
 }
 
 template <Dtype kDtype, bool kAligned, int kColumns>
@@ -67,7 +66,7 @@ __device__ __forceinline__ void fold_away(const WarpLists& lists, int2 leaves, i
 template <Dtype kDtype, bool kAligned>
 __device__ __forceinline__ void fold_vectors(WarpLists lists, int2 leaves, int vector, int end, std::byte* to) {
 #pragma unroll 1
-  for (; vector + kWarp < end; vector += 2 * kWarp) fold_away<kDtype, kAligned, 2>(lists, leaves, vector, to);
+  for (; vector + kLanes < end; vector += 2 * kLanes) fold_away<kDtype, kAligned, 2>(lists, leaves, vector, to);
   if (vector < end) fold_away<kDtype, kAligned, 1>(lists, leaves, vector, to);
 }
 
@@ -98,24 +97,25 @@ __device__ inline void push_segment(const CombineArgs& args, const AwayRow& row,
 
 __device__ inline void return_weights(const CombineArgs& args, const AwayRow& row) {
   float* const to = weights_back(args.context, row.source) + row.slot * args.context.shape.top_k;
-  for (int k = lane_index(); k < args.handle.top_k; k += kWarp) to[k] = returned_weight(args, row.i, k);
+  for (int k = lane_index(); k < args.handle.top_k; k += kLanes) to[k] = returned_weight(args, row.i, k);
 }
 
 // By all threads of all blocks.
 template <Dtype kDtype, bool kAligned>
 __device__ inline void push_rows(const CombineArgs& args) {
   const Context& c = args.context;
+  if (blockIdx.x == 0) add_link_bytes(c, args.handle.rank_counts, args.header.row_bytes);
   const std::int64_t most = most_rows(args);
   if (c.ranks == 1 || most == 0) return;
   std::int64_t returned = 0;
   for (int source = 0; source < c.ranks; ++source) returned += source != c.rank ? args.handle.rank_counts[source] : 0;
   const int vectors = args.y != nullptr ? static_cast<int>(row_bytes(args) / kVectorBytes) : 0;
-  const RowCut cut = RowCut::of(returned, warp_count(), vectors);
+  const RowCut cut = RowCut::of(returned, grid_warps(), vectors);
   const std::int64_t pieces = most * (c.ranks - 1) * cut.segments;
-  const std::int64_t stride = warp_count();
+  const std::int64_t stride = grid_warps();
   const WarpLists lists = WarpLists::mine(args);
   // A warp looks up its next 32 pieces at once, one per lane: most of them may be absent rows.
-  for (std::int64_t first = warp_index(); first < pieces; first += stride * kWarp) {
+  for (std::int64_t first = grid_warp(); first < pieces; first += stride * kLanes) {
     const std::int64_t piece = first + stride * lane_index();
     const AwayRow mine = piece < pieces ? find_row(args, piece, cut.segments) : AwayRow{};
     for (unsigned found = __ballot_sync(kAllLanes, mine.i >= 0); found != 0; found &= found - 1) {

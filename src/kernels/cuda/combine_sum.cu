@@ -8,9 +8,16 @@ namespace {
 template <Dtype kDtype, bool kAligned>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_sum_kernel(const __grid_constant__ CombineArgs args) {
   const Context& c = args.context;
-  if (!is_dead(c)) sum_tokens<kDtype, kAligned, false>(args, [&] { return wait_for_all(c, Flag::partials, Phase::combine_rows); });
-  if (is_last_block(c, kEndTicket)) end_call(c);
+  if (!block_has_failed(c)) sum_tokens<kDtype, kAligned, false>(args, [&] { return wait_for_all(c, Flag::partials, Phase::combine_rows); });
+  if (is_last_block(c, kCombineEnd)) end_call(c);
 }
+
+const Preloaded preloaded({{combine_sum_kernel<Dtype::float32, true>},
+                           {combine_sum_kernel<Dtype::float32, false>},
+                           {combine_sum_kernel<Dtype::bfloat16, true>},
+                           {combine_sum_kernel<Dtype::bfloat16, false>},
+                           {combine_sum_kernel<Dtype::float16, true>},
+                           {combine_sum_kernel<Dtype::float16, false>}});
 
 }  // namespace
 

@@ -37,18 +37,17 @@ __device__ inline void list_terms(const CombineArgs& args, SumPiece& piece, cons
   const TokenRoute route = route_of(args, piece.token);
   const bool is_ascending = args.order == Order::rank_ascending && args.groups == nullptr;
   const int lane = lane_index();
-  const unsigned below = (1U << lane) - 1;
   __syncwarp();  // all lanes have read the last list
   int served = 0, away = 0;
   piece.own = route.slots[c.rank];
-  for (int first = 0; first < c.ranks; first += kWarp) {
+  for (int first = 0; first < c.ranks; first += kLanes) {
     const int rank = first + lane;
     const std::int32_t slot = rank < c.ranks ? route.slots[rank] : -1;
     const unsigned found = __ballot_sync(kAllLanes, slot >= 0);
     const unsigned others = __ballot_sync(kAllLanes, slot >= 0 && rank != c.rank);
     if (slot >= 0) {
-      const int place = is_ascending ? served + __popc(found & below) : route.place_of(rank);
-      const std::int64_t staged = folded_slot(c.shape, piece.token, away + __popc(others & below));
+      const int place = is_ascending ? served + __popc(found & lanes_below()) : route.place_of(rank);
+      const std::int64_t staged = folded_slot(c.shape, piece.token, away + __popc(others & lanes_below()));
       lists.term(place) = {.row = partial_of(args, slot, staged, rank), .group = route.group_of(rank), .rank = rank};
     }
     served += __popc(found);
@@ -71,8 +70,7 @@ __device__ inline SumPiece prepare_piece(const CombineArgs& args, const RowCut& 
   return piece;
 }
 
-// What the loops over a row need. They are functions of their own, so that registers hold rows in them and not what their
-// caller knows.
+// What belongs to a token beside its partial sums.
 struct SumRow {
   const std::byte* bias0 = nullptr;  // of the token; null: none
   const std::byte* bias1 = nullptr;
@@ -93,7 +91,7 @@ __device__ __forceinline__ Floats<kDtype> bias_vector(const std::byte* row, int 
   return Floats<kDtype>::of(load_vector<false>(row + static_cast<std::int64_t>(vector) * kVectorBytes));
 }
 
-// The sums of the vectors of a token that lie kWarp apart; groups of terms are rounded before they are added.
+// The sums of the vectors of a token that lie kLanes apart; groups of terms are rounded before they are added.
 template <Dtype kDtype, int kColumns, bool kGrouped>
 struct ColumnSums {
   Floats<kDtype> sums[kColumns];
@@ -103,8 +101,8 @@ struct ColumnSums {
   __device__ __forceinline__ void begin(const SumRow& row, int vector) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      sums[c] = bias_vector<kDtype>(row.bias0, vector + c * kWarp);
-      sums[c].add(bias_vector<kDtype>(row.bias1, vector + c * kWarp));
+      sums[c] = bias_vector<kDtype>(row.bias0, vector + c * kLanes);
+      sums[c].add(bias_vector<kDtype>(row.bias1, vector + c * kLanes));
     }
   }
   __device__ __forceinline__ void add(int term_group, const int4 (&row)[kColumns]) {
@@ -128,29 +126,26 @@ struct ColumnSums {
   }
   __device__ __forceinline__ void store(const SumRow& row, int vector) const {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) store_sums(row.out, vector + c * kWarp, sums[c].at, row.out_dtype);
+    for (int c = 0; c < kColumns; ++c) store_sums(row.out, vector + c * kLanes, sums[c].at, row.out_dtype);
   }
 };
 
 // The kinds of a sum. pulled: every term is a row as it lies. folded: this rank's own term is folded first (expert layouts).
 enum class Sum : std::uint8_t { pulled, folded, grouped };
 
-// counts: terms, leaves. kBatch terms are under way at once.
+// counts: terms, leaves.
 template <Dtype kDtype, bool kAligned, Sum kSum, int kColumns>
 __device__ __forceinline__ void sum_columns(const SumRow& row, const WarpLists& lists, int2 counts, int vector) {
-  constexpr int kBatch = 4;
   constexpr bool kFolds = kSum != Sum::pulled;
   const std::int64_t offset = static_cast<std::int64_t>(vector) * kVectorBytes;
   int4 own[kColumns];
   if constexpr (kFolds) fold_columns<kDtype, kAligned, kColumns>(lists, 0, counts.y, vector, own);
   ColumnSums<kDtype, kColumns, kSum == Sum::grouped> sums;
   sums.begin(row, vector);
-#pragma unroll 1
-  for (int first = 0; first < counts.x; first += kBatch) {
-    int4 rows[kBatch][kColumns];
+  for_each_batch(0, counts.x, [&](auto size, int first) {
+    int4 rows[size.value][kColumns];
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (first + j >= counts.x) continue;
+    for (int j = 0; j < size.value; ++j) {
       const std::byte* const from = lists.term(first + j).row;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
@@ -158,10 +153,8 @@ __device__ __forceinline__ void sum_columns(const SumRow& row, const WarpLists& 
       }
     }
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (first + j < counts.x) sums.add(lists.term(first + j).group, rows[j]);
-    }
-  }
+    for (int j = 0; j < size.value; ++j) sums.add(lists.term(first + j).group, rows[j]);
+  });
   sums.close_group();
   sums.store(row, vector);
 }
@@ -170,7 +163,7 @@ template <Dtype kDtype, bool kAligned, Sum kSum>
 __device__ __forceinline__ void sum_vectors(SumRow row, WarpLists lists, int2 counts, int vector, int end) {
   constexpr int kMany = kSum == Sum::grouped ? 1 : 2;
 #pragma unroll 1
-  for (; vector + (kMany - 1) * kWarp < end; vector += kMany * kWarp) {
+  for (; vector + (kMany - 1) * kLanes < end; vector += kMany * kLanes) {
     sum_columns<kDtype, kAligned, kSum, kMany>(row, lists, counts, vector);
   }
   if (kMany > 1 && vector < end) sum_columns<kDtype, kAligned, kSum, 1>(row, lists, counts, vector);
@@ -195,7 +188,7 @@ __device__ __forceinline__ void sum_unfolded(const CombineArgs& args, const SumP
   const TokenRoute route = route_of(args, piece.token);
   const SumRow out = SumRow::of(args, piece.token);
 #pragma unroll 1
-  for (int vector = piece.begin; vector < piece.end; vector += kWarp) {
+  for (int vector = piece.begin; vector < piece.end; vector += kLanes) {
     ColumnSums<kDtype, 1, false> sums;
     sums.begin(out, vector);
 #pragma unroll 1
@@ -237,7 +230,7 @@ __device__ inline void sum_weights(const CombineArgs& args, std::int64_t token) 
   const Context& c = args.context;
   const TokenRoute route = route_of(args, token);
   const int top_k = args.handle.top_k;
-  for (int k = lane_index(); k < top_k; k += kWarp) {
+  for (int k = lane_index(); k < top_k; k += kLanes) {
     float sum = 0.0F;
     int away = 0;
     for (int rank = 0; rank < c.ranks; ++rank) {
@@ -258,17 +251,17 @@ __device__ inline void sum_tokens(const CombineArgs& args, Ready&& ready) {
   const WarpLists lists = WarpLists::mine(args);
   const std::int64_t tokens = min(static_cast<std::int64_t>(args.handle.header->num_tokens), args.context.shape.max_tokens_per_rank);
   const int vectors = args.out != nullptr ? static_cast<int>(row_bytes(args) / kVectorBytes) : 0;
-  const RowCut cut = RowCut::of(tokens, warp_count(), vectors);
+  const RowCut cut = RowCut::of(tokens, grid_warps(), vectors);
   const std::int64_t pieces = tokens * cut.segments;
   bool is_ready = false;
 #pragma unroll 1
-  for (std::int64_t next = warp_index(); !is_ready || next < pieces; next += warp_count()) {
+  for (std::int64_t next = grid_warp(); !is_ready || next < pieces; next += grid_warps()) {
     SumPiece piece;
     if (next < pieces) piece = prepare_piece(args, cut, next, lists);
     if (!is_ready && !ready()) return;
     is_ready = true;
     if (next >= pieces) return;
-    if (args.combined_weights != nullptr && piece.begin < kWarp) sum_weights(args, piece.token);
+    if (args.combined_weights != nullptr && piece.begin < kLanes) sum_weights(args, piece.token);
     if (args.out != nullptr) sum_piece<kDtype, kAligned, kPull>(args, piece, lists);
   }
 }

@@ -11,8 +11,8 @@ __device__ void send_weights(const CombineArgs& args) {
   const int top_k = args.handle.top_k;
   const Matrix& weights = args.source_weights;
   const std::int64_t tokens = args.handle.header->num_tokens;
-  for (std::int64_t token = warp_index(); token < tokens; token += warp_count()) {
-    for (int n = lane_index(); n < c.ranks * top_k; n += kWarp) {
+  for (std::int64_t token = grid_warp(); token < tokens; token += grid_warps()) {
+    for (int n = lane_index(); n < c.ranks * top_k; n += kLanes) {
       const int step = n / top_k;
       const int k = n - step * top_k;
       const int rank = (c.rank + step) % c.ranks;
@@ -26,8 +26,10 @@ __device__ void send_weights(const CombineArgs& args) {
 
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_weights_kernel(const __grid_constant__ CombineArgs args) {
   if (begin_combine(args)) send_weights(args);
-  if (is_last_block(args.context, kEndTicket) && !is_dead(args.context)) set_flag_everywhere(args.context, Flag::weights);
+  if (is_last_block(args.context, kCombineEnd) && !block_has_failed(args.context)) set_flag_everywhere(args.context, Flag::weights);
 }
+
+const Preloaded preloaded({{combine_weights_kernel}});
 
 }  // namespace
 

@@ -1,7 +1,5 @@
 // The gradients of a weighted combine on the rank of the experts, before they travel back.
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
 #include "kernels/cuda/combine_parts.cuh"
@@ -10,7 +8,8 @@ namespace tokenyard::cuda {
 namespace {
 
 constexpr int kDotLanes = 16;  // of cpu::dot: half a warp works on one row
-constexpr int kHalves = kWarp / kDotLanes;
+constexpr int kHalves = kLanes / kDotLanes;
+constexpr int kDifferentiateThreads = 512;
 
 template <Dtype kDtype>
 using Element = std::conditional_t<kDtype == Dtype::float32, float, std::uint16_t>;
@@ -65,18 +64,13 @@ __device__ __forceinline__ float multiply_row(Element<kDtype>* g, const Element<
   return sum;
 }
 
-__device__ __forceinline__ float weight_of(const DifferentiateArgs& args, std::int64_t i, int k) {
-  if (!args.at_source) return args.handle.weights[i * args.handle.top_k + k];
-  return weights_in(args.context, args.context.rank)[i * args.context.shape.top_k + k];
-}
-
 template <Dtype kDtype>
 __device__ void differentiate_rows(const DifferentiateArgs& args) {
   const int top_k = args.handle.top_k;
-  const std::int64_t terms = static_cast<std::int64_t>(args.handle.source_begin[args.context.ranks]) * top_k;
+  const std::int64_t terms = static_cast<std::int64_t>(args.handle.source_begin[args.shape.ranks]) * top_k;
   const std::int64_t half = threadIdx.x / kDotLanes % kHalves;
   // Both halves of a warp go round equally often: they shuffle together.
-  for (std::int64_t first = warp_index() * kHalves; first < terms; first += warp_count() * kHalves) {
+  for (std::int64_t first = grid_warp() * kHalves; first < terms; first += grid_warps() * kHalves) {
     const std::int64_t term = first + half;
     const std::int64_t i = term / top_k;
     const int k = static_cast<int>(term - i * top_k);
@@ -86,7 +80,7 @@ __device__ void differentiate_rows(const DifferentiateArgs& args) {
     if (row >= 0) {
       auto* const g = reinterpret_cast<Element<kDtype>*>(args.g + row * args.g_pitch);
       const auto* const y = reinterpret_cast<const Element<kDtype>*>(args.y + row * args.y_pitch);
-      sum = multiply_row<kDtype>(g, y, weight_of(args, i, k), args.elements);
+      sum = multiply_row<kDtype>(g, y, args.weights[i * args.weights_pitch + k], args.elements);
     }
     __syncwarp();
 #pragma unroll
@@ -96,19 +90,25 @@ __device__ void differentiate_rows(const DifferentiateArgs& args) {
 }
 
 template <Dtype kDtype>
-__global__ void __launch_bounds__(kCombineThreads, 1) differentiate_kernel(const __grid_constant__ DifferentiateArgs args) {
-  if (is_dead(args.context)) return;
-  if (args.at_source && !wait_for_all(args.context, Flag::weights, Phase::combine_weights)) return;
+__global__ void __launch_bounds__(kDifferentiateThreads) differentiate_kernel(const __grid_constant__ DifferentiateArgs args) {
   differentiate_rows<kDtype>(args);
 }
+
+const Preloaded preloaded({{differentiate_kernel<Dtype::float32>},
+                           {differentiate_kernel<Dtype::bfloat16>},
+                           {differentiate_kernel<Dtype::float16>}});
 
 }  // namespace
 
 void launch_differentiate(const DifferentiateArgs& args, Stream stream) {
-  if (args.output_rows == 0 && !args.at_source) return;
-  if (args.output_rows > 0) cudaMemsetAsync(args.row_gradient, 0, static_cast<std::size_t>(args.output_rows) * sizeof(float), stream);
+  if (args.output_rows == 0) return;
+  cudaMemsetAsync(args.row_gradient, 0, static_cast<std::size_t>(args.output_rows) * sizeof(float), stream);
+  constexpr std::int64_t kTermsPerBlock = kDifferentiateThreads / kDotLanes;
+  constexpr std::int64_t kMostBlocks = 1024;  // enough to fill any device; more only takes turns
+  const std::int64_t terms = args.shape.receive_rows * args.handle.top_k;
+  const std::int64_t blocks = std::clamp<std::int64_t>((terms + kTermsPerBlock - 1) / kTermsPerBlock, 1, kMostBlocks);
   visit_combined(args.dtype, [&](auto dtype) {
-    differentiate_kernel<dtype.value><<<static_cast<unsigned>(args.blocks), kCombineThreads, 0, stream>>>(args);
+    differentiate_kernel<dtype.value><<<static_cast<unsigned>(blocks), kDifferentiateThreads, 0, stream>>>(args);
   });
 }
 
