@@ -54,9 +54,7 @@ CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
   cuda::preload_kernels();
   blocks_ = std::make_shared<BlockPool>(device_);
   counts_pool_ = std::make_shared<CountsPool>();
-  int least = 0, greatest = 0;
-  cuda_check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
-  stream_ = value_or_throw(make_cuda_stream(greatest));
+  stream_ = value_or_throw(borrow_cuda_stream());
   entered_ = value_or_throw(make_cuda_event());
   make_scratch();
   arena_ = value_or_throw(DeviceArena::create(world_, options_, shape_));

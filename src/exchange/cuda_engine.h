@@ -130,7 +130,7 @@ class CudaEngine final : public ExchangeEngine {
   std::int32_t* layout_chunks_ = nullptr;
   DeviceBuffer groups_;
   std::vector<DeviceTable> tables_;
-  CudaStream stream_;  // of calls in two halves
+  std::shared_ptr<CUstream_st> stream_;  // of calls in two halves
   CudaEvent entered_;
   CallOrder order_;
   std::uint64_t last_call_ = 0;     // for texts; the device has its own count

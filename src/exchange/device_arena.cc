@@ -18,19 +18,6 @@ struct OwnWords {
   std::uint32_t tickets[cuda::kTickets];
 };
 
-// To the host, without waiting for any other stream.
-void read(void* to, const void* from, std::size_t bytes) {
-  cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, cudaStreamPerThread), "reading the state of the exchange");
-  cuda_check(cudaStreamSynchronize(cudaStreamPerThread), "reading the state of the exchange");
-}
-
-template <class T>
-T read(const void* from) {
-  T value;
-  read(&value, from, sizeof value);
-  return value;
-}
-
 }  // namespace
 
 Expected<std::unique_ptr<DeviceArena>> DeviceArena::create(const World& world, const ExchangeOptions& options,
@@ -70,14 +57,20 @@ Expected<std::unique_ptr<DeviceArena>> DeviceArena::create(const World& world, c
   context.stop = &arena->stop();
   std::vector<std::byte*> pointers;
   for (int rank = 0; rank < world.size(); ++rank) pointers.push_back(arena->memory_->view(rank));
-  cuda_check(cudaMemsetAsync(own, 0, own_bytes, cudaStreamPerThread), "clearing the state of the exchange");
-  cuda_check(cudaMemcpyAsync(views, pointers.data(), ranks * sizeof(std::byte*), cudaMemcpyDefault, cudaStreamPerThread),
-             "filling the table of arenas");
-  // On this thread's default stream: a wait for the whole device would wait for kernels of ranks that wait for this one.
-  cuda_check(cudaStreamSynchronize(cudaStreamPerThread), "preparing the exchange");
+  arena->side_ = value_or_throw(borrow_cuda_stream());
+  cudaStream_t const side = arena->side_.get();
+  cuda_check(cudaMemsetAsync(own, 0, own_bytes, side), "clearing the state of the exchange");
+  cuda_check(cudaMemcpyAsync(views, pointers.data(), ranks * sizeof(std::byte*), cudaMemcpyDefault, side), "filling the table of arenas");
+  // On a stream of its own: a wait for the whole device would wait for kernels of ranks that wait for this one.
+  cuda_check(cudaStreamSynchronize(side), "preparing the exchange");
   log_info("exchange: {} ranks, {} memory on GPU {}, {} bytes per rank", world.size(), name(arena->transport()), options.device_index,
            context.layout.total);
   return arena;
+}
+
+void DeviceArena::read(void* to, const void* from, std::size_t bytes) const {
+  cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, side_.get()), "reading the state of the exchange");
+  cuda_check(cudaStreamSynchronize(side_.get()), "reading the state of the exchange");
 }
 
 protocol::DeviceState DeviceArena::state() const { return read<protocol::DeviceState>(context_.state); }
@@ -100,14 +93,14 @@ std::string DeviceArena::reason_of(int peer) const {
 void DeviceArena::reset(std::uint64_t last_call) {
   protocol::DeviceState fresh;
   fresh.call = last_call;
-  cuda_check(cudaMemsetAsync(context_.tickets, 0, sizeof(OwnWords::tickets), cudaStreamPerThread), "resetting the exchange");
-  cuda_check(cudaMemcpyAsync(context_.state, &fresh, sizeof fresh, cudaMemcpyDefault, cudaStreamPerThread), "resetting the exchange");
+  cuda_check(cudaMemsetAsync(context_.tickets, 0, sizeof(OwnWords::tickets), side_.get()), "resetting the exchange");
+  cuda_check(cudaMemcpyAsync(context_.state, &fresh, sizeof fresh, cudaMemcpyDefault, side_.get()), "resetting the exchange");
   for (int peer = 0; peer < context_.ranks; ++peer) {
     std::byte* const box = at(context_.rank, layout().mailboxes + peer * layout().mailbox_bytes);
-    cuda_check(cudaMemsetAsync(box + offsetof(protocol::DeviceMailbox, failed), 0, sizeof(std::uint64_t), cudaStreamPerThread),
+    cuda_check(cudaMemsetAsync(box + offsetof(protocol::DeviceMailbox, failed), 0, sizeof(std::uint64_t), side_.get()),
                "resetting the exchange");
   }
-  cuda_check(cudaStreamSynchronize(cudaStreamPerThread), "resetting the exchange");
+  cuda_check(cudaStreamSynchronize(side_.get()), "resetting the exchange");
   failure() = {};
   abort() = {};
   stop().lost_peer = 0;

@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/kernels.h"
 #include "memory/cuda_buffer.h"
+#include "memory/cuda_handle.h"
 #include "memory/symmetric_memory.h"
 #include "tokenyard/options.h"
 #include "tokenyard/world.h"
@@ -52,10 +53,19 @@ class DeviceArena {
   };
 
   DeviceArena() = default;
+  // To the host, without waiting for any other stream.
+  void read(void* to, const void* from, std::size_t bytes) const;
+  template <class T>
+  T read(const void* from) const {
+    T value;
+    read(&value, from, sizeof value);
+    return value;
+  }
 
   std::unique_ptr<SymmetricMemory> memory_;
   DeviceBuffer device_;
   PinnedBuffer pinned_;
+  std::shared_ptr<CUstream_st> side_;  // of the host's looks at the device
   cuda::Context context_;
 };
 

@@ -29,7 +29,7 @@ ConstTensorView list(const std::int32_t* data, std::int64_t count) { return tens
 
 }  // namespace
 
-BlockPool::BlockPool(int device) : device_(device), stream_(value_or_throw(make_cuda_stream())) {
+BlockPool::BlockPool(int device) : device_(device), stream_(value_or_throw(borrow_cuda_stream())) {
   cudaMemPoolProps properties{};
   properties.allocType = cudaMemAllocationTypePinned;
   properties.location = {cudaMemLocationTypeDevice, device};

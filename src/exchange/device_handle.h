@@ -29,7 +29,7 @@ class BlockPool : public std::enable_shared_from_this<BlockPool> {
   std::byte* allocate(std::int64_t bytes);
 
   int device_;
-  CudaStream stream_;
+  std::shared_ptr<CUstream_st> stream_;
   cudaMemPool_t memory_ = nullptr;
   std::mutex mutex_;
   std::multimap<std::int64_t, std::byte*> free_;

@@ -217,7 +217,7 @@ Expected<CudaArena> import_ipc(const std::string& handle, int reader) {
 Expected<void> clear_arena(int device, const CudaArena& arena, std::size_t bytes, Deadline deadline) {
   const CudaDeviceScope scope(device);
   if (scope.status() != cudaSuccess) return unexpected(cuda_failure(scope.status(), fmt::format("cudaSetDevice({})", device)));
-  const auto stream = make_cuda_stream();
+  const auto stream = borrow_cuda_stream();
   if (!stream) return unexpected(stream.error());
   if (auto started = cuda_result(cudaMemsetAsync(arena.get(), 0, bytes, stream->get()), "cudaMemset"); !started) return started;
   cudaError_t state = cudaErrorNotReady;

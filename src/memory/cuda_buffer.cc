@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <vector>
 
 #include "memory/cuda_handle.h"
 
@@ -30,6 +33,33 @@ Expected<CudaStream> make_cuda_stream(int priority) {
     return unexpected(cuda_failure(error, fmt::format("cudaStreamCreate with priority {}", priority)));
   }
   return CudaStream(stream);
+}
+
+Expected<std::shared_ptr<CUstream_st>> borrow_cuda_stream() {
+  // Never destroyed: streams may come back while the process ends.
+  static std::mutex& mutex = *new std::mutex;
+  static auto& idle = *new std::map<int, std::vector<CudaStream>>;
+  int device = 0;
+  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return unexpected(cuda_failure(error, "cudaGetDevice"));
+  CudaStream stream;
+  {
+    const std::lock_guard lock(mutex);
+    std::vector<CudaStream>& here = idle[device];
+    if (!here.empty()) {
+      stream = std::move(here.back());
+      here.pop_back();
+    }
+  }
+  if (!stream) {
+    auto made = make_cuda_stream();
+    if (!made) return unexpected(made.error());
+    stream = std::move(*made);
+  }
+  auto kept = std::make_shared<CudaStream>(std::move(stream));
+  return std::shared_ptr<CUstream_st>(kept->get(), [kept, device](CUstream_st*) {
+    const std::lock_guard lock(mutex);
+    idle[device].push_back(std::move(*kept));
+  });
 }
 
 CudaDeviceScope::CudaDeviceScope(int device) {

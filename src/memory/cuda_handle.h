@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <memory>
 #include <utility>
 
 #include "memory/cuda_error.h"
@@ -36,6 +37,10 @@ using CudaStream = CudaHandle<cudaStream_t, cudaStreamDestroy>;
 Expected<CudaEvent> make_cuda_event();
 // Of the current device; does not wait for the legacy default stream.
 Expected<CudaStream> make_cuda_stream(int priority = 0);
+
+// A stream of the current device that comes back here with its last owner, and is then used again. A GPU has few hardware queues;
+// streams that share one run in order, and kernels that wait for each other across ranks would then never meet.
+Expected<std::shared_ptr<CUstream_st>> borrow_cuda_stream();
 
 // Makes a device current; the one before comes back at the end. Creates its context, which later calls rely on.
 class CudaDeviceScope {

@@ -34,14 +34,14 @@ Memory create(const World& world, std::size_t bytes, CudaSharing sharing = CudaS
 // Bytes of device memory, on the host. Copies on a stream of its own: the default one would wait for other ranks' kernels.
 std::vector<std::uint8_t> fetch(const std::byte* from, std::size_t bytes) {
   std::vector<std::uint8_t> host(bytes);
-  const CudaStream stream = value_or_throw(make_cuda_stream());
+  const auto stream = value_or_throw(borrow_cuda_stream());
   cuda_check(cudaMemcpyAsync(host.data(), from, bytes, cudaMemcpyDeviceToHost, stream.get()), "cudaMemcpyAsync");
   cuda_check(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
   return host;
 }
 
 void fill(std::byte* to, int value, std::size_t bytes) {
-  const CudaStream stream = value_or_throw(make_cuda_stream());
+  const auto stream = value_or_throw(borrow_cuda_stream());
   cuda_check(cudaMemsetAsync(to, value, bytes, stream.get()), "cudaMemsetAsync");
   cuda_check(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
 }
@@ -60,7 +60,7 @@ void exchange_patterns(World& world, CudaSharing sharing, std::uint64_t rounds) 
     EXPECT_TRUE(all_are(fetch(memory->view(rank), memory->bytes()), 0)) << "rank " << rank << " as rank " << world.rank() << " sees it";
   }
   const PinnedBuffer result = value_or_throw(make_pinned_buffer(sizeof(PatternResult)));
-  const CudaStream stream = value_or_throw(make_cuda_stream());
+  const auto stream = value_or_throw(borrow_cuda_stream());
   PatternArgs args;
   for (int rank = 0; rank < world.size(); ++rank) args.arenas[rank] = memory->view(rank);
   args.rank = world.rank();

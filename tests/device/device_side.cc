@@ -12,7 +12,7 @@ namespace tokenyard::device_test {
 using exchange_test::Bytes;
 
 DeviceSide::DeviceSide(const DeviceBuffer& pool, int gpu, int ranks)
-    : pool_(pool), gpu_(gpu), ranks_(ranks), stream_(value_or_throw(make_cuda_stream())) {}
+    : pool_(pool), gpu_(gpu), ranks_(ranks), stream_(value_or_throw(borrow_cuda_stream())) {}
 
 void DeviceSide::adapt(ExchangeOptions& options) const {
   options.device = Device::cuda;

@@ -29,7 +29,7 @@ class DeviceSide final : public exchange_test::Side {
   int gpu_;
   int ranks_;
   std::size_t used_ = 0;
-  CudaStream stream_;
+  std::shared_ptr<CUstream_st> stream_;
 };
 
 }  // namespace tokenyard::device_test

@@ -175,9 +175,10 @@ class RankRun {
     return std::max({expected.slots, bound, data_.options.max_expert_rows});
   }
 
-  // Rows of y: those that arrived, or the whole capacity.
+  // Rows of y: those that arrived, or the whole capacity; on a device with a capacity the host does not know how many arrived.
   std::int64_t slots(const naive::Output& received) const {
-    return data_.config.seed % 2 == 0 ? received.slots : std::max(received.slots, capacity_rows_);
+    const bool is_known = !side_.on_device() || data_.config.as<Sizing>(kSizing) == Sizing::exact;
+    return is_known && data_.config.seed % 2 == 0 ? received.slots : std::max(received.slots, capacity_rows_);
   }
 
   // y in the memory that the case wants, shaped as the layout says; NaN where nobody may read.
