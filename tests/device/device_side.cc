@@ -18,6 +18,7 @@ void DeviceSide::adapt(ExchangeOptions& options) const {
   options.device = Device::cuda;
   options.device_index = gpu_;
   options.sm_budget = sm_budget_of(gpu_, ranks_);
+  options.timeout_ms = 5'000;  // a GPU is never that slow; a case that hangs must not cost the others their time
 }
 
 void* DeviceSide::place(Bytes& bytes) {

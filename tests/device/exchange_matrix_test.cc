@@ -27,7 +27,7 @@ using exchange_test::run_processes;
 constexpr std::uint64_t kPairwiseSeed = 1;
 constexpr std::uint64_t kRandomSeed = 40'000;
 constexpr std::uint64_t kRandomCases = 200;
-constexpr int kMostFailures = 10;  // cases: each may cost a deadline, and the next ones rarely say more
+constexpr int kMostFailures = 25;  // cases: each may cost a deadline, and the next ones rarely say more
 
 int ranks_of(const Case& c) { return static_cast<int>(c.number(exchange_test::kRanks)); }
 
