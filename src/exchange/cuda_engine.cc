@@ -32,6 +32,18 @@ ExchangeOptions with_device(ExchangeOptions options) {
   return options;
 }
 
+// What the blocks of a few calls may take, in any layout. Ranks that share a GPU reserve it: their kernels wait for each other, and an
+// allocation in between may wait for all of them.
+std::int64_t block_bytes(const ExchangeOptions& options, const protocol::ArenaShape& shape) {
+  constexpr std::int64_t kCalls = 4;
+  const std::int64_t row = options.max_row_bytes + options.max_scale_bytes;
+  const std::int64_t layout_rows = std::max(expert_major_rows(options), shape.max_local_experts * shape.receive_rows);
+  const std::int64_t handle_rows = std::max(layout_rows, shape.receive_rows) + shape.max_tokens_per_rank * shape.ranks;
+  constexpr std::int64_t kMetadata = 64;  // bytes of a row beside its top_k ids and weights
+  return kCalls * (layout_rows * row + handle_rows * (kMetadata + 12 * shape.top_k) + shape.max_tokens_per_rank * (row + 8 * shape.top_k)) +
+         (std::int64_t{32} << 20);
+}
+
 // How many ranks of this world share this rank's GPU.
 int ranks_on_device(const World& world, int device) {
   cudaDeviceProp properties{};
@@ -54,6 +66,7 @@ CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
   cuda::preload_kernels();
   blocks_ = std::make_shared<BlockPool>(device_);
   counts_pool_ = std::make_shared<CountsPool>();
+  if (sharing > 1) blocks_->reserve(block_bytes(options_, shape_));
   stream_ = value_or_throw(borrow_cuda_stream());
   entered_ = value_or_throw(make_cuda_event());
   make_scratch();

@@ -53,6 +53,11 @@ std::byte* BlockPool::allocate(std::int64_t bytes) {
   return static_cast<std::byte*>(block);
 }
 
+void BlockPool::reserve(std::int64_t bytes) {
+  cuda_check(cudaFreeAsync(allocate(bytes), stream_.get()), "reserving memory");
+  cuda_check(cudaStreamSynchronize(stream_.get()), "reserving memory");
+}
+
 std::shared_ptr<std::byte> BlockPool::take(std::int64_t bytes, cuda::Stream stream) {
   bytes = std::max<std::int64_t>(bytes, 1);
   const std::lock_guard lock(mutex_);

@@ -14,8 +14,7 @@
 namespace tokenyard::exchange_internal {
 
 // Device memory that is used again: blocks come back when their last owner goes, and kernels that still read them run before
-// those of later calls. Thread-safe; outlives the exchange as long as a block does. Allocating waits for no kernel: ranks may share
-// a GPU, and their kernels wait for each other.
+// those of later calls. Thread-safe; outlives the exchange as long as a block does.
 class BlockPool : public std::enable_shared_from_this<BlockPool> {
  public:
   explicit BlockPool(int device);
@@ -24,6 +23,8 @@ class BlockPool : public std::enable_shared_from_this<BlockPool> {
   BlockPool& operator=(const BlockPool&) = delete;
   // At least `bytes`, from what came back before, else allocated: UsageError while `stream` captures a graph, which must not allocate.
   std::shared_ptr<std::byte> take(std::int64_t bytes, cuda::Stream stream);
+  // Takes memory from the system now, so that later blocks come out of it: what the system gives later may wait for kernels.
+  void reserve(std::int64_t bytes);
 
  private:
   std::byte* allocate(std::int64_t bytes);
