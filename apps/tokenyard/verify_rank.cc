@@ -297,7 +297,7 @@ class VerifyRank {
     std::vector<float> in, expected;
     for (int rank = 0; rank < size; ++rank) {
       for (std::int64_t r = 0; r < counts[rank]; ++r) {
-        expected.push_back(static_cast<float>(100 * rank + r));
+        expected.push_back(static_cast<float>(std::int64_t{100} * rank + r));
         if (rank == world_.rank()) in.push_back(expected.back());
       }
     }
@@ -320,7 +320,8 @@ class VerifyRank {
     std::vector<float> in_rows(static_cast<std::size_t>(size) * (world_.rank() % 3), -1);
     group->all_to_all_v({out_rows.data(), Dtype::float32, {sent, 1}}, to, {in_rows.data(), Dtype::float32, {std::ssize(in_rows), 1}}, from);
     for (std::int64_t r = 0; r < std::ssize(in_rows); ++r) {
-      if (in_rows[r] != static_cast<float>(r / (world_.rank() % 3))) findings.add("all_to_all_v");
+      const std::int64_t sender = r / (world_.rank() % 3);
+      if (in_rows[r] != static_cast<float>(sender)) findings.add("all_to_all_v");
     }
     return findings.outcome();
   }
