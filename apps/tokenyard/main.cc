@@ -87,6 +87,11 @@ int run(int argc, char** argv) {
 }  // namespace tokenyard::cli
 
 int main(int argc, char** argv) {
-  if (tokenyard::cli::is_rank_process(argc, argv)) return tokenyard::cli::rank_process(argc, argv);
-  return tokenyard::cli::run(argc, argv);
+  try {
+    if (tokenyard::cli::is_rank_process(argc, argv)) return tokenyard::cli::rank_process(argc, argv);
+    return tokenyard::cli::run(argc, argv);
+  } catch (const std::exception& failure) {  // of a rank without a channel to answer on, or of printing an error
+    std::fprintf(stderr, "error: %s\n", failure.what());
+    return 1;
+  }
 }

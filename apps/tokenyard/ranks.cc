@@ -181,7 +181,7 @@ json run_on_ranks(const RankRun& run, const json& settings) {
 std::string find_mpirun() {
   std::istringstream folders(env("PATH").value_or(""));
   for (std::string folder; std::getline(folders, folder, ':');) {
-    const std::string path = folder + "/mpirun";
+    std::string path = folder + "/mpirun";
     if (::access(path.c_str(), X_OK) == 0) return path;
   }
   return {};
@@ -199,12 +199,12 @@ std::vector<json> gather(const World& world, const json& mine) {
 bool is_rank_process(int argc, char** argv) { return argc == 6 && std::strcmp(argv[1], kRankArgument) == 0; }
 
 int rank_process(int, char** argv) {
-  const int port = std::stoi(argv[4]);
   std::optional<Channel> channel;
   int rank = 0;
   json failure;
   try {
     channel.emplace(Channel::open(argv[3]));
+    const int port = std::stoi(argv[4]);
     rank = own_rank(port != 0);
     const World world = rank_world(port, std::stoi(argv[5]));
     const json result = role_named(argv[2])(world, unpack(channel->request()), channel->progress());

@@ -104,7 +104,7 @@ Placement placement_from_file(const Settings& settings) {
   }
   const std::string text = read_file("--placement", path);
   try {
-    const Placement placement = Placement::from_json(text);
+    Placement placement = Placement::from_json(text);
     if (placement.ranks() == settings.ranks && placement.num_experts() == settings.experts) return placement;
     usage_error("has {} ranks and {} experts, the run {} and {}; use --ranks {} --experts {}", placement.ranks(), placement.num_experts(),
                 settings.ranks, settings.experts, placement.ranks(), placement.num_experts());

@@ -88,9 +88,9 @@ void print_text(const json& report) {
   for (const json& backend : report["backends"]) table.add({backend["name"], backend["kind"], backend["availability"]});
   fmt::print("{}", table.text());
   for (const json& backend : report["backends"]) {
-    if (backend["reason"] == "") continue;
-    fmt::print("{}: {}{}{}\n", backend["name"].get<std::string>(), backend["reason"].get<std::string>(),
-               backend["remedy"] == "" ? "" : "; ", backend["remedy"].get<std::string>());
+    const auto reason = backend["reason"].get<std::string>(), remedy = backend["remedy"].get<std::string>();
+    if (reason.empty()) continue;
+    fmt::print("{}: {}{}{}\n", backend["name"].get<std::string>(), reason, remedy.empty() ? "" : "; ", remedy);
   }
 }
 

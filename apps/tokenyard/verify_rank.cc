@@ -55,6 +55,24 @@ class VerifyRank {
     std::uint64_t digest = 0;
   };
 
+  // What a check found; the first is told. A rank that found something goes on as if it had not: its peers make the same calls, and
+  // would wait for it, or fail without it, where nothing is wrong with them.
+  class Findings {
+   public:
+    explicit Findings(const VerifyRank& rank) : rank_(rank) {}
+    void add(const std::optional<Difference>& found) {
+      if (found) add(rank_.text_of(*found));
+    }
+    void add(std::string reason) {
+      if (reason_.empty()) reason_ = std::move(reason);
+    }
+    Outcome outcome(std::uint64_t digest = 0) const { return {reason_, digest}; }
+
+   private:
+    const VerifyRank& rank_;
+    std::string reason_;
+  };
+
   // All ranks agree on the line; the lowest rank's failure is shown.
   void line(const std::string& what, const std::function<Outcome()>& check) {
     json mine = {{"status", "ok"}, {"reason", ""}, {"digest", 0}};
@@ -118,7 +136,8 @@ class VerifyRank {
     Received received = exchange.dispatch(batch.input, one.dispatch);
     if (settings_.self_test && received.num_rows() > 0) static_cast<std::byte*>(received.rows().data)[0] ^= std::byte{1};
     const Checker checker(workload, placement, world_.rank());
-    if (const auto found = checker.dispatched(received)) return {text_of(*found)};
+    Findings findings(*this);
+    findings.add(checker.dispatched(received));
 
     const std::vector<std::byte> y = expert_output(workload, received, world_.rank());
     std::vector<std::byte> out(batch.rows.size() / static_cast<std::size_t>(size_of(workload.dtype)) *
@@ -129,16 +148,16 @@ class VerifyRank {
     if (one.weighting == Weighting::at_source) combine.source_weights = batch.input.topk_weights;
     combine.out = {out.data(), workload.expert_dtype(), {workload.tokens[world_.rank()], workload.hidden_size}};
     exchange.combine(view_of(y, received, workload.expert_dtype()), received.handle(), combine);
-    if (const auto found = checker.combined(combine.out, one.dispatch.layout, one.weighting)) return {text_of(*found)};
+    findings.add(checker.combined(combine.out, one.dispatch.layout, one.weighting));
     const std::uint64_t digest = digest_of(out);
-    if (!pulls(one)) return {"", digest};
+    if (!pulls(one)) return findings.outcome(digest);
 
     const TensorView pulled = exchange.expert_rows(received.handle(), workload.expert_dtype(), workload.hidden_size);
     if (!y.empty()) std::memcpy(pulled.data, y.data(), y.size());
     std::fill(out.begin(), out.end(), std::byte{0xff});
     exchange.combine(pulled, received.handle(), combine);
-    if (digest_of(out) != digest) return {"combine from expert_rows() differs from combine from other memory"};
-    return {"", digest};
+    if (digest_of(out) != digest) findings.add("combine from expert_rows() differs from combine from other memory");
+    return findings.outcome(digest);
   }
 
   // A small case for the checks below.
@@ -160,13 +179,14 @@ class VerifyRank {
     Received received = exchange.dispatch(batch.input, first.dispatch);
     const Received kept = exchange.dispatch(other.input, second.dispatch);
     const Checker checker(first.workload, placement, world_.rank());
-    if (const auto found = checker.dispatched(received)) return {text_of(*found)};
-    if (const auto found = Checker(second.workload, placement, world_.rank()).dispatched(kept)) return {text_of(*found)};
+    Findings findings(*this);
+    findings.add(checker.dispatched(received));
+    findings.add(Checker(second.workload, placement, world_.rank()).dispatched(kept));
     const Handle handle = received.handle();
     received.release();
     const Received again = exchange.dispatch({.rows = batch.input.rows}, handle, first.dispatch);
-    if (const auto found = checker.dispatched(again)) return {text_of(*found)};
-    return {};
+    findings.add(checker.dispatched(again));
+    return findings.outcome();
   }
 
   static double dot(const std::vector<float>& a, const std::vector<float>& b) {
@@ -277,18 +297,19 @@ class VerifyRank {
     std::vector<float> in, expected;
     for (int rank = 0; rank < size; ++rank) {
       for (std::int64_t r = 0; r < counts[rank]; ++r) {
-        expected.push_back(static_cast<float>(100 * rank + r));
+        expected.push_back(static_cast<float>(std::int64_t{100} * rank + r));
         if (rank == world_.rank()) in.push_back(expected.back());
       }
     }
     std::vector<float> all(static_cast<std::size_t>(total));
     group->all_gather_v({in.data(), Dtype::float32, {mine, 1}}, counts, {all.data(), Dtype::float32, {total, 1}});
-    if (all != expected) return {"all_gather_v"};
+    Findings findings(*this);
+    if (all != expected) findings.add("all_gather_v");
 
     std::vector<float> sums(static_cast<std::size_t>(mine));
     group->reduce_scatter_v({all.data(), Dtype::float32, {total, 1}}, counts, {sums.data(), Dtype::float32, {mine, 1}});
     for (std::int64_t r = 0; r < mine; ++r) {
-      if (sums[r] != in[r] * static_cast<float>(size)) return {"reduce_scatter_v"};
+      if (sums[r] != in[r] * static_cast<float>(size)) findings.add("reduce_scatter_v");
     }
 
     // To rank d go d % 3 rows of the sender's number.
@@ -299,9 +320,10 @@ class VerifyRank {
     std::vector<float> in_rows(static_cast<std::size_t>(size) * (world_.rank() % 3), -1);
     group->all_to_all_v({out_rows.data(), Dtype::float32, {sent, 1}}, to, {in_rows.data(), Dtype::float32, {std::ssize(in_rows), 1}}, from);
     for (std::int64_t r = 0; r < std::ssize(in_rows); ++r) {
-      if (in_rows[r] != static_cast<float>(r / (world_.rank() % 3))) return {"all_to_all_v"};
+      const std::int64_t sender = r / (world_.rank() % 3);
+      if (in_rows[r] != static_cast<float>(sender)) findings.add("all_to_all_v");
     }
-    return {};
+    return findings.outcome();
   }
 
   const World& world_;

@@ -130,6 +130,8 @@ Expected<std::unique_ptr<SymmetricMemory>> create_shm(const World& world, Offer 
   // A rank that failed must not leave the others believing that its memory is there.
   if (!arenas) mine.error = arenas.error().message();
   const auto confirmed = agree_on_offers(world, mine, deadline);
+  // The store's word on who is lost goes before what this rank saw: a rank that gave up over a lost one may be gone by now too.
+  if (!confirmed && confirmed.error().kind == FailureKind::peer_lost) return unexpected(confirmed.error());
   if (!arenas) {
     arenas.error().rank = world.rank();
     return unexpected(std::move(arenas.error()));

@@ -49,13 +49,13 @@ class ServerProtocol {
 
    private:
     friend class ServerProtocol;
-    explicit Connection(std::string peer) : from(std::move(peer)) {}
-    std::string from;
-    FrameReader reader{kMaxHelloBytes};
-    Time hello_by;
-    std::uint32_t sequence = 0;  // of the next frame to it
-    int rank = -1;               // before its hello
-    int open_gathers = 0;
+    explicit Connection(std::string from) : from_(std::move(from)) {}
+    std::string from_;
+    FrameReader reader_{kMaxHelloBytes};
+    Time hello_by_;
+    std::uint32_t sequence_ = 0;  // of the next frame to it
+    int rank_ = -1;               // before its hello
+    int open_gathers_ = 0;
   };
 
   ServerProtocol(int size, std::string token);

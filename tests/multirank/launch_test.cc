@@ -208,14 +208,10 @@ TEST(Launch, SignalsReachTheRanks) {
   for (const int signal : {SIGINT, SIGTERM}) {
     struct sigaction before = {};  // the default: a shell that runs the tests in the background has them ignored
     sigaction(signal, &before, nullptr);
-    LaunchOptions options = shell("sleep 1000", 2);
-    std::atomic<int> started{0};
-    options.on_start = [&](int, int) { ++started; };
-    std::jthread sender([&] {
-      while (started < 2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      std::this_thread::sleep_for(std::chrono::milliseconds(300));  // until the shells run: one that starts may miss the signal
-      kill(getpid(), signal);
-    });
+    LaunchOptions options = {.ranks = 2, .argv = {"sleep", "1000"}};  // no shell: one that starts a program may lose a SIGINT
+    options.on_start = [&](int rank, int) {
+      if (rank == 1) kill(getpid(), signal);
+    };
     for (const RankExit& exit : launch(options)) EXPECT_EQ(exit.signal, signal);
     struct sigaction after = {};
     sigaction(signal, nullptr, &after);
