@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "bench_plain.h"
 #include "bench_samples.h"
 #include "check.h"
 #include "core/thread_pool.h"
@@ -58,6 +59,9 @@ class BenchRank {
         direct_(world, exchange_options(settings, placement_), placement_, dispatch_options(settings)),
         layout_(parse_layout(settings.layout)) {
     if (with_baseline) baseline_.emplace(world, baseline_options(settings, placement_), placement_, dispatch_options(settings));
+    if (with_baseline && PlainExchange::serves(layout_, workload_of(settings, 0).scale_columns())) {
+      plain_.emplace(world, placement_, PlainExchange::Shape{settings.tokens, combine_row_bytes(), layout_, settings.timeout_ms}, pool_);
+    }
     for (int set = 0; set < kInputSets; ++set) batches_.push_back(make_batch(workload_of(settings, set), world.rank()));
     combine_options_.weighting = weighting_of(layout_);
     out_.resize(static_cast<std::size_t>(settings.tokens * combine_row_bytes()));
@@ -68,6 +72,7 @@ class BenchRank {
     if (world_.rank() == 0) progress_.total = static_cast<std::uint32_t>(settings_.warmup + settings_.iterations);
     check(direct_, "the exchange");
     if (baseline_) check(*baseline_, "the MPI baseline");
+    if (plain_) check_plain();
     for (int i = 0; i < settings_.warmup + settings_.iterations; ++i) {
       if (i == settings_.warmup) samples_.clear();
       iterate(i % kInputSets);
@@ -98,9 +103,37 @@ class BenchRank {
       side.exchange.combine(pulled, received.handle(), combine_options_);
       note("combines wrongly from expert_rows", checker.combined(combine_options_.out, layout_, combine_options_.weighting));
     }
+    fail_together(faults);
+  }
+
+  void fail_together(const std::vector<std::string>& faults) const {
     for (const json& rank : gather(world_, faults)) {
       if (!rank.empty()) throw Error(rank[0].get<std::string>());
     }
+  }
+
+  // The same rows as the exchange, and the same sums from the same results.
+  void check_plain() {
+    const Workload workload = workload_of(settings_, 0);
+    const Checker checker(workload, placement_, world_.rank());
+    std::vector<std::string> faults;
+    const Received received = direct_.exchange.dispatch(batches_[0].input, direct_.dispatch_options);
+    plain_->dispatch(batches_[0].input);
+    if (plain_->num_rows() != received.num_rows()) faults.emplace_back("the plain MPI baseline receives another number of rows");
+    const std::vector<std::byte> y = expert_output(workload, received, world_.rank());
+    plain_->combine(y.data(), combine_options_.out.dtype, combine_options_.out);
+    if (const auto found = checker.combined(combine_options_.out, layout_, combine_options_.weighting)) {
+      faults.push_back(fmt::format("the plain MPI baseline combines wrongly: {}", found->message()));
+    }
+    const auto* const rows = static_cast<const std::byte*>(received.rows().data);
+    const std::int64_t slots = received.rows().num_elements() / settings_.hidden_size;
+    for (std::int64_t at = 0; faults.empty() && at < slots; ++at) {
+      if (layout_ == Layout::rank_slots && received.present().as<std::uint8_t>()[at] == 0) continue;
+      const std::int64_t byte = at * combine_row_bytes();
+      if (std::memcmp(plain_->rows() + byte, rows + byte, static_cast<std::size_t>(combine_row_bytes())) == 0) continue;
+      faults.push_back(fmt::format("the plain MPI baseline dispatches row {} wrongly", at));
+    }
+    fail_together(faults);
   }
 
   ConstTensorView view_of(const std::byte* y, const Received& received) const {
@@ -154,6 +187,10 @@ class BenchRank {
     y_.resize(std::max(y_.size(), static_cast<std::size_t>(received.rows().num_elements() * size_of(combine_options_.out.dtype))));
     copy_rows(y_.data(), received);
     time("baseline_combine", [&] { baseline_->exchange.combine(view_of(y_.data(), received), received.handle(), combine_options_); });
+    if (!plain_) return;
+    time("plain_dispatch", [&] { plain_->dispatch(input); });
+    std::memcpy(y_.data(), plain_->rows(), static_cast<std::size_t>(received.rows().num_elements() * size_of(received.rows().dtype)));
+    time("plain_combine", [&] { plain_->combine(y_.data(), combine_options_.out.dtype, combine_options_.out); });
   }
 
   // The limit: this rank copies as many bytes as it sends, from one buffer to another.
@@ -190,6 +227,7 @@ class BenchRank {
   ThreadPool pool_;
   Side direct_;
   std::optional<Side> baseline_;
+  std::optional<PlainExchange> plain_;
   const Layout layout_;
   std::vector<Batch> batches_;
   CombineOptions combine_options_;

@@ -1,18 +1,25 @@
 #include "exchange/send_plan.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace tokenyard::exchange_internal {
 namespace {
 
-// Builds the entries of one token after the other; `entry_of` remembers where a rank's entry of the current token is.
+// Builds the entries of one token after the other.
 class Planner {
  public:
   Planner(SendPlan& plan, const placement_internal::TableView& table, const protocol::ArenaShape& shape, int rank)
-      : plan_(plan), table_(table), shape_(shape), rank_(rank), rows_to_(shape.ranks, 0) {}
+      : plan_(plan),
+        table_(table),
+        shape_(shape),
+        rank_(rank),
+        rows_to_(shape.ranks, 0),
+        entry_to_(shape.ranks),
+        ranks_(shape.ranks / 64 + 1) {}
 
   void add_token(std::int64_t token, const PlanInput& input) {
-    const std::size_t first = plan_.entries.size();
+    instances_.clear();
     for (int k = 0; k < input.top_k; ++k) {
       const std::int64_t expert = id_at(input.topk_ids, token, k);
       if (expert >= table_.num_experts) ++plan_.invalid_ids;
@@ -22,39 +29,44 @@ class Planner {
       const std::uint32_t* shards = table_.shards_of(static_cast<int>(expert), replica);
       if (shards[0] == placement_internal::kNoInstance) ++plan_.lost_ids;
       for (int f = 0; f < table_.max_fanout && shards[f] != placement_internal::kNoInstance; ++f) {
-        add_instance(first, shards[f], k);
+        instances_.push_back({shards[f], k});
+        const int rank = placement_internal::instance_rank(shards[f]);
+        ranks_[rank / 64] |= std::uint64_t{1} << (rank % 64);
       }
     }
-    finish_token(first, token);
+    add_entries(token);
+    for (const auto& [instance, k] : instances_) add_instance(instance, k);
   }
 
  private:
-  void add_instance(std::size_t first, std::uint32_t instance, int k) {
-    const int rank = placement_internal::instance_rank(instance);
-    const int local = placement_internal::instance_local(instance);
-    auto& entries = plan_.entries;
-    std::size_t at = first;
-    while (at < entries.size() && entries[at].rank < rank) ++at;
-    const auto ids_at = [this](std::size_t entry) { return plan_.local_ids.begin() + static_cast<std::ptrdiff_t>(entry) * plan_.top_k; };
-    if (at == entries.size() || entries[at].rank != rank) {  // kept ascending: a token has few entries
-      entries.insert(entries.begin() + static_cast<std::ptrdiff_t>(at), SendEntry{.rank = rank});
-      plan_.local_ids.insert(ids_at(at), plan_.top_k, -1);
-    }
-    entries[at].k_mask |= std::uint64_t{1} << k;
-    ids_at(at)[k] = local;
-    ++plan_.counts[shape_.instance_word(rank, local)];
-  }
+  struct Choice {
+    std::uint32_t instance;
+    int k;
+  };
 
-  void finish_token(std::size_t first, std::int64_t token) {
+  void add_entries(std::int64_t token) {
     const auto base = static_cast<std::int32_t>(token * shape_.partials_per_token());
     std::int32_t ordinal = 0;
-    for (std::size_t i = first; i < plan_.entries.size(); ++i) {
-      SendEntry& entry = plan_.entries[i];
-      entry.slot = rows_to_[entry.rank]++;
-      entry.partial_slot = entry.rank == rank_ ? -1 : base + ordinal++;
-      ++plan_.counts[entry.rank];
+    for (std::size_t word = 0; word < ranks_.size(); ++word) {
+      for (; ranks_[word] != 0; ranks_[word] &= ranks_[word] - 1) {
+        const int rank = static_cast<int>(word) * 64 + std::countr_zero(ranks_[word]);
+        entry_to_[rank] = plan_.entries.size();
+        const std::int32_t partial_slot = rank == rank_ ? -1 : base + ordinal++;
+        plan_.entries.push_back({.rank = rank, .slot = rows_to_[rank]++, .partial_slot = partial_slot});
+        ++plan_.counts[rank];
+      }
     }
+    plan_.local_ids.resize(plan_.entries.size() * plan_.top_k, -1);
     plan_.token_begin[token + 1] = static_cast<std::int64_t>(plan_.entries.size());
+  }
+
+  void add_instance(std::uint32_t instance, int k) {
+    const int rank = placement_internal::instance_rank(instance);
+    const int local = placement_internal::instance_local(instance);
+    const std::size_t entry = entry_to_[rank];
+    plan_.entries[entry].k_mask |= std::uint64_t{1} << k;
+    plan_.local_ids[entry * plan_.top_k + k] = local;
+    ++plan_.counts[shape_.instance_word(rank, local)];
   }
 
   SendPlan& plan_;
@@ -62,6 +74,9 @@ class Planner {
   const protocol::ArenaShape& shape_;
   int rank_;
   std::vector<std::int32_t> rows_to_;
+  std::vector<std::size_t> entry_to_;  // per rank: of the current token, where it has one
+  std::vector<Choice> instances_;      // of the current token
+  std::vector<std::uint64_t> ranks_;   // of the current token, as bits: which they are is chance, and branches would be mispredicted
 };
 
 }  // namespace

@@ -80,7 +80,9 @@ class BenchTest(CommandLineTest):
             self.assertTrue(report["baseline"]["measured"], report["baseline"])
             for figure in report["figures"].values():
                 self.assertAlmostEqual(figure["ratio_to_baseline"], figure["baseline_us"] / figure["median_us"])
-            self.assertIn("vs MPI", text)
+                self.assertAlmostEqual(figure["ratio_to_plain"], figure["plain_us"] / figure["median_us"])
+            self.assertIn("vs tuned", text)
+            self.assertIn("vs plain", text)
             self.succeed("bench", "chart", "baseline.json", "--svg", "chart.svg")
             self.assertIn("times faster", self.svg_text("chart.svg"))
         else:
