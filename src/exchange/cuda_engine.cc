@@ -66,7 +66,11 @@ CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
   cuda::preload_kernels();
   blocks_ = std::make_shared<BlockPool>(device_);
   counts_pool_ = std::make_shared<CountsPool>();
-  if (sharing > 1) blocks_->reserve(block_bytes(options_, shape_));
+  if (sharing > 1) {
+    std::size_t free = 0, all = 0;
+    cuda_check(cudaMemGetInfo(&free, &all), "cudaMemGetInfo");
+    blocks_->reserve(std::min(block_bytes(options_, shape_), static_cast<std::int64_t>(free) / (4 * sharing)));
+  }
   stream_ = value_or_throw(borrow_cuda_stream());
   entered_ = value_or_throw(make_cuda_event());
   make_scratch();

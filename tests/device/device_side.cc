@@ -30,8 +30,13 @@ void* DeviceSide::place(Bytes& bytes) {
   return at;
 }
 
+// A copy from or to pageable memory waits for its stream inside the driver, where the other ranks of this process would wait
+// for it: their kernels, which this rank's wait for, could not be launched.
+void DeviceSide::settle() const { cuda_check(cudaStreamSynchronize(stream_.get()), "waiting for the rank's stream"); }
+
 void DeviceSide::write(void* to, const Bytes& bytes) {
   if (bytes.empty()) return;
+  settle();
   cuda_check(cudaMemcpyAsync(to, bytes.data(), bytes.size(), cudaMemcpyHostToDevice, stream_.get()), "uploading a tensor");
   cuda_check(cudaStreamSynchronize(stream_.get()), "uploading a tensor");
 }
@@ -41,6 +46,7 @@ ConstTensorView DeviceSide::fetch(const ConstTensorView& view, Bytes& copy) cons
   std::int64_t last = 0;
   for (int d = 0; d < view.ndim; ++d) last += (view.shape[d] - 1) * view.strides[d];
   copy.resize((last + 1) * size_of(view.dtype));
+  settle();
   cuda_check(cudaMemcpyAsync(copy.data(), view.data, copy.size(), cudaMemcpyDeviceToHost, stream_.get()), "downloading a tensor");
   cuda_check(cudaStreamSynchronize(stream_.get()), "downloading a tensor");
   ConstTensorView here = view;

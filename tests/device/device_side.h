@@ -25,6 +25,8 @@ class DeviceSide final : public exchange_test::Side {
   ConstTensorView fetch(const ConstTensorView& view, exchange_test::Bytes& copy) const override;
 
  private:
+  void settle() const;
+
   const DeviceBuffer& pool_;
   int gpu_;
   int ranks_;
