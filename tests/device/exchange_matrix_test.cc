@@ -1,6 +1,7 @@
 // The exchange on GPUs against the reference, bit for bit: pairwise over every factor, and seeded random cases. Rank r is a
 // thread (or a process) on GPU r % gpu_count().
-// TOKENYARD_CASE=n runs pairwise case n alone, TOKENYARD_SEED=n random case n; TOKENYARD_MOST_RANKS=n leaves larger worlds out; TOKENYARD_SOAK_SECONDS=n runs random cases that long.
+// TOKENYARD_CASE=n runs pairwise case n alone, TOKENYARD_SEED=n random case n; TOKENYARD_MOST_RANKS=n leaves larger worlds out;
+// TOKENYARD_SOAK_SECONDS=n runs random cases that long.
 
 #include <gtest/gtest.h>
 
