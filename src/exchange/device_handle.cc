@@ -106,7 +106,7 @@ DeviceHandle::DeviceHandle(const HandleShape& handle_shape, std::shared_ptr<std:
   mode = shape.mode;
   place_handle(shape, block.get(), view);
   if (layout == Layout::expert_padded)
-    rows = {shape.local_experts, shape.local_experts == 0 ? 0 : shape.output_rows / shape.local_experts};
+    rows = {shape.local_experts, shape.expert_width};
   else if (layout == Layout::rank_slots)
     rows = {shape.arena.ranks, shape.arena.max_tokens_per_rank};
   else

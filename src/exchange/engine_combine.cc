@@ -237,7 +237,9 @@ void Engine::sum_tokens(const CombineJob& job, const CombineCall& call, const Ro
     std::vector<const void*> partials;
     std::vector<std::byte> scratch((call.unfolded ? k : 1) * call.row_bytes);
     for (std::int64_t token = begin; token < end; ++token) {
-      order.arrange(plan, token, job.options.order, grouped ? options_.reduction_groups : flat);
+      // Unfolded: k ascending, and for the shards of one k ranks ascending.
+      const Order within = call.unfolded ? Order::rank_ascending : job.options.order;
+      order.arrange(plan, token, within, grouped ? options_.reduction_groups : flat);
       partials.clear();
       for (int j = 0; j < (call.unfolded ? k : 1); ++j) {
         for (const std::int64_t at : order.entries) {

@@ -61,7 +61,8 @@ HandleShape handle_shape(const protocol::ArenaShape& arena, const LayoutOptions&
   shape.rows = mode == Mode::latency ? arena.ranks * arena.max_tokens_per_rank : arena.receive_rows;
   shape.output_rows = shape.rows;
   if (layout == Layout::expert_padded) {
-    shape.output_rows = options.local_experts * (options.expert_capacity == 0 ? arena.receive_rows : options.expert_capacity);
+    shape.expert_width = options.expert_capacity == 0 ? arena.receive_rows : options.expert_capacity;
+    shape.output_rows = options.local_experts * shape.expert_width;
   } else if (layout == Layout::expert_major) {
     shape.output_rows = options.max_expert_rows;
     if (shape.output_rows == 0 || options.sizing == Sizing::exact) {

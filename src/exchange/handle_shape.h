@@ -22,6 +22,7 @@ struct HandleShape {
   std::int64_t rows = 0;         // received rows at most: receive_rows, or ranks * M in latency mode
   std::int64_t output_rows = 0;  // of the layout at most
   std::int64_t map_rows = 0;
+  std::int64_t expert_width = 0;  // expert_padded: C
 
   bool is_expert_layout() const { return layout == Layout::expert_major || layout == Layout::expert_padded; }
   // token_major and rank_slots show received rows as they lie, but for token_major in latency mode, which closes the gaps.

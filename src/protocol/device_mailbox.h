@@ -77,7 +77,6 @@ struct ErrorRecord {
 // In pinned host memory: what the host tells kernels that wait.
 struct StopWord {
   std::uint32_t lost_peer = 0;  // peer + 1 of a rank that ended; 0: none
-  std::uint32_t cancel = 0;     // 1: the exchange is being destroyed
 };
 
 }  // namespace tokenyard::protocol

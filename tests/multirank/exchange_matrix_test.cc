@@ -58,6 +58,19 @@ void run_set(const std::string& set) {
 
 TEST(ExchangeMatrix, EveryPairOfFactors) { run_set("pairwise"); }
 
+// Shards of one k, of which some also serve a later k: the order of ranks by their last k must not show in an unfolded sum.
+TEST(ExchangeMatrix, UnfoldedShardsAreAddedInRankOrder) {
+  constexpr int kWanted = 8;
+  int found = 0;
+  for (std::uint64_t seed = kRandomSeed; found < kWanted; ++seed) {
+    const Case c = random_case(seed);
+    if (c.is(kFold) || c.is(kMemory) || c.as<Order>(kOrder) != Order::topk || c.number(kTopK) < 6) continue;
+    if (c.as<Placed>(kPlacement) != Placed::sharded_replicas && c.as<Placed>(kPlacement) != Placed::tensor_parallel) continue;
+    ++found;
+    run_threads(c);
+  }
+}
+
 TEST(ExchangeMatrix, RandomCases) { run_set("random"); }
 
 }  // namespace

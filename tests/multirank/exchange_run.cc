@@ -187,7 +187,7 @@ class RankRun {
     const std::int64_t hidden_size = data_.combine.hidden_size;
     TensorView view;
     if (data_.config.is(kExpertRows)) {
-      view = exchange_.expert_rows(handle, dtype, hidden_size);
+      view = exchange_.expert_rows(handle, dtype, hidden_size, side_.stream());
     } else {
       values_ = on(side_, matrix(nullptr, slots(received), hidden_size, dtype, data_.config.is(kStrided) ? 16 : 0));
       view = shaped(values_.view, received);

@@ -95,10 +95,6 @@ __device__ inline bool is_hopeless(const Context& c, int peer, Phase phase, std:
     fail(c, FailureKind::peer_lost, phase, static_cast<int>(lost) - 1, static_cast<std::int64_t>(seen));
     return true;
   }
-  if (ptx::load_relaxed(&c.stop->cancel) != 0) {
-    fail(c, FailureKind::system, phase, c.rank, static_cast<std::int64_t>(seen));
-    return true;
-  }
   return false;
 }
 

@@ -21,7 +21,7 @@ __device__ __forceinline__ TokenRoute route_of(const CombineArgs& args, std::int
           .k_masks = args.handle.k_masks + token * ranks,
           .groups = args.groups,
           .ranks = ranks,
-          .order = args.order};
+          .order = args.fold ? args.order : Order::rank_ascending};
 }
 
 // Where the partial sum of `rank` lies. Null: it is this rank's own and still to be folded.
@@ -35,7 +35,7 @@ __device__ __forceinline__ const std::byte* partial_of(const CombineArgs& args, 
 __device__ inline void list_terms(const CombineArgs& args, SumPiece& piece, const WarpLists& lists) {
   const Context& c = args.context;
   const TokenRoute route = route_of(args, piece.token);
-  const bool is_ascending = args.order == Order::rank_ascending && args.groups == nullptr;
+  const bool is_ascending = route.order == Order::rank_ascending && args.groups == nullptr;
   const int lane = lane_index();
   __syncwarp();  // all lanes have read the last list
   int served = 0, away = 0;
@@ -181,7 +181,7 @@ __device__ __forceinline__ int4 own_unfolded(const CombineArgs& args, std::int64
   return sum.packed();
 }
 
-// fold = false: every (token, k, shard) is a partial sum of its own; k ascending, shards in the order of the terms.
+// fold = false: every (token, k, shard) is a partial sum of its own; k ascending, ranks ascending within it.
 template <Dtype kDtype, bool kAligned>
 __device__ __forceinline__ void sum_unfolded(const CombineArgs& args, const SumPiece piece, WarpLists lists) {
   const Context& c = args.context;
