@@ -156,7 +156,6 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
                       .drop = job.layout_options.drop,
                       .expert_layout = shape.is_expert_layout()},
            .handle = job.handle->view,
-           .masks = masks_,
            .chunk_counts = plan_chunks_,
            .counts = counts_,
            .host = job.handle->counts.get()},

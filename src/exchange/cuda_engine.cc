@@ -94,19 +94,17 @@ CudaEngine::~CudaEngine() {
 
 void CudaEngine::make_scratch() {
   const std::int64_t tokens = shape_.max_tokens_per_rank;
-  const std::int64_t words = (shape_.ranks + 63) / 64;
   const std::int64_t rows = std::max(shape_.receive_rows, std::int64_t{1});
-  const std::int64_t masks = tokens * words * 8;
   const std::int64_t plan = ((tokens + cuda::kPlanChunk - 1) / cuda::kPlanChunk) * shape_.ranks * 4;
   const std::int64_t counts = shape_.count_words() * 4;
   const std::int64_t layout = ((rows + cuda::kLayoutChunk - 1) / cuda::kLayoutChunk) * (shape_.max_local_experts + 1) * 4;
-  const std::int64_t starts[] = {0, protocol::align_up(masks, 64), protocol::align_up(plan, 64), protocol::align_up(counts, 64)};
-  scratch_ = value_or_throw(make_device_buffer(device_, static_cast<std::size_t>(starts[1] + starts[2] + starts[3] + layout)));
+  const std::int64_t plan_part = protocol::align_up(plan, 64);
+  const std::int64_t counts_part = protocol::align_up(counts, 64);
+  scratch_ = value_or_throw(make_device_buffer(device_, static_cast<std::size_t>(plan_part + counts_part + layout)));
   std::byte* at = scratch_.data();
-  masks_ = reinterpret_cast<std::uint64_t*>(at);
-  plan_chunks_ = reinterpret_cast<std::int32_t*>(at += starts[1]);
-  counts_ = reinterpret_cast<std::int32_t*>(at += starts[2]);
-  layout_chunks_ = reinterpret_cast<std::int32_t*>(at += starts[3]);
+  plan_chunks_ = reinterpret_cast<std::int32_t*>(at);
+  counts_ = reinterpret_cast<std::int32_t*>(at += plan_part);
+  layout_chunks_ = reinterpret_cast<std::int32_t*>(at += counts_part);
   cuda_check(cudaMemsetAsync(scratch_.data(), 0, scratch_.bytes(), stream_.get()), "clearing scratch memory");
   groups_ = {};
   const bool grouped = std::any_of(options_.reduction_groups.begin(), options_.reduction_groups.end(), [](int group) { return group > 0; });

@@ -124,7 +124,6 @@ class CudaEngine final : public ExchangeEngine {
   };
   std::vector<ExpertMemory> expert_memory_;  // [depth], of the expert layouts
   DeviceBuffer scratch_;
-  std::uint64_t* masks_ = nullptr;
   std::int32_t* plan_chunks_ = nullptr;
   std::int32_t* counts_ = nullptr;
   std::int32_t* layout_chunks_ = nullptr;

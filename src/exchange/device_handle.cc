@@ -10,22 +10,7 @@
 namespace tokenyard::exchange_internal {
 namespace {
 
-template <class T>
-ConstTensorView tensor(const T* data, Dtype dtype, const std::vector<std::int64_t>& shape) {
-  ConstTensorView view;
-  view.data = data;
-  view.dtype = dtype;
-  view.ndim = static_cast<int>(shape.size());
-  std::int64_t stride = 1;
-  for (int d = view.ndim - 1; d >= 0; --d) {
-    view.shape[d] = shape[d];
-    view.strides[d] = stride;
-    stride *= shape[d];
-  }
-  return view;
-}
-
-ConstTensorView list(const std::int32_t* data, std::int64_t count) { return tensor(data, Dtype::int32, {count}); }
+ConstTensorView list(const std::int32_t* data, std::int64_t count) { return dense_view(data, Dtype::int32, {count}); }
 
 }  // namespace
 
@@ -136,20 +121,20 @@ ReceivedViews DeviceHandle::views() const {
   const bool own_order = expert_layout || shape.is_compacted();
   ReceivedViews views;
   views.num_rows = list(&view.header->layout_rows, 1);
-  if (!expert_layout) views.local_ids = tensor(own_order ? view.out_local_ids : view.local_ids, Dtype::int32, per_k);
-  views.row_weights = tensor(own_order ? view.out_weights : view.weights, Dtype::float32, expert_layout ? rows : per_k);
+  if (!expert_layout) views.local_ids = dense_view(own_order ? view.out_local_ids : view.local_ids, Dtype::int32, per_k);
+  views.row_weights = dense_view(own_order ? view.out_weights : view.weights, Dtype::float32, expert_layout ? rows : per_k);
   if (layout != Layout::rank_slots) {
-    views.source_rank = tensor(own_order ? view.out_source_rank : view.source_rank, Dtype::int32, rows);
-    views.source_token = tensor(own_order ? view.out_source_token : view.source_token, Dtype::int32, rows);
+    views.source_rank = dense_view(own_order ? view.out_source_rank : view.source_rank, Dtype::int32, rows);
+    views.source_token = dense_view(own_order ? view.out_source_token : view.source_token, Dtype::int32, rows);
   }
-  if (expert_layout) views.source_k = tensor(view.out_source_k, Dtype::int32, rows);
+  if (expert_layout) views.source_k = dense_view(view.out_source_k, Dtype::int32, rows);
   views.expert_counts = list(view.expert_counts, shape.local_experts);
   if (layout == Layout::expert_major || shape.gather_map) views.expert_offsets = list(view.expert_offsets, shape.local_experts + 1);
   if (shape.gather_map) views.expert_rows = list(view.gather_map, map_rows);
   views.rank_counts = list(view.rank_counts, shape.arena.ranks);
   views.sent_counts = list(view.sent_counts, shape.arena.ranks);
-  if (layout == Layout::expert_padded) views.ranges = tensor(view.ranges, Dtype::int32, {shape.local_experts, shape.arena.ranks, 2});
-  if (layout == Layout::rank_slots) views.present = tensor(view.present, Dtype::uint8, rows);
+  if (layout == Layout::expert_padded) views.ranges = dense_view(view.ranges, Dtype::int32, {shape.local_experts, shape.arena.ranks, 2});
+  if (layout == Layout::rank_slots) views.present = dense_view(view.present, Dtype::uint8, rows);
   return views;
 }
 

@@ -26,6 +26,21 @@ struct ReceivedViews {
   ConstTensorView present;
 };
 
+// A dense tensor of up to four dimensions.
+inline ConstTensorView dense_view(const void* data, Dtype dtype, const std::vector<std::int64_t>& shape) {
+  ConstTensorView view;
+  view.data = data;
+  view.dtype = dtype;
+  view.ndim = static_cast<int>(shape.size());
+  std::int64_t stride = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    view.shape[d] = shape[d];
+    view.strides[d] = stride;
+    stride *= shape[d];
+  }
+  return view;
+}
+
 struct HandleFacts {
   std::uint64_t exchange_id = 0;  // of this process: a handle works on the exchange that made it
   std::uint64_t call = 0;         // equal on all ranks: names this handle in later messages

@@ -6,18 +6,7 @@ namespace {
 // An absent tensor when the layout does not have it.
 template <class T>
 ConstTensorView view_of(const std::vector<T>& values, Dtype dtype, const std::vector<std::int64_t>& shape, bool present = true) {
-  ConstTensorView view;
-  if (!present) return view;
-  view.data = values.data();
-  view.dtype = dtype;
-  view.ndim = static_cast<int>(shape.size());
-  std::int64_t stride = 1;
-  for (int d = view.ndim - 1; d >= 0; --d) {
-    view.shape[d] = shape[d];
-    view.strides[d] = stride;
-    stride *= shape[d];
-  }
-  return view;
+  return present ? dense_view(values.data(), dtype, shape) : ConstTensorView();
 }
 
 ConstTensorView list_of(const std::vector<std::int32_t>& values, bool present = true) {

@@ -61,7 +61,6 @@ struct PlanArgs {
   RoutingArgs routing;
   LimitArgs limits;
   HandleView handle;
-  std::uint64_t* masks = nullptr;        // scratch [M][words of R bits]
   std::int32_t* chunk_counts = nullptr;  // scratch [ceil(M / kPlanChunk)][R]
   std::int32_t* counts = nullptr;        // scratch: this rank's row of the count matrix, zero between kernels
   HostCounts* host = nullptr;            // pinned
