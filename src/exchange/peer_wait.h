@@ -15,7 +15,8 @@ namespace tokenyard::exchange_internal {
 
 class PeerWait {
  public:
-  PeerWait(World world, const DirectArena& arena, int timeout_ms) : world_(std::move(world)), arena_(arena), timeout_ms_(timeout_ms) {}
+  PeerWait(World world, const DirectArena& arena, int timeout_ms)
+      : world_(std::move(world)), arena_(arena), timeout_ms_(timeout_ms), spins_(spins_for(arena.ranks())) {}
 
   // Waits until arrived(peer) holds for every peer. `arrived` reads flags with acquire.
   template <class Arrived>
@@ -29,7 +30,9 @@ class PeerWait {
     if (all_arrived()) return {};
     const std::function<bool(int)> pending = [&](int peer) { return peer >= next && !arrived(peer); };
     Watch watch(*this, phase, header);
-    if (wait_on(arena_.doorbell(arena_.rank()), all_arrived, [&] { return watch.gave_up(pending); })) return {};
+    if (wait_on(
+            arena_.doorbell(arena_.rank()), all_arrived, [&] { return watch.gave_up(pending); }, spins_))
+      return {};
     return unexpected(watch.failure());
   }
 
@@ -64,6 +67,7 @@ class PeerWait {
   World world_;
   const DirectArena& arena_;
   int timeout_ms_;
+  int spins_;
   std::atomic<bool> cancelled_{false};
 };
 

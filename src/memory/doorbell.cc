@@ -6,6 +6,7 @@
 
 #include <climits>
 #include <ctime>
+#include <thread>
 
 namespace tokenyard {
 namespace {
@@ -28,6 +29,8 @@ void sleep_until_rung(Doorbell& doorbell, std::uint32_t seen, std::chrono::micro
   syscall(SYS_futex, word(doorbell.rings), FUTEX_WAIT, seen, &timeout, nullptr, 0);
   doorbell.sleepers.fetch_sub(1, std::memory_order_seq_cst);
 }
+
+int spins_for(int ranks) { return ranks > static_cast<int>(std::thread::hardware_concurrency()) ? 0 : kSpins; }
 
 void relax() {
 #if defined(__x86_64__)

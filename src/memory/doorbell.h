@@ -25,6 +25,8 @@ void sleep_until_rung(Doorbell& doorbell, std::uint32_t seen, std::chrono::micro
 void relax();
 
 constexpr int kSpins = 200;
+// Where ranks outnumber cores, the peer that a spinning rank waits for may need this very core.
+int spins_for(int ranks);
 // Longer than a small call takes, because sleeping and being woken cost as much as one; a yield gives the core to who needs it.
 constexpr std::chrono::microseconds kYieldFor{300};
 constexpr std::chrono::microseconds kTick{1000};
@@ -33,8 +35,8 @@ constexpr std::chrono::microseconds kTick{1000};
 // condition (acquire loads inside); `tick()` runs about every millisecond and returns true to give up (deadline, lost
 // peer). Returns whether the condition held.
 template <class Ready, class Tick>
-bool wait_on(Doorbell& doorbell, Ready&& ready, Tick&& tick) {
-  for (int i = 0; i < kSpins; ++i) {
+bool wait_on(Doorbell& doorbell, Ready&& ready, Tick&& tick, int spins = kSpins) {
+  for (int i = 0; i < spins; ++i) {
     if (ready()) return true;
     relax();
   }
