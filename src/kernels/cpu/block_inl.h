@@ -85,8 +85,14 @@ struct Block {
   HWY_INLINE void store_all(Element<kOut>* to) const {
     if constexpr (kSplit && kOut == Dtype::bfloat16) {
       const hn::Repartition<std::uint16_t, D> raw;
-      put<kStream>(raw, hn::BitCast(raw, merge(v0, v1)), to);
-      put<kStream>(raw, hn::BitCast(raw, merge(v2, v3)), to + 2 * kLanes);
+      // One look for all: the sum of numbers is one too, but for infinities, and those may take the slow way.
+      if (HWY_UNLIKELY(!hn::AllFalse(d, hn::IsNaN(hn::Add(hn::Add(v0, v1), hn::Add(v2, v3)))))) {
+        put<kStream>(raw, hn::BitCast(raw, merge(any_to_upper_half(v0), any_to_upper_half(v1))), to);
+        put<kStream>(raw, hn::BitCast(raw, merge(any_to_upper_half(v2), any_to_upper_half(v3))), to + 2 * kLanes);
+        return;
+      }
+      put<kStream>(raw, hn::BitCast(raw, merge(number_to_upper_half(d, v0), number_to_upper_half(d, v1))), to);
+      put<kStream>(raw, hn::BitCast(raw, merge(number_to_upper_half(d, v2), number_to_upper_half(d, v3))), to + 2 * kLanes);
     } else {
       const hn::Rebind<Element<kOut>, D> raw;
       const Block x = in_order();
@@ -127,9 +133,10 @@ struct Block {
   }
   static HWY_INLINE Vector even(hn::Vec<U> halves) { return hn::BitCast(d, hn::ShiftLeft<16>(halves)); }
   static HWY_INLINE Vector odd(hn::Vec<U> halves) { return hn::BitCast(d, hn::And(halves, hn::Set(U(), kUpperHalf))); }
-  static HWY_INLINE hn::Vec<U> merge(Vector even, Vector odd) {
-    const auto upper = hn::And(round_to_upper_half(d, odd), hn::Set(U(), kUpperHalf));
-    return hn::Or(hn::ShiftRight<16>(round_to_upper_half(d, even)), upper);
+  static HWY_INLINE hn::Vec<U> any_to_upper_half(Vector value) { return round_to_upper_half(d, value); }
+  static HWY_INLINE hn::Vec<U> merge(hn::Vec<U> even, hn::Vec<U> odd) {
+    const hn::Repartition<std::uint16_t, D> halves;
+    return hn::BitCast(U(), hn::OddEven(hn::BitCast(halves, odd), hn::BitCast(halves, hn::ShiftRight<16>(even))));
   }
   HWY_INLINE Block in_order() const {
     if constexpr (kSplit) {  // by way of memory: how registers interleave depends on their size

@@ -42,6 +42,44 @@ struct ReduceKernel {
   }
 };
 
+// The usual sum: a few partials and nothing else. Their number at compile time, and nothing to look up for a block.
+template <Dtype kDtype, int kCount>
+struct ReduceFewKernel {
+  const void* partials[kCount];
+  void* out;
+  bool stream;
+
+  ReduceFewKernel(const ReduceArgs& args, bool stream) : out(args.out), stream(stream) { std::copy_n(args.partials, kCount, partials); }
+
+  template <bool kFull>
+  HWY_INLINE void part(std::int64_t begin, std::int64_t count) const {
+    auto sum = Block<kDtype>::zero();
+    for (int p = 0; p < kCount; ++p) sum.add(Block<kDtype>::template load_part<kFull>(partials[p], begin, count));
+    store_part<kDtype, kFull>(sum, out, begin, count, stream);
+  }
+};
+
+template <Dtype kDtype>
+bool reduce_few(const ReduceArgs& args, bool stream, std::int64_t lead) {
+  if (args.group_ends || args.bias0 || args.bias1) return false;
+  switch (args.count) {
+    case 1:
+      for_each_part<kDtype>(ReduceFewKernel<kDtype, 1>(args, stream), args.elements, lead);
+      return true;
+    case 2:
+      for_each_part<kDtype>(ReduceFewKernel<kDtype, 2>(args, stream), args.elements, lead);
+      return true;
+    case 3:
+      for_each_part<kDtype>(ReduceFewKernel<kDtype, 3>(args, stream), args.elements, lead);
+      return true;
+    case 4:
+      for_each_part<kDtype>(ReduceFewKernel<kDtype, 4>(args, stream), args.elements, lead);
+      return true;
+    default:
+      return false;
+  }
+}
+
 template <Dtype kDtype, Dtype kOut>
 void reduce_row(const ReduceArgs& args) {
   constexpr std::int64_t kLine = 64, kSize = sizeof(Element<kOut>);
@@ -50,6 +88,9 @@ void reduce_row(const ReduceArgs& args) {
   const auto to_line = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(args.out) % kLine);
   const bool stream = args.stream && to_line % kSize == 0;
   const std::int64_t lead = stream ? std::min(to_line / kSize % Block<kDtype>::kElements, args.elements) : 0;
+  if constexpr (kDtype == kOut) {
+    if (reduce_few<kDtype>(args, stream, lead)) return;
+  }
   if (args.group_ends) {
     for_each_part<kDtype>(ReduceKernel<kDtype, kOut, true>{args, stream}, args.elements, lead);
   } else {

@@ -121,14 +121,19 @@ HWY_INLINE hn::Vec<hn::Rebind<std::uint16_t, D>> float_to_float16(D, hn::Vec<D> 
   }
 }
 
-// A bfloat16 is the upper half of the result; the lower half is left over from rounding.
+// A bfloat16 is the upper half of the result; the lower half is left over from rounding. Not for NaN.
 template <class D>
-HWY_INLINE hn::Vec<hn::RebindToUnsigned<D>> round_to_upper_half(D, hn::Vec<D> value) {
+HWY_INLINE hn::Vec<hn::RebindToUnsigned<D>> number_to_upper_half(D, hn::Vec<D> value) {
   const hn::RebindToUnsigned<D> du;
   const auto bits = hn::BitCast(du, value);
   const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
-  const auto rounded = hn::Add(hn::Add(bits, hn::Set(du, 0x7fff)), odd);
-  return hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(value)), hn::Set(du, 0x7fff0000), rounded);
+  return hn::Add(hn::Add(bits, hn::Set(du, 0x7fff)), odd);
+}
+
+template <class D>
+HWY_INLINE hn::Vec<hn::RebindToUnsigned<D>> round_to_upper_half(D d, hn::Vec<D> value) {
+  const hn::RebindToUnsigned<D> du;
+  return hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(value)), hn::Set(du, 0x7fff0000), number_to_upper_half(d, value));
 }
 
 template <class D>
