@@ -65,7 +65,7 @@ double median(std::vector<double> values) {
   return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
 }
 
-// What one GPU sends or receives over NVLink at best, measured between two H200 (docs/performance.md).
+// What one GPU sends or receives over NVLink at best, measured between two H200 (docs/kernels.md).
 constexpr double kLinkBytesPerMicrosecond = 370e3;
 
 json figure_of(const Figure& figure, const json& measured) {
