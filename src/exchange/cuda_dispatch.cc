@@ -1,4 +1,4 @@
-// The dispatch of the CUDA engine: plan, move, land, layout, spread; or in latency mode slots, layout, spread.
+// The dispatch of the CUDA engine: plan, move, layout, spread; or in latency mode slots, layout, spread.
 
 #include <algorithm>
 #include <chrono>
@@ -128,18 +128,21 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
   const bool latency = static_cast<Mode>(job.header.mode) == Mode::latency;
   const HandleShape& shape = job.handle->shape;
   const bool lays_out = !job.cached && (shape.is_expert_layout() || shape.is_compacted() || shape.gather_map);
+  // What only an exact dispatch waits for costs the device a trip to the host's memory.
+  cuda::HostCounts* const host = job.options.sizing == Sizing::exact ? job.handle->counts.get() : nullptr;
   cuda::MoveArgs move{.context = arena_->context(),
                       .header = job.header,
                       .buffer = job.buffer,
                       .routing = routing_args(job),
                       .source = source_args(job),
                       .handle = job.handle->view,
-                      .host = job.handle->counts.get(),
+                      .host = host,
                       .cached = job.cached,
+                      .last = !lays_out,
                       .blocks = latency ? latency_blocks_ : budget_.multiprocessors};
   if (!job.cached) job.handle->counts->call = 0;
   if (latency) {
-    phase("dispatch slots", stream, [&] { cuda::launch_slots(move, !lays_out, stream); });
+    phase("dispatch slots", stream, [&] { cuda::launch_slots(move, stream); });
   } else {
     if (!job.cached) {
       const cuda::PlanArgs plan{
@@ -158,17 +161,10 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
           .handle = job.handle->view,
           .chunk_counts = plan_chunks_,
           .counts = counts_,
-          .host = job.handle->counts.get()};
+          .host = host};
       phase("dispatch plan", stream, [&] { cuda::launch_plan(plan, stream); });
     }
     phase("dispatch rows", stream, [&] { cuda::launch_move(move, stream); });
-    const cuda::LandArgs land{.context = arena_->context(),
-                              .handle = job.handle->view,
-                              .buffer = job.buffer,
-                              .local_experts = shape.local_experts,
-                              .cached = job.cached,
-                              .last = !lays_out};
-    phase("dispatch land", stream, [&] { cuda::launch_land(land, stream); });
   }
   if (lays_out) {
     const cuda::LayoutArgs layout{.context = arena_->context(),
@@ -183,7 +179,7 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
                                   .output_rows = shape.output_rows,
                                   .map_rows = shape.map_rows,
                                   .chunk_counts = layout_chunks_,
-                                  .host = job.handle->counts.get(),
+                                  .host = host,
                                   .last = true};
     phase("dispatch layout", stream, [&] { cuda::launch_layout(layout, stream); });
   }

@@ -34,8 +34,8 @@ const Preloaded preloaded({{combine_pull_kernel<Dtype::float32>},
 }  // namespace
 
 void launch_combine_pull(const CombineArgs& args, Stream stream) {
-  const CombineLaunch launch(args, stream, false);
-  visit_combined(args.dtype, [&](auto dtype) { cudaLaunchKernelEx(&launch.config, combine_pull_kernel<dtype.value>, args); });
+  const CombineLaunch launch(args, stream, Resident::any);
+  visit_combined(args.dtype, [&](auto dtype) { launch(combine_pull_kernel<dtype.value>, args); });
 }
 
 }  // namespace tokenyard::cuda
