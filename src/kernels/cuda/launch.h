@@ -1,11 +1,19 @@
 #pragma once
-// How kernels are started whose blocks may wait for each other.
+// How kernels are started whose blocks may wait for each other, and which device can do what.
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
 
 namespace tokenyard::cuda {
+
+// Whether the current device has bulk copies and mbarriers.
+inline bool has_bulk_copies() {
+  constexpr int kHopper = 9;
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= kHopper;
+}
 
 // together: all blocks are resident at once, or none is (a cooperative launch).
 enum class Resident { any, together };
