@@ -18,7 +18,7 @@ __device__ __forceinline__ std::int64_t grid_warp() { return static_cast<std::in
 __device__ __forceinline__ std::int64_t grid_warps() { return static_cast<std::int64_t>(warps_of_block()) * gridDim.x; }
 
 // Pieces of work, each for one warp. Warps begin with one each, and take the next as they come for it: some multiprocessors are
-// nearer to the links than others. The counter is zero between kernels. Null: every warp has an equal share.
+// nearer to the links than others. The counter is zero between kernels.
 class Pieces {
  public:
   __device__ explicit Pieces(std::uint32_t* counter) : counter_(counter), current_(grid_warp()) { take(); }
@@ -32,11 +32,7 @@ class Pieces {
  private:
   // Long before it is needed, since it is a trip to the L2 cache.
   __device__ void take() {
-    if (counter_ == nullptr) {
-      next_ = current_ + grid_warps();
-    } else if (lane_index() == 0) {
-      next_ = grid_warps() + atomicAdd(counter_, 1U);
-    }
+    if (lane_index() == 0) next_ = grid_warps() + atomicAdd(counter_, 1U);
   }
   std::uint32_t* counter_;
   std::int64_t current_;

@@ -169,8 +169,8 @@ __device__ inline void set_flag_everywhere(const Context& c, Flag flag, std::uin
 }
 __device__ inline void set_flag_everywhere(const Context& c, Flag flag) { set_flag_everywhere(c, flag, call_number(c)); }
 
-// Tells every peer that this rank has begun, what it offers, and then what call it makes: that is needed later. By the threads of
-// one block; publishes what they have done before as well, where a barrier lies between.
+// Tells every peer that this rank has begun and what it offers; then, for that is needed later, what call it makes. By the threads
+// of one block.
 __device__ inline void announce(const Context& c, protocol::CallHeader header, std::uint32_t offer, std::uint64_t call) {
   header.call = 0;
   for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
@@ -179,6 +179,15 @@ __device__ inline void announce(const Context& c, protocol::CallHeader header, s
     protocol::CallHeader& to = mailbox(c, peer, c.rank).headers[call % protocol::kRing];
     to = header;
     ptx::store_release(&to.call, call);
+  }
+}
+// The same at once; publishes what the block has done before a barrier as well.
+__device__ inline void announce_at_once(const Context& c, protocol::CallHeader header, std::uint32_t offer, std::uint64_t call) {
+  header.call = call;
+  for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
+    const int peer = (c.rank + 1 + i) % c.ranks;
+    mailbox(c, peer, c.rank).headers[call % protocol::kRing] = header;
+    set_flag(c, Flag::begun, peer, call, offer);
   }
 }
 

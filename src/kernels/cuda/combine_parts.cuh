@@ -17,7 +17,7 @@ constexpr int kCombineThreads = 512;
 constexpr int kStepBytes = kLanes * kVectorBytes;  // what a warp reads of a row at once
 
 // Tickets of is_last_block.
-enum CombineTicket { kCombineEnd, kCombinePushed, kCombinePieces };
+enum CombineTicket { kCombineEnd, kCombinePushed };
 
 // In every block of a call's first kernel: waits until all peers make the same call and their arenas may be written. Block-uniform.
 __device__ inline bool begin_combine(const CombineArgs& args) {
@@ -123,16 +123,16 @@ __device__ inline int list_leaves(const CombineArgs& args, std::int64_t i, const
   return count;
 }
 
-// Calls step(constant n, first) for [begin, end) in batches: of four, then one of what is left. Each size is code of its
-// own, without conditions between its loads.
-template <class Step>
+// Calls step(constant n, first) for [begin, end) in batches: of kMost, then one of what is left. Each size is code of its own,
+// without conditions between its loads.
+template <int kMost = 4, class Step>
 __device__ __forceinline__ void for_each_batch(int begin, int end, Step&& step) {
   int first = begin;
 #pragma unroll 1
-  for (; first + 4 <= end; first += 4) step(std::integral_constant<int, 4>(), first);
+  for (; first + kMost <= end; first += kMost) step(std::integral_constant<int, kMost>(), first);
   const int rest = end - first;
-  if (rest == 3) step(std::integral_constant<int, 3>(), first);
-  if (rest == 2) step(std::integral_constant<int, 2>(), first);
+  if (kMost > 3 && rest == 3) step(std::integral_constant<int, 3>(), first);
+  if (kMost > 2 && rest == 2) step(std::integral_constant<int, 2>(), first);
   if (rest == 1) step(std::integral_constant<int, 1>(), first);
 }
 

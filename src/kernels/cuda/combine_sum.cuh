@@ -142,7 +142,8 @@ __device__ __forceinline__ void sum_columns(const SumRow& row, const WarpLists& 
   if constexpr (kFolds) fold_columns<kDtype, kAligned, kColumns>(lists, 0, counts.y, vector, own);
   ColumnSums<kDtype, kColumns, kSum == Sum::grouped> sums;
   sums.begin(row, vector);
-  for_each_batch(0, counts.x, [&](auto size, int first) {
+  constexpr int kMostAtOnce = 8;  // vectors under way, for which there are registers
+  for_each_batch<kMostAtOnce / kColumns>(0, counts.x, [&](auto size, int first) {
     int4 rows[size.value][kColumns];
 #pragma unroll
     for (int j = 0; j < size.value; ++j) {
@@ -162,6 +163,12 @@ __device__ __forceinline__ void sum_columns(const SumRow& row, const WarpLists& 
 template <Dtype kDtype, bool kAligned, Sum kSum>
 __device__ __forceinline__ void sum_vectors(SumRow row, WarpLists lists, int2 counts, int vector, int end) {
   constexpr int kMany = kSum == Sum::grouped ? 1 : 2;
+  if constexpr (kSum == Sum::pulled) {  // few terms: more columns at once instead
+#pragma unroll 1
+    for (; counts.x <= 2 && vector + 3 * kLanes < end; vector += 4 * kLanes) {
+      sum_columns<kDtype, kAligned, kSum, 4>(row, lists, counts, vector);
+    }
+  }
 #pragma unroll 1
   for (; vector + (kMany - 1) * kLanes < end; vector += kMany * kLanes) {
     sum_columns<kDtype, kAligned, kSum, kMany>(row, lists, counts, vector);
@@ -247,7 +254,7 @@ __device__ inline void sum_weights(const CombineArgs& args, std::int64_t token) 
 
 // By all threads of all blocks. ready: the block waits for the partial sums; what needs none of them is done before.
 template <Dtype kDtype, bool kAligned, bool kPull, class Ready>
-__device__ inline void sum_tokens(const CombineArgs& args, Pieces next, Ready&& ready) {
+__device__ inline void sum_tokens(const CombineArgs& args, Ready&& ready) {
   const WarpLists lists = WarpLists::mine(args);
   const std::int64_t tokens = min(static_cast<std::int64_t>(args.handle.header->num_tokens), args.context.shape.max_tokens_per_rank);
   const int vectors = args.out != nullptr ? static_cast<int>(row_bytes(args) / kVectorBytes) : 0;
@@ -255,12 +262,12 @@ __device__ inline void sum_tokens(const CombineArgs& args, Pieces next, Ready&& 
   const std::int64_t pieces = tokens * cut.segments;
   bool is_ready = false;
 #pragma unroll 1
-  for (; !is_ready || next.current() < pieces; next.advance()) {
+  for (std::int64_t next = grid_warp(); !is_ready || next < pieces; next += grid_warps()) {
     SumPiece piece;
-    if (next.current() < pieces) piece = prepare_piece(args, cut, next.current(), lists);
+    if (next < pieces) piece = prepare_piece(args, cut, next, lists);
     if (!is_ready && !ready()) return;
     is_ready = true;
-    if (next.current() >= pieces) return;
+    if (next >= pieces) return;
     if (args.combined_weights != nullptr && piece.begin < kLanes) sum_weights(args, piece.token);
     if (args.out != nullptr) sum_piece<kDtype, kAligned, kPull>(args, piece, lists);
   }

@@ -364,8 +364,8 @@ __global__ void __launch_bounds__(kSlotThreads, 1) dispatch_slots(const __grid_c
   const std::uint64_t call = memory.call;
   if (good && blockIdx.x == 0) good = begin_slots(args, header);
   if (good && send_tokens<kQuantise>(job, header, call, memory, stage)) {
-    if (blockIdx.x == 0) check_peers(c, header);
     land_slots(args, call, memory);
+    if (blockIdx.x == 0) check_peers(c, header);
   }
   if (!is_last_block(c, kLandedTicket)) return;
   const bool failed = block_has_failed(c);
