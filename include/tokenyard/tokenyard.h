@@ -7,6 +7,7 @@
 #include "tokenyard/exchange.h"
 #include "tokenyard/launch.h"
 #include "tokenyard/options.h"
+#include "tokenyard/parallel.h"
 #include "tokenyard/placement.h"
 #include "tokenyard/quantise.h"
 #include "tokenyard/routing.h"
