@@ -11,6 +11,8 @@
 #include "tokenyard/placement.h"
 #include "tokenyard/quantise.h"
 #include "tokenyard/routing.h"
+#include "tokenyard/safetensors.h"
 #include "tokenyard/tensor_view.h"
 #include "tokenyard/topo.h"
+#include "tokenyard/weights.h"
 #include "tokenyard/world.h"
