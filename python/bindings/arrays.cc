@@ -97,6 +97,11 @@ Tensor::Tensor(const nb::ndarray<nb::ro>& array, const std::optional<std::string
     view_.shape[d] = static_cast<std::int64_t>(array.shape(d));
     view_.strides[d] = array.stride(d);
   }
+  if (array.size() != 0) return;
+  for (std::int64_t d = view_.ndim - 1, stride = 1; d >= 0; --d) {  // an empty array may say anything
+    view_.strides[d] = stride;
+    stride *= view_.shape[d];
+  }
 }
 
 TensorView Tensor::writable() const {

@@ -140,7 +140,7 @@ Expected<Gathered> TcpStore::gather(const Call& call, SharedPart mine, Deadline 
   }
   const auto node = pending_.extract(at);
   if (node.mapped().outcome) return std::move(*node.mapped().outcome);
-  if (gives_up) return unexpected(store_failure(call, FailureKind::system, fmt::format("was waited for, but {}", kInterrupted)));
+  if (gives_up) return unexpected(store_failure(call, FailureKind::system, "has not answered, and the caller gave up"));
   if (answered) return unexpected(store_failure(call, FailureKind::peer_lost, broken_));
   return unexpected(store_failure(call, FailureKind::timeout, fmt::format("did not answer within {} ms", deadline.timeout_ms())));
 }
