@@ -24,9 +24,12 @@ def as_array(value, what):
     if isinstance(value, numpy.ndarray):
         return value
     try:
-        return numpy.from_dlpack(value) if hasattr(value, "__dlpack__") else numpy.asarray(value)
-    except (TypeError, ValueError, BufferError) as error:
-        raise UsageError(f"{what} is a {type(value).__name__}; expected a NumPy array, a torch tensor, or what DLPack can turn into one") from error
+        array = numpy.from_dlpack(value) if hasattr(value, "__dlpack__") else numpy.asarray(value)
+    except (TypeError, ValueError, BufferError):
+        array = None
+    if array is None or array.dtype.hasobject:
+        raise UsageError(f"{what} is a {type(value).__name__}; expected a NumPy array, a torch tensor, or what DLPack can turn into one")
+    return array
 
 
 def _small_float(array):
@@ -60,7 +63,7 @@ def opaque(value, what, dtype=None):
     """As tensor(), for elements that only travel: a type that the library does not know goes as bytes."""
     array = as_array(value, what)
     if dtype is None and str(array.dtype).removeprefix("torch.") not in _CARRIED:
-        return tensor(array.view(torch_if_used().uint8 if is_torch(array) else numpy.uint8), what)
+        return array, tensor(array.view(torch_if_used().uint8 if is_torch(array) else numpy.uint8), what)[1]
     return tensor(array, what, dtype)
 
 

@@ -94,16 +94,16 @@ class Exchange:
         """(what must stay alive, arguments of the core, how its result is shown)"""
         if topk_ids is None and handle is None:
             raise UsageError("dispatch without topk_ids; give them, or the handle of an earlier dispatch whose routing is to be used again")
+        frame = self._frame(as_array(x, "x"))
         rows, view = opaque(x, "x", dtype)
-        frame = self._frame(rows)
         keep = [rows, view]
         given = _core.DispatchInput()
         given.rows = view
         scales_dtype = None
         for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights), ("scales", scales)):
             if value is not None:
+                self._frame(as_array(value, name))
                 array, view = (opaque if name == "scales" else tensor)(value, name)
-                self._frame(array)
                 keep += array, view
                 setattr(given, name, view)
                 if name == "scales":
@@ -169,8 +169,8 @@ class Exchange:
 
     def _combine_call(self, rows, handle, *, weighting="none", order="rank_ascending", fold=True, source_weights=None, row_weights=None,
                       bias=None, out=None, dtype=None):
+        frame = self._frame(as_array(rows, "rows"))
         array, y = tensor(rows, "rows", dtype)
-        frame = self._frame(array)
         keep = [array, y]
         options = _core.CombineOptions()
         options.weighting, options.order, options.fold = weighting, order, fold
@@ -180,8 +180,8 @@ class Exchange:
         for name, value, kind in (("source_weights", source_weights, None), ("row_weights", row_weights, None), ("out", out, None),
                                   *((f"bias{i}", one, dtype) for i, one in enumerate(biases))):
             if value is not None:
+                self._frame(as_array(value, name))
                 pair = (writable if name == "out" else tensor)(value, name, kind)
-                self._frame(pair[0])
                 keep += pair
                 setattr(options, name, pair[1])
         self._use_stream(options)
@@ -214,8 +214,8 @@ class Exchange:
 
     def dispatch_backward(self, handle, grad_rows, grad_row_weights=None, *, dtype=None) -> tuple:
         """(gradient of x [T,H], gradient of topk_weights [T,K] float32 or None), from those of rows and row_weights. Collective."""
+        frame = self._frame(as_array(grad_rows, "grad_rows"))
         array, view = tensor(grad_rows, "grad_rows", dtype)
-        frame = self._frame(array)
         weights = None if grad_row_weights is None else tensor(grad_row_weights, "grad_row_weights")
         gradient = self._core.dispatch_backward(handle, view, None if weights is None else weights[1])
         return shown_as(gradient.rows(frame.place), array.dtype), gradient.topk_weights(frame.place)

@@ -36,7 +36,8 @@ def numbers(array, dtype=None):
         return array.to(torch.float64).numpy() if array.dtype.is_floating_point else array.numpy()
     if dtype == "bfloat16":
         assert array.dtype == np.uint16
-        return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # rows beyond the last hold anything
+            return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 
