@@ -58,7 +58,8 @@ void bind_placement(nb::module_& m) {
           nb::arg("num_experts"), nb::arg("ranks"), nb::arg("load"), nb::arg("redundant"), nb::arg("ranks_per_node") = 0,
           "The heaviest experts get `redundant` extra replicas in total, packed over ranks to even the load [num_experts].")
       .def_static("custom", &Placement::custom, nb::arg("ranks"), nb::arg("replicas"), "replicas[e]: the replicas of expert e.")
-      .def_static("from_json", [](const std::string& text) { return Placement::from_json(text); }, nb::arg("text"))
+      .def_static(
+          "from_json", [](const std::string& text) { return Placement::from_json(text); }, nb::arg("text"))
       .def("to_json", &Placement::to_json)
       .def(
           "restricted_to", [](const Placement& self, const std::vector<int>& survivors) { return self.restricted_to(survivors); },

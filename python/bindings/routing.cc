@@ -59,7 +59,8 @@ void bind_presets(nb::module_& m) {
     const auto presets = model_presets();
     return std::vector<ModelPreset>(presets.begin(), presets.end());
   });
-  m.def("model_preset", [](const std::string& name) { return model_preset(name); }, nb::arg("name"));
+  m.def(
+      "model_preset", [](const std::string& name) { return model_preset(name); }, nb::arg("name"));
 }
 
 nb::object route_arrays(const RoutingInput& input, const Gate& gate, const Place& place) {

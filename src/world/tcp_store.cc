@@ -63,7 +63,8 @@ Answer read_answer(int socket, FrameReader& reader, Deadline deadline) {
 Expected<std::unique_ptr<TcpStore>> TcpStore::connect(const StoreAddress& address, const Hello& hello, Deadline deadline) {
   const std::vector<std::byte> greeting = encode(0, hello);
   std::string error;
-  for (; !deadline.expired() && !interrupted(); std::this_thread::sleep_for(std::min(kRetry, std::chrono::milliseconds(deadline.remaining_ms())))) {
+  const auto pause = [&] { std::this_thread::sleep_for(std::min(kRetry, std::chrono::milliseconds(deadline.remaining_ms()))); };
+  for (; !deadline.expired() && !interrupted(); pause()) {
     Attempt attempt = try_connect(address.socket, deadline);
     error = "cannot be reached: " + attempt.error;
     if (!attempt.fd && attempt.again) continue;
