@@ -5,6 +5,9 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include <fmt/ranges.h>
+
+#include <algorithm>
 #include <array>
 #include <vector>
 
@@ -29,28 +32,23 @@ constexpr Pair kPairs[] = {
     {Dtype::ue8m0, Code::Float8_E8M0FNU, 8},
 };
 
-std::string shape_text(const nb::ndarray<nb::ro>& array) {
-  std::string text = "[";
-  for (std::size_t d = 0; d < array.ndim(); ++d) text += fmt::format("{}{}", d == 0 ? "" : ", ", array.shape(d));
-  return text + "]";
+void check_size(Dtype dtype, std::int64_t bits) {
+  if (size_of(dtype) * 8 == bits) return;
+  usage_error("an array of {}-bit elements as dtype = {}, which has {} bits; view it as one of that size", bits, name(dtype),
+              size_of(dtype) * 8);
 }
 
 Dtype dtype_of(const nb::ndarray<nb::ro>& array, const std::optional<std::string>& wanted) {
   const nb::dlpack::dtype& given = array.dtype();
   if (wanted) {
-    const Dtype dtype = parse_dtype(*wanted);
-    if (size_of(dtype) * 8 != given.bits)
-      usage_error("an array of {}-bit elements as dtype = {}, which has {} bits; view it as one of that size", given.bits, *wanted,
-                  size_of(dtype) * 8);
-    return dtype;
+    check_size(parse_dtype(*wanted), given.bits);
+    return parse_dtype(*wanted);
   }
   for (const Pair& pair : kPairs) {
     if (given.code == static_cast<std::uint8_t>(pair.code) && given.bits == pair.bits && given.lanes == 1) return pair.ours;
   }
-  usage_error(
-      "an array {} of DLPack type {} with {} bits; expected float64, float32, float16, bfloat16 (or uint16 bits of it), int64, int32 or "
-      "uint8",
-      shape_text(array), given.code, given.bits);
+  usage_error("an array of DLPack type {} with {} bits; expected float64, float32, float16, bfloat16, int64, int32 or uint8", given.code,
+              given.bits);
 }
 
 nb::dlpack::dtype dlpack_dtype(Dtype dtype, Framework framework) {
@@ -87,18 +85,28 @@ nb::object export_as(const View& view, std::shared_ptr<void> owner, const Place&
 }  // namespace
 
 Tensor::Tensor(const nb::ndarray<nb::ro>& array, const std::optional<std::string>& dtype) : array_(array) {
-  if (array.ndim() < 1 || array.ndim() > ConstTensorView::kMaxDims) {
-    usage_error("an array {} of {} dimensions; expected 1 to {}", shape_text(array), array.ndim(), ConstTensorView::kMaxDims);
-  }
   view_.data = array.data();
   view_.dtype = dtype_of(array, dtype);
-  view_.ndim = static_cast<int>(array.ndim());
-  for (int d = 0; d < view_.ndim; ++d) {
-    view_.shape[d] = static_cast<std::int64_t>(array.shape(d));
-    view_.strides[d] = array.stride(d);
+  set_shape({array.shape_ptr(), array.ndim()}, {array.stride_ptr(), array.ndim()});
+}
+
+Tensor::Tensor(nb::object owner, const std::string& dtype, const Parts& parts) : owner_(std::move(owner)) {
+  view_.data = reinterpret_cast<const void*>(parts.data);
+  view_.dtype = parse_dtype(dtype);
+  check_size(view_.dtype, parts.element_bytes * 8);
+  set_shape(parts.shape, parts.strides);
+}
+
+void Tensor::set_shape(std::span<const std::int64_t> shape, std::span<const std::int64_t> strides) {
+  const int dims = static_cast<int>(shape.size());
+  if (dims < 1 || dims > ConstTensorView::kMaxDims) {
+    usage_error("an array [{}] of {} dimensions; expected 1 to {}", fmt::join(shape, ", "), dims, ConstTensorView::kMaxDims);
   }
-  if (array.size() != 0) return;
-  for (std::int64_t d = view_.ndim - 1, stride = 1; d >= 0; --d) {  // an empty array may say anything
+  view_.ndim = dims;
+  std::copy(shape.begin(), shape.end(), view_.shape.begin());
+  std::copy(strides.begin(), strides.end(), view_.strides.begin());
+  if (view_.num_elements() != 0) return;
+  for (std::int64_t d = dims - 1, stride = 1; d >= 0; --d) {  // an empty array may say anything
     view_.strides[d] = stride;
     stride *= view_.shape[d];
   }
@@ -134,6 +142,13 @@ void bind_arrays(nb::module_& m) {
           nb::arg("framework"), nb::arg("device") = "cpu", nb::arg("device_index") = 0);
   nb::class_<Tensor>(m, "Tensor", "A view of an array, which it keeps alive.")
       .def(nb::init<const nb::ndarray<nb::ro>&, const std::optional<std::string>&>(), nb::arg("array"), nb::arg("dtype") = nb::none())
+      .def(
+          "__init__",
+          [](Tensor* self, nb::object owner, const std::string& dtype, std::uintptr_t data, std::int64_t element_bytes,
+             std::vector<std::int64_t> shape, std::vector<std::int64_t> strides) {
+            new (self) Tensor(std::move(owner), dtype, {data, element_bytes, std::move(shape), std::move(strides)});
+          },
+          nb::arg("owner"), nb::arg("dtype"), nb::arg("data"), nb::arg("element_bytes"), nb::arg("shape"), nb::arg("strides"))
       .def_prop_ro("dtype", [](const Tensor& self) { return name(self.view().dtype); })
       .def("__repr__", [](const Tensor& self) { return describe(self.view()); });
   m.def(

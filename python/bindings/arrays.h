@@ -4,7 +4,9 @@
 #include <nanobind/ndarray.h>
 
 #include <memory>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "bindings.h"
 #include "tokenyard/options.h"
@@ -18,12 +20,23 @@ class Tensor {
   // dtype: what the elements mean, when it is not what the array says (uint16 that is bfloat16). UsageError for what has no
   // place in an exchange.
   Tensor(const nb::ndarray<nb::ro>& array, const std::optional<std::string>& dtype);
+  // The same of an array that is known by its parts: pointer and element_bytes, shape, strides in elements.
+  struct Parts {
+    std::uintptr_t data;
+    std::int64_t element_bytes;
+    std::vector<std::int64_t> shape;
+    std::vector<std::int64_t> strides;
+  };
+  Tensor(nb::object owner, const std::string& dtype, const Parts& parts);
   const ConstTensorView& view() const { return view_; }
   // The array itself may be written, which Tensor does not know.
   TensorView writable() const;
 
  private:
+  void set_shape(std::span<const std::int64_t> shape, std::span<const std::int64_t> strides);
+
   nb::ndarray<nb::ro> array_;
+  nb::object owner_;
   ConstTensorView view_;
 };
 

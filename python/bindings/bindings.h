@@ -28,6 +28,7 @@ void bind_quantise(nb::module_& m);
 void bind_options(nb::module_& m);
 void bind_received(nb::module_& m);
 void bind_exchange(nb::module_& m);
+void bind_collective(nb::module_& m);
 void bind_topo(nb::module_& m);
 
 // "float32", "float32_pow2", "ue8m0".

@@ -12,5 +12,6 @@ NB_MODULE(_core, m) {
   bind_options(m);
   bind_received(m);
   bind_exchange(m);
+  bind_collective(m);
   bind_topo(m);
 }

@@ -5,6 +5,7 @@
 World, Placement, Exchange, Gate and route() follow the C++ library; tokenyard.torch has autograd functions and a dispatcher.
 """
 from ._core import Gate, Instance, ModelPreset, Move, Placement, Replica, model_preset, model_presets, moves
+from .collectives import Collectives
 from .errors import Error, TransportError, UsageError
 from .exchange import Exchange, plan_memory
 from .launch import run_ranks
@@ -16,7 +17,7 @@ from .world import World
 __version__ = "0.1.0"
 
 __all__ = [
-    "Error", "Exchange", "Gate", "Instance", "ModelPreset", "Move", "Pending", "Placement", "Received", "Replica", "Routing", "Topo",
+    "Collectives", "Error", "Exchange", "Gate", "Instance", "ModelPreset", "Move", "Pending", "Placement", "Received", "Replica", "Routing", "Topo",
     "TransportError", "UsageError", "World", "dequantise", "model_preset", "model_presets", "moves", "plan_memory", "quantise", "route",
     "run_ranks", "topo",
 ]

@@ -60,6 +60,7 @@ class Exchange:
         self._device = device
         self._mode = mode
         self._numbers = {}
+        self._known_options = {}  # made once for every combination of words and numbers that is used
         self.hidden_size, self.top_k, self.dtype = hidden_size, top_k, dtype
         for one in placements:
             self.add(one)
@@ -81,10 +82,10 @@ class Exchange:
         if self._device == "cpu":
             if is_torch(array) and array.device.type != "cpu":
                 raise UsageError(f"a tensor on {array.device} for an exchange with device='cpu'; move it, or make the exchange with device='cuda'")
-            return Frame(array)
+            return Frame.of(array)
         if not is_torch(array) or array.device.type != "cuda":
             raise UsageError("an exchange with device='cuda' takes torch tensors on its GPU")
-        return Frame(array, "cuda", array.device.index)
+        return Frame.of(array, "cuda", array.device.index)
 
     def _use_stream(self, options):
         if self._device == "cuda":
@@ -94,41 +95,44 @@ class Exchange:
         """(what must stay alive, arguments of the core, how its result is shown)"""
         if topk_ids is None and handle is None:
             raise UsageError("dispatch without topk_ids; give them, or the handle of an earlier dispatch whose routing is to be used again")
-        frame = self._frame(as_array(x, "x"))
-        rows, view = opaque(x, "x", dtype)
-        keep = [rows, view]
+        x = as_array(x, "x")
+        frame = self._frame(x)
         given = _core.DispatchInput()
+        keep = [view := opaque(x, "x", dtype)]
         given.rows = view
-        scales_dtype = None
         for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights), ("scales", scales)):
             if value is not None:
-                self._frame(as_array(value, name))
-                array, view = (opaque if name == "scales" else tensor)(value, name)
-                keep += array, view
+                self._frame(array := as_array(value, name))
+                keep.append(view := (opaque if name == "scales" else tensor)(array, name))
                 setattr(given, name, view)
-                if name == "scales":
-                    scales_dtype = array.dtype
-        rows_dtype = frame.float8 if options.get("quantise") else rows.dtype
+        rows_dtype = frame.float8 if options.get("quantise") else x.dtype
+        scales_dtype = None if scales is None else array.dtype  # the last of the loop
         arguments = given, self._dispatch_options(keep, options), handle
         return keep, arguments, lambda core: Received(core, frame, rows_dtype, scales_dtype)
 
     def _dispatch_options(self, keep, given):
+        out_rows, out_scales, placement = (given.pop(name, None) for name in ("out_rows", "out_scales", "placement"))
+        key = tuple(given.items())
+        if (options := self._known_options.get(key)) is None:
+            options = self._known_options[key] = self._new_dispatch_options(given)
+        if out_rows is not None or out_scales is not None:
+            options = self._new_dispatch_options(given)
+            for name, value in (("out_rows", out_rows), ("out_scales", out_scales)):
+                if value is not None:
+                    keep.append(view := writable(value, name))
+                    setattr(options, name, view)
+        options.placement = None if placement is None else self._number_of(placement)
+        self._use_stream(options)
+        return options
+
+    def _new_dispatch_options(self, given):
         options = _core.DispatchOptions()
-        mode = given.get("mode") or self._mode
-        options.sizing = given.pop("sizing", None) or ("capacity" if mode == "latency" else "exact")
-        for name in ("out_rows", "out_scales"):
-            if (value := given.pop(name, None)) is not None:
-                pair = writable(value, name)
-                keep += pair
-                setattr(options, name, pair[1])
-        if (placement := given.pop("placement", None)) is not None:
-            options.placement = self._number_of(placement)
+        options.sizing = given.get("sizing") or ("capacity" if (given.get("mode") or self._mode) == "latency" else "exact")
         for name, value in given.items():
             if not hasattr(options, name):
                 raise TypeError(f"dispatch has no argument {name!r}")
             if value is not None:
                 setattr(options, name, value)
-        self._use_stream(options)
         return options
 
     def dispatch(self, x, topk_ids=None, topk_weights=None, *, handle=None, scales=None, placement=None, layout="token_major", sizing=None,
@@ -169,9 +173,9 @@ class Exchange:
 
     def _combine_call(self, rows, handle, *, weighting="none", order="rank_ascending", fold=True, source_weights=None, row_weights=None,
                       bias=None, out=None, dtype=None):
-        frame = self._frame(as_array(rows, "rows"))
-        array, y = tensor(rows, "rows", dtype)
-        keep = [array, y]
+        rows = as_array(rows, "rows")
+        frame = self._frame(rows)
+        keep = [y := tensor(rows, "rows", dtype)]
         options = _core.CombineOptions()
         options.weighting, options.order, options.fold = weighting, order, fold
         biases = () if bias is None else bias if isinstance(bias, (tuple, list)) else (bias,)
@@ -180,14 +184,13 @@ class Exchange:
         for name, value, kind in (("source_weights", source_weights, None), ("row_weights", row_weights, None), ("out", out, None),
                                   *((f"bias{i}", one, dtype) for i, one in enumerate(biases))):
             if value is not None:
-                self._frame(as_array(value, name))
-                pair = (writable if name == "out" else tensor)(value, name, kind)
-                keep += pair
-                setattr(options, name, pair[1])
+                self._frame(array := as_array(value, name))
+                keep.append(view := writable(value, name, kind) if name == "out" else tensor(array, name, kind))
+                setattr(options, name, view)
         self._use_stream(options)
 
         def shown(core):
-            sums = out if out is not None else shown_as(core.out(frame.place), array.dtype)
+            sums = out if out is not None else shown_as(core.out(frame.place), rows.dtype)
             return sums if row_weights is None else (sums, core.combined_weights(frame.place))
 
         return keep, (y, handle, options), shown
@@ -214,20 +217,21 @@ class Exchange:
 
     def dispatch_backward(self, handle, grad_rows, grad_row_weights=None, *, dtype=None) -> tuple:
         """(gradient of x [T,H], gradient of topk_weights [T,K] float32 or None), from those of rows and row_weights. Collective."""
-        frame = self._frame(as_array(grad_rows, "grad_rows"))
-        array, view = tensor(grad_rows, "grad_rows", dtype)
-        weights = None if grad_row_weights is None else tensor(grad_row_weights, "grad_row_weights")
-        gradient = self._core.dispatch_backward(handle, view, None if weights is None else weights[1])
-        return shown_as(gradient.rows(frame.place), array.dtype), gradient.topk_weights(frame.place)
+        grad_rows = as_array(grad_rows, "grad_rows")
+        frame = self._frame(grad_rows)
+        weights = None if grad_row_weights is None else tensor(as_array(grad_row_weights, "grad_row_weights"), "grad_row_weights")
+        gradient = self._core.dispatch_backward(handle, tensor(grad_rows, "grad_rows", dtype), weights)
+        return shown_as(gradient.rows(frame.place), grad_rows.dtype), gradient.topk_weights(frame.place)
 
     def combine_backward(self, handle, grad_out, rows=None, *, weighting="none", source_weights=None, dtype=None) -> tuple:
         """(Received with the gradient of rows in the layout of the dispatch, gradient of the weights [T,K] float32 or None), from that
         of the sums; rows as they were combined, for at_expert and at_source. Collective."""
-        keep, (view, _, options), _ = self._combine_call(grad_out, handle, weighting=weighting, source_weights=source_weights, dtype=dtype)
-        saved = None if rows is None else tensor(rows, "rows", dtype)
-        gradient = self._core.combine_backward(handle, view, None if saved is None else saved[1], options)
-        frame = self._frame(keep[0])
-        return Received(gradient.rows, frame, keep[0].dtype), gradient.topk_weights(frame.place)
+        grad_out = as_array(grad_out, "grad_out")
+        frame = self._frame(grad_out)
+        _, (view, _, options), _ = self._combine_call(grad_out, handle, weighting=weighting, source_weights=source_weights, dtype=dtype)
+        saved = None if rows is None else tensor(as_array(rows, "rows"), "rows", dtype)
+        gradient = self._core.combine_backward(handle, view, saved, options)
+        return Received(gradient.rows, frame, grad_out.dtype), gradient.topk_weights(frame.place)
 
     def expert_rows(self, handle, like, dtype=None):
         """Memory [N,H] (or [R,M,H]) for rows from which combine needs no copy, in the framework of the array `like`; dtype: default

@@ -2,7 +2,7 @@
 from typing import Any, NamedTuple
 
 from . import _core
-from .arrays import Frame, tensor
+from .arrays import Frame, as_array, tensor
 from .errors import UsageError
 
 
@@ -21,10 +21,11 @@ def route(logits, gate, *, bias=None, mask=None, given_ids=None, dtype=None) -> 
     mask [T] bool or uint8: 0 gives ids -1 and weights 0; given_ids [T,K]: replay, with the weights that the gate gives them.
     Ties go to the lower expert id; the same bits on every machine. UsageError for what does not fit.
     """
-    keep = [None if value is None else tensor(value, what, dtype if what == "logits" else None)
-            for value, what in ((logits, "logits"), (bias, "bias"), (mask, "mask"), (given_ids, "given_ids"))]
-    views = [None if pair is None else pair[1] for pair in keep]
-    return Routing(*_core.route(_core.RoutingInput(*views), gate, Frame(keep[0][0]).place))
+    logits = as_array(logits, "logits")
+    views = [tensor(logits, "logits", dtype)]
+    for name, value in (("bias", bias), ("mask", mask), ("given_ids", given_ids)):
+        views.append(None if value is None else tensor(as_array(value, name), name))
+    return Routing(*_core.route(_core.RoutingInput(*views), gate, Frame.of(logits).place))
 
 
 def quantise(x, scale_format="float32", *, dtype=None) -> tuple:
@@ -32,21 +33,21 @@ def quantise(x, scale_format="float32", *, dtype=None) -> tuple:
 
     scale_format: "float32", "float32_pow2" (powers of two) or "ue8m0" (their exponents, four per int32).
     """
-    array, view = tensor(x, "x", dtype)
-    if len(array.shape) != 2:
-        raise UsageError(f"x has the shape {list(array.shape)}; expected [T,H]")
-    tokens, hidden_size = array.shape
-    frame = Frame(array)
+    x = as_array(x, "x")
+    view = tensor(x, "x", dtype)
+    if len(x.shape) != 2:
+        raise UsageError(f"x has the shape {list(x.shape)}; expected [T,H]")
+    tokens, hidden_size = x.shape
+    frame = Frame.of(x)
     q = frame.empty((tokens, hidden_size), "float8_e4m3")
     scales = frame.empty((tokens, _core.scale_columns(hidden_size, scale_format)), "int32" if scale_format == "ue8m0" else "float32")
-    q_kept, q_view = tensor(q, "q", "float8_e4m3")
-    _core.quantise(view, q_view, tensor(scales, "scales")[1], scale_format)
-    return q_kept, scales
+    _core.quantise(view, tensor(q, "q", "float8_e4m3"), tensor(scales, "scales"), scale_format)
+    return q, scales
 
 
 def dequantise(q, scales, dtype="bfloat16", scale_format="float32"):
     """q [T,H] fp8 and its scales as [T,H] of dtype: bfloat16, float16 or float32."""
-    array, view = tensor(q, "q", "float8_e4m3")
-    x = Frame(array).empty(tuple(array.shape), dtype)
-    _core.dequantise(view, tensor(scales, "scales")[1], tensor(x, "x", dtype)[1], scale_format)
+    q, scales = as_array(q, "q"), as_array(scales, "scales")
+    x = Frame.of(q).empty(tuple(q.shape), dtype)
+    _core.dequantise(tensor(q, "q", "float8_e4m3"), tensor(scales, "scales"), tensor(x, "x", dtype), scale_format)
     return x

@@ -1,8 +1,9 @@
-"""Nothing is left behind: descriptors, memory, nanobind's instances."""
+"""Nothing is left behind: descriptors, memory, nanobind's instances. And calls stay cheap."""
 import gc
 import os
 import subprocess
 import sys
+import timeit
 import tracemalloc
 
 import numpy as np
@@ -60,6 +61,13 @@ def test_a_thousand_calls_between_processes_leave_nothing():
 
     for grown, descriptors in on_ranks(rank_main, 2, processes=True):
         assert grown < 50_000 and descriptors == 0
+
+
+def test_calls_cost_little():
+    """Budget: 15 us per dispatch on top of the C++ call; docs/performance.md has the figure. Here only that it is not far off."""
+    exchange = make_exchange(ty.World.in_process(1)[0], ty.Placement.uniform(3, 1))
+    best = min(timeit.repeat(lambda: exchange.dispatch(X, IDS), number=200, repeat=20)) / 200
+    assert best < 100e-6, f"{best * 1e6:.0f} us per dispatch of 4 rows"
 
 
 def test_nanobind_reports_no_leak():
