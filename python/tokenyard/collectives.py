@@ -1,4 +1,6 @@
 """Collectives with unequal lengths over rows, between CPU memories."""
+import numpy
+
 from . import _core
 from .arrays import as_array, is_torch, shown_as, tensor, torch_if_used
 
@@ -7,8 +9,6 @@ def _rows_like(array, rows):
     shape = (rows, *array.shape[1:])
     if is_torch(array):
         return torch_if_used().empty(shape, dtype=array.dtype)
-    import numpy
-
     return numpy.empty(shape, array.dtype)
 
 

@@ -35,6 +35,13 @@ class World:
         return World(_core.World.connect(options))
 
     @staticmethod
+    def from_group(group=None, *, timeout_ms=100_000) -> "World":
+        """The ranks of a torch process group (default: all), in its order. Collective over the group, of any backend."""
+        from .torch.groups import world_from_group
+
+        return world_from_group(group, timeout_ms=timeout_ms)
+
+    @staticmethod
     def in_process(size, timeout_ms=100_000) -> list["World"]:
         """`size` ranks of this process, for one thread each; element r belongs to rank r. run_ranks(processes=False) uses it."""
         return [World(core) for core in _core.World.in_process(size, timeout_ms)]
