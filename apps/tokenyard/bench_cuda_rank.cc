@@ -216,6 +216,7 @@ class CudaBenchRank {
     float milliseconds = 0;
     cuda_check(cudaEventElapsedTime(&milliseconds, begin_.get(), end_.get()), "cudaEventElapsedTime");
     samples_[series].push_back(1e3 * milliseconds);
+    add_phases(series, exchange_.take_spans(), samples_);
   }
 
   void iterate(int set) {

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 
+#include "bench_samples.h"
 #include "core/usage.h"
 #include "files.h"
 #include "machine.h"
@@ -102,6 +103,20 @@ json figure_of(const Figure& figure, const json& measured) {
   return result;
 }
 
+// Where a call's time goes: a row per phase, in the alphabet's order.
+std::string phase_table(const json& samples) {
+  Table table({"phase", "min", "median", "max"});
+  bool any = false;
+  for (const auto& [series, values] : samples.items()) {
+    if (series.find(kPhase) == std::string::npos) continue;
+    const auto times = values.get<std::vector<double>>();
+    table.add({series, time_text(*std::min_element(times.begin(), times.end())), time_text(median(times)),
+               time_text(*std::max_element(times.begin(), times.end()))});
+    any = true;
+  }
+  return any ? "\n" + table.text() : "";
+}
+
 json definitions(bool on_gpus) {
   if (on_gpus) {
     return {
@@ -195,7 +210,7 @@ std::string bench_table(const json& report) {
     }
     table.add(cells);
   }
-  text += table.text();
+  text += table.text() + phase_table(report["samples_us"]);
   if (on_gpus) {
     const json& gpu = report["gpu"];
     return text +

@@ -19,7 +19,8 @@
 namespace tokenyard::cli {
 
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Settings, ranks, tokens, hidden_size, experts, top_k, dtype, mode, layout, sizing, placement, preset,
-                                   transport, device, sm_budget, skew, threads, depth, iterations, warmup, seed, timeout_ms, baseline)
+                                   transport, device, sm_budget, skew, threads, depth, iterations, warmup, seed, timeout_ms, baseline,
+                                   trace)
 
 namespace {
 
@@ -188,6 +189,7 @@ void add_run_options(CLI::App& app, Settings& settings) {
   app.add_option("--seed", settings.seed, "Seed of rows and routing")->capture_default_str();
   app.add_option("--timeout-ms", settings.timeout_ms, "Deadline of every wait")->capture_default_str();
   app.add_flag("!--no-baseline", settings.baseline, "Do not measure the collective exchange over MPI");
+  app.add_flag("--trace", settings.trace, "Time the phases of each call, too; on cuda this adds a few us to each");
 }
 
 void complete_shape(CLI::App& app, Settings& settings) {
@@ -271,6 +273,7 @@ ExchangeOptions exchange_options(const Settings& settings, const Placement& plac
   options.num_threads = settings.threads;
   options.sm_budget = settings.sm_budget;
   options.timeout_ms = settings.timeout_ms;
+  options.trace = settings.trace;
   return options;
 }
 

@@ -55,7 +55,7 @@ int ranks_on_device(const World& world, int device) {
 }  // namespace
 
 CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
-    : ExchangeEngine(world, with_device(options)), device_(options_.device_index) {
+    : ExchangeEngine(world, with_device(options)), device_(options_.device_index), trace_(options_.trace) {
   const CudaDeviceScope scope(device_);
   cuda_check(scope.status(), "cudaSetDevice");
   const int sharing = ranks_on_device(world_, device_);
@@ -176,6 +176,11 @@ ExchangeStatus CudaEngine::status() const {
   status.invalid_ids = static_cast<std::int64_t>(state.invalid_ids);
   status.lost_ids = static_cast<std::int64_t>(state.lost_ids);
   return status;
+}
+
+std::vector<PhaseSpan> CudaEngine::take_spans() {
+  const CudaDeviceScope scope(device_);
+  return trace_.take();
 }
 
 void CudaEngine::clear() {

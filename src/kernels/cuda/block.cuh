@@ -13,8 +13,8 @@ __device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kLan
 __device__ inline int warps_of_block() { return static_cast<int>(blockDim.x) / kLanes; }
 __device__ inline unsigned lanes_below() { return (1U << lane_index()) - 1; }
 
-// has_failed, but the same in every thread: another block may fail between two threads' looks.
-__device__ inline bool block_has_failed(const Context& c) { return __syncthreads_or(has_failed(c)) != 0; }
+// has_failed, the same in every thread: one looks, for all blocks look at the same words.
+__device__ inline bool block_has_failed(const Context& c) { return __syncthreads_or(threadIdx.x == 0 && has_failed(c)) != 0; }
 
 // The header as this rank announces it: a cached dispatch names the call that filled the handle, and only the device knows it.
 __device__ inline protocol::CallHeader complete_header(protocol::CallHeader header, const HandleView& handle) {
@@ -22,10 +22,10 @@ __device__ inline protocol::CallHeader complete_header(protocol::CallHeader head
   return header;
 }
 
-// By all threads of block 0, first in a call: settles what came before, then tells everybody. Block-uniform.
-__device__ inline bool begin_call(const Context& c, const protocol::CallHeader& header, int buffer) {
+// By all threads of one block, first in a call: settles what came before, then tells everybody. Block-uniform.
+__device__ inline bool begin_call(const Context& c, const Announcement& said) {
   if (!settle(c)) return false;
-  announce(c, header, static_cast<std::uint64_t>(buffer));
+  announce(c, said, call_number(c));
   return true;
 }
 
@@ -41,10 +41,10 @@ __device__ inline bool wait_for_peers(const Context& c, const protocol::CallHead
   return __syncthreads_and(good) != 0;
 }
 
-// The receive buffer that `rank` offers for `call`. This rank's own is known where its announcement may not be there yet.
-__device__ inline int buffer_of(const Context& c, int rank, std::uint64_t call, int own_buffer) {
+// The receive buffer that `rank`, which has begun, offers. This rank's own is known where its announcement may not be there yet.
+__device__ inline int buffer_of(const Context& c, int rank, int own_buffer) {
   if (rank == c.rank) return own_buffer;
-  return static_cast<int>(mailbox(c, c.rank, rank).buffer[call % protocol::kRing]);
+  return protocol::flag_byte(mailbox(c, c.rank, rank).flags[static_cast<int>(Flag::begun)]);
 }
 
 // What this rank has sent, behind the rows of a dispatch; by the threads of one block.

@@ -1,13 +1,12 @@
 #pragma once
 // What the kernels of a combine share: how they begin, the rows of y that belong to a received row, and their fold.
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
 #include "kernels/cuda/block.cuh"
 #include "kernels/cuda/combine_arithmetic.h"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/preload.h"
 
@@ -29,7 +28,7 @@ __device__ inline bool begin_combine(const CombineArgs& args) {
   const Context& c = args.context;
   if (block_has_failed(c)) return false;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
-  if (blockIdx.x == 0 && !begin_call(c, header, 0)) return false;
+  if (blockIdx.x == 0 && !begin_call(c, {.header = header})) return false;
   return wait_for_peers(c, header, Phase::combine_credit);
 }
 
@@ -205,24 +204,10 @@ void visit_combined(const CombineArgs& args, Visitor&& visitor) {
   });
 }
 
-struct CombineLaunch {
-  cudaLaunchAttribute attribute = {};
-  cudaLaunchConfig_t config = {};
-
-  // cooperative: all blocks are resident at once, so they may wait for each other.
-  CombineLaunch(const CombineArgs& args, Stream stream, bool cooperative) {
-    const int threads = combine_threads(args);
-    config.gridDim = dim3(static_cast<unsigned>(args.blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<std::size_t>(threads / kLanes * list_bytes(args));
-    config.stream = stream;
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-    config.attrs = &attribute;
-    config.numAttrs = cooperative ? 1 : 0;
-  }
-  CombineLaunch(const CombineLaunch&) = delete;
-  CombineLaunch& operator=(const CombineLaunch&) = delete;
+struct CombineLaunch : Launch {
+  CombineLaunch(const CombineArgs& args, Stream stream, Resident resident)
+      : Launch(args.blocks, combine_threads(args), static_cast<std::size_t>(combine_threads(args) / kLanes * list_bytes(args)), stream,
+               resident) {}
 };
 
 }  // namespace tokenyard::cuda

@@ -1,13 +1,11 @@
 #pragma once
-// What both ways of moving rows share: where a token's rows go, the scales and records beside them, how a move begins and ends.
+// What both ways of moving rows share: how a move begins, where a token's rows go, the scales and records beside them.
 
-#include "kernels/cuda/received.cuh"
+#include "kernels/cuda/land.cuh"
 #include "kernels/cuda/routing.cuh"
 #include "kernels/cuda/source.cuh"
 
 namespace tokenyard::cuda {
-
-enum MoveTicket { kMoveTicket };
 
 // Opens the call of a cached dispatch; behind a plan every rank is known to have begun. Block-uniform.
 __device__ inline bool begin_move(const MoveArgs& args) {
@@ -15,18 +13,8 @@ __device__ inline bool begin_move(const MoveArgs& args) {
   if (block_has_failed(c)) return false;
   if (!args.cached) return true;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
-  if (blockIdx.x == 0 && !begin_call(c, header, args.buffer)) return false;
+  if (blockIdx.x == 0 && !begin_call(c, {.header = header, .buffer = static_cast<std::uint8_t>(args.buffer)})) return false;
   return wait_for_peers(c, header, Phase::dispatch_credit);
-}
-
-// The last block tells every rank that its rows are there. Each thread's stores are complete, or ordered by the fences of
-// is_last_block.
-__device__ inline void finish_move(const MoveJob& job) {
-  const Context& c = job.args.context;
-  if (!is_last_block(c, kMoveTicket)) return;
-  if (block_has_failed(c)) return;
-  set_flag_everywhere(c, Flag::rows);
-  add_link_bytes(c, job.args.handle.sent_counts, job.args.source.row_bytes + job.scales.row_bytes);
 }
 
 __device__ inline std::int32_t tokens_of(const MoveArgs& args) {
@@ -42,7 +30,7 @@ struct Targets {
   std::byte* record = nullptr;
 };
 
-__device__ inline Targets targets_of(const MoveJob& job, std::int32_t token, int first_rank, std::uint64_t call) {
+__device__ inline Targets targets_of(const MoveJob& job, std::int32_t token, int first_rank) {
   const Context& c = job.args.context;
   const int rank = first_rank + lane_index();
   const std::int32_t slot = rank < c.ranks ? job.args.handle.slots[static_cast<std::int64_t>(token) * c.ranks + rank] : -1;
@@ -50,7 +38,7 @@ __device__ inline Targets targets_of(const MoveJob& job, std::int32_t token, int
   targets.first_rank = first_rank;
   targets.present = __ballot_sync(kAllLanes, slot >= 0);
   if (slot < 0) return targets;
-  const int buffer = buffer_of(c, rank, call, job.args.buffer);
+  const int buffer = buffer_of(c, rank, job.args.buffer);
   targets.row = receive_rows(c, rank, buffer) + slot * job.args.source.row_bytes;
   targets.scales = receive_scales(c, rank, buffer) + slot * job.scales.row_bytes;
   targets.record = receive_records(c, rank, buffer) + slot * c.shape.record_bytes();

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/bulk.cuh"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/move.cuh"
 #include "kernels/cuda/preload.h"
 
@@ -46,11 +47,11 @@ __device__ void quantise_row(const MoveJob& job, std::int32_t token, const WarpM
 }
 
 // By the warp; lane 0 issues one store per rank.
-__device__ void store_row(const MoveJob& job, std::int32_t token, const std::byte* row, std::uint64_t call) {
+__device__ void store_row(const MoveJob& job, std::int32_t token, const std::byte* row) {
   const Context& c = job.args.context;
   const auto bytes = static_cast<std::uint32_t>(job.args.source.row_bytes);
   for (int first = 0; first < c.ranks; first += kLanes) {
-    const Targets targets = targets_of(job, token, first, call);
+    const Targets targets = targets_of(job, token, first);
     for_each_lane(targets.present, start_lane(c, token, first), [&](int lane) {
       std::byte* to = of_lane(targets.row, lane);
       if (lane_index() == 0) bulk::store(to, row, bytes);
@@ -61,12 +62,11 @@ __device__ void store_row(const MoveJob& job, std::int32_t token, const std::byt
 
 // What goes beside the row, by ordinary stores.
 template <bool kQuantise>
-__device__ void store_metadata(const MoveJob& job, std::int32_t token, const TokenChoices& choices, const WarpMemory& memory,
-                               std::uint64_t call) {
+__device__ void store_metadata(const MoveJob& job, std::int32_t token, const TokenChoices& choices, const WarpMemory& memory) {
   const Context& c = job.args.context;
   std::int32_t ordinal = 0;
   for (int first = 0; first < c.ranks; first += kLanes) {
-    const Targets targets = targets_of(job, token, first, call);
+    const Targets targets = targets_of(job, token, first);
     if (targets.present == 0) continue;
     if (kQuantise) {
       move_staged_scales(targets, memory.scales, static_cast<int>(job.scales.row_bytes / 4), 0);
@@ -80,7 +80,6 @@ __device__ void store_metadata(const MoveJob& job, std::int32_t token, const Tok
 template <bool kQuantise>
 __device__ void move_rows(const MoveJob& job, const WarpMemory& memory) {
   const MoveArgs& args = job.args;
-  const std::uint64_t call = call_number(args.context);
   const std::int32_t tokens = tokens_of(args);
   const int step = static_cast<int>(gridDim.x) * warps_of_block();
   std::int32_t token = warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
@@ -100,12 +99,12 @@ __device__ void move_rows(const MoveJob& job, const WarpMemory& memory) {
     } else {
       memory.barriers[stage].wait(parity);
     }
-    store_row(job, token, memory.stages + stage * args.source.row_bytes, call);
+    store_row(job, token, memory.stages + stage * args.source.row_bytes);
     if (!kQuantise && lane_index() == 0 && token + step < tokens) {
       bulk::wait_read<kStages - 1>();  // the other stage's stores have read it; this one's may go on
       prefetch(job, token + step, memory, stage ^ 1);
     }
-    store_metadata<kQuantise>(job, token, choices, memory, call);
+    store_metadata<kQuantise>(job, token, choices, memory);
     stage ^= 1;
     if (stage == 0) parity ^= 1;
   }
@@ -139,13 +138,9 @@ bool launch_move_bulk(const MoveJob& job, Stream stream) {
   const std::int64_t bytes = warp_bytes(job);
   const std::int64_t warps = std::min<std::int64_t>(kMaxWarps, (shared - kStaticShared) / bytes);
   if (warps < 1) return false;
-  const auto threads = static_cast<unsigned>(warps * kLanes);
-  const auto dynamic = static_cast<std::size_t>(warps * bytes);
-  if (job.args.source.quantise) {
-    move_rows_bulk<true><<<job.args.blocks, threads, dynamic, stream>>>(job);
-  } else {
-    move_rows_bulk<false><<<job.args.blocks, threads, dynamic, stream>>>(job);
-  }
+  const Launch launch(job.args.blocks, static_cast<int>(warps) * kLanes, static_cast<std::size_t>(warps * bytes), stream,
+                      Resident::together);
+  launch(job.args.source.quantise ? move_rows_bulk<true> : move_rows_bulk<false>, job);
   return true;
 }
 
