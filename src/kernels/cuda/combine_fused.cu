@@ -13,7 +13,8 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_fused_kernel(const
   const Context& c = args.context;
   if (begin_push(args)) push_rows<kDtype, kAligned>(args);
   if (is_last_block(c, kCombinePushed) && !block_has_failed(c)) set_flag_everywhere(c, Flag::partials);
-  if (!block_has_failed(c)) sum_tokens<kDtype, kAligned, false>(args, [&] { return wait_for_all(c, Flag::partials, Phase::combine_rows); });
+  if (!block_has_failed(c))
+    sum_tokens<kDtype, kAligned, false>(args, Pieces(nullptr), [&] { return wait_for_all(c, Flag::partials, Phase::combine_rows); });
   if (is_last_block(c, kCombineEnd)) end_call(c);
 }
 

@@ -17,18 +17,14 @@ constexpr int kCombineThreads = 512;
 constexpr int kStepBytes = kLanes * kVectorBytes;  // what a warp reads of a row at once
 
 // Tickets of is_last_block.
-enum CombineTicket { kCombineEnd, kCombinePushed };
-
-// Neighbours run on different multiprocessors: a few pieces of work spread over all of them.
-__device__ __forceinline__ std::int64_t grid_warp() { return static_cast<std::int64_t>(warp_index()) * gridDim.x + blockIdx.x; }
-__device__ __forceinline__ std::int64_t grid_warps() { return static_cast<std::int64_t>(warps_of_block()) * gridDim.x; }
+enum CombineTicket { kCombineEnd, kCombinePushed, kCombinePieces };
 
 // In every block of a call's first kernel: waits until all peers make the same call and their arenas may be written. Block-uniform.
 __device__ inline bool begin_combine(const CombineArgs& args) {
   const Context& c = args.context;
   if (block_has_failed(c)) return false;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
-  if (blockIdx.x == 0 && !begin_call(c, {.header = header})) return false;
+  if (blockIdx.x == 0 && !begin_call(c, header, protocol::offer(protocol::kNoBuffer))) return false;
   return wait_for_peers(c, header, Phase::combine_credit);
 }
 

@@ -247,7 +247,7 @@ __device__ inline void sum_weights(const CombineArgs& args, std::int64_t token) 
 
 // By all threads of all blocks. ready: the block waits for the partial sums; what needs none of them is done before.
 template <Dtype kDtype, bool kAligned, bool kPull, class Ready>
-__device__ inline void sum_tokens(const CombineArgs& args, Ready&& ready) {
+__device__ inline void sum_tokens(const CombineArgs& args, Pieces next, Ready&& ready) {
   const WarpLists lists = WarpLists::mine(args);
   const std::int64_t tokens = min(static_cast<std::int64_t>(args.handle.header->num_tokens), args.context.shape.max_tokens_per_rank);
   const int vectors = args.out != nullptr ? static_cast<int>(row_bytes(args) / kVectorBytes) : 0;
@@ -255,12 +255,12 @@ __device__ inline void sum_tokens(const CombineArgs& args, Ready&& ready) {
   const std::int64_t pieces = tokens * cut.segments;
   bool is_ready = false;
 #pragma unroll 1
-  for (std::int64_t next = grid_warp(); !is_ready || next < pieces; next += grid_warps()) {
+  for (; !is_ready || next.current() < pieces; next.advance()) {
     SumPiece piece;
-    if (next < pieces) piece = prepare_piece(args, cut, next, lists);
+    if (next.current() < pieces) piece = prepare_piece(args, cut, next.current(), lists);
     if (!is_ready && !ready()) return;
     is_ready = true;
-    if (next >= pieces) return;
+    if (next.current() >= pieces) return;
     if (args.combined_weights != nullptr && piece.begin < kLanes) sum_weights(args, piece.token);
     if (args.out != nullptr) sum_piece<kDtype, kAligned, kPull>(args, piece, lists);
   }
