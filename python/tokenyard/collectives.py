@@ -24,6 +24,7 @@ class Collectives:
         self._core = _core.Collectives(world._core, staging_bytes, transport, timeout_ms)
 
     def barrier(self) -> None:
+        """Returns when all ranks have come."""
         self._core.barrier()
 
     def _call(self, call, x, counts, rows, *more):

@@ -1,5 +1,15 @@
 """Worlds: who the ranks are, and what each pair of them can do."""
+import threading
+
 from . import _core
+
+
+def _let_go(store):
+    """Ends a store when all ranks are done with it. Not here and now: they may first be waiting for this rank elsewhere."""
+    try:
+        threading.Thread(target=store.wait_until_unused, name="tokenyard store").start()
+    except RuntimeError:  # the interpreter is ending
+        store.wait_until_unused()
 
 
 class World:
@@ -16,7 +26,7 @@ class World:
     def __del__(self):
         self._core = None
         if getattr(self, "_store", None) is not None:
-            self._store.wait_until_unused()
+            _let_go(self._store)
 
     @staticmethod
     def from_env() -> "World":
@@ -46,10 +56,10 @@ class World:
         """`size` ranks of this process, for one thread each; element r belongs to rank r. run_ranks(processes=False) uses it."""
         return [World(core) for core in _core.World.in_process(size, timeout_ms)]
 
-    rank = property(lambda self: self._core.rank)
-    size = property(lambda self: self._core.size)
-    local_rank = property(lambda self: self._core.local_rank)
-    timeout_ms = property(lambda self: self._core.timeout_ms)
+    rank = property(lambda self: self._core.rank, doc="The number of this rank, from 0.")
+    size = property(lambda self: self._core.size, doc="How many ranks there are.")
+    local_rank = property(lambda self: self._core.local_rank, doc="The number of this rank among those of its host.")
+    timeout_ms = property(lambda self: self._core.timeout_ms, doc="The deadline of every wait.")
     is_in_process = property(lambda self: self._core.is_in_process, doc="Whether all ranks are threads of this process.")
     generation = property(lambda self: self._core.generation, doc="Never the same for two worlds of one rendezvous.")
 
@@ -58,6 +68,7 @@ class World:
         return self._core.link(peer)
 
     def host(self, peer) -> str:
+        """The name of the machine that a rank is on."""
         return self._core.host(peer)
 
     def alive(self, peer) -> bool:
@@ -69,6 +80,7 @@ class World:
         return self._core.all_gather(mine)
 
     def barrier(self) -> None:
+        """Collective: returns when all ranks have come."""
         self._core.barrier()
 
     def split(self, color, key=0) -> "World | None":

@@ -41,6 +41,11 @@ def test_strided_rows_and_ids_of_either_width(exchange, framework):
     np.testing.assert_array_equal(numbers(exchange.dispatch(x, ids).rows), numbers(x))
 
 
+def test_ids_of_one_choice_may_be_flat(exchange):
+    out = exchange.dispatch(np.ones((4, HIDDEN), np.float32), np.array([0, 5, -1, 2]), np.ones(4, np.float32))
+    assert out.num_rows == 3 and out.local_ids.tolist() == [[0], [5], [2]]
+
+
 @needs_torch
 def test_tensors_that_require_grad_are_read_as_they_are(exchange):
     x = torch.ones(4, HIDDEN, requires_grad=True)

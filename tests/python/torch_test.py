@@ -280,3 +280,23 @@ def test_worlds_from_process_groups(tmp_path):
         return part.rank, part.size, out.num_rows
 
     assert ty.run_ranks(rank_main, 3, timeout_ms=30_000) == [(0, 2, 2), (0, 1, 2), (1, 2, 2)]
+
+
+def test_a_world_may_go_before_the_ranks_meet_again(tmp_path):
+    """The first rank holds the store; letting go of its world does not make it wait for ranks that wait for it."""
+    def rank_main(world):
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=world.rank, world_size=world.size)
+        met = tyt.world_from_group()
+        begin = time.monotonic()
+        if world.rank == 0:
+            del met
+            dist.barrier()
+        else:
+            dist.barrier()
+            assert met.size == 2
+        dist.destroy_process_group()
+        return time.monotonic() - begin
+
+    assert max(ty.run_ranks(rank_main, 2, timeout_ms=30_000)) < 5

@@ -13,6 +13,12 @@ for folder in (wheels, target):
 pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 subprocess.run([*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", wheels, source], check=True)
 subprocess.run([*pip, "install", "--no-deps", "--target", target, next(wheels.glob("tokenyard-*.whl"))], check=True)
+drop_in = scratch / "drop_in"  # built in a copy: setuptools leaves its folders beside its sources
+shutil.rmtree(drop_in, ignore_errors=True)
+shutil.copytree(source / "python", drop_in, ignore=shutil.ignore_patterns("__pycache__"))
+subprocess.run([*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", wheels, drop_in], check=True)
+subprocess.run([*pip, "install", "--no-deps", "--target", target, next(wheels.glob("tokenyard_deep_ep-*.whl"))], check=True)
+assert (target / "deep_ep" / "utils" / "math.py").exists() and (target / "deep_ep_cpp").is_dir()
 assert {"py.typed", "_core.pyi"} <= {path.name for path in (target / "tokenyard").iterdir()}, "type information is missing"
 programs = re.findall(r"```python\n(.*?)```", (source / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 assert programs, "README.md shows no Python"

@@ -109,7 +109,7 @@ def test_survivors_of_a_world():
     assert on_ranks(rank_main) == [None, (0, 2, [1, 2]), (1, 2, [1, 2])]
 
 
-@pytest.mark.parametrize("what", ["dispatch", "finish", "barrier", "rendezvous", "join"])
+@pytest.mark.parametrize("what", ["dispatch", "finish", "barrier", "rendezvous", "join", "processes"])
 def test_ctrl_c_ends_a_wait(what, tmp_path):
     """The wait would last 60 s; its process is a child of its own, which gets SIGINT as from a terminal."""
     program = tmp_path / "program.py"
@@ -123,6 +123,11 @@ if {what!r} == "join":
         if world.rank == 0: print("waiting", flush=True)
         world.barrier() if world.rank == 0 else time.sleep(2)
     ty.run_ranks(rank_main, 2, processes=False, timeout_ms=60_000)
+if {what!r} == "processes":
+    def rank_main(world):
+        if world.rank == 0: print("waiting", flush=True)
+        world.barrier() if world.rank == 0 else time.sleep(60)
+    ty.run_ranks(rank_main, 2, timeout_ms=60_000)
 worlds = ty.World.in_process(2, timeout_ms=60_000)
 made = []
 def make(world): made.append(ty.Exchange(world, ty.Placement.uniform(2, 2), hidden_size=8, top_k=1, max_tokens_per_rank=4, dtype="float32"))
@@ -161,3 +166,17 @@ def test_other_threads_run_while_a_rank_waits():
 
     waited, total = on_ranks(rank_main, 2)
     assert total == sum(i * i for i in range(200_000)) and waited < 20
+
+
+def size_times(world, factor):
+    return world.size * factor
+
+
+def test_spawned_ranks_get_what_is_pickled():
+    assert ty.run_ranks(size_times, 2, 3, start_method="spawn") == [6, 6]
+
+
+def test_a_result_that_cannot_travel_is_an_error_of_its_rank():
+    with pytest.raises(Exception, match="pickle") as caught:
+        ty.run_ranks(lambda world: (lambda: world.rank), 2)
+    assert caught.value.rank in (0, 1)
