@@ -260,6 +260,7 @@ class Exchange:
 
     @property
     def world(self) -> World:
+        """The world of this exchange; after recover() the smaller one."""
         return self._world
 
     @property
@@ -269,6 +270,7 @@ class Exchange:
 
     @property
     def transport(self) -> str:
+        """What moves rows: "inproc", "shm", "mpi" or "cuda_peer"."""
         return self._core.transport()
 
     def link_bytes(self) -> list[int]:
