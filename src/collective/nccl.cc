@@ -160,7 +160,12 @@ class NcclCollectives final : public DeviceCollectives {
   }
   void connect();
   void exchange(std::span<const Call> calls, cudaStream_t stream);
-  void send_and_receive(const void* out, std::int64_t out_bytes, void* in, std::int64_t in_bytes, int to, int from, cudaStream_t stream);
+  void send(const std::byte* rows, std::int64_t bytes, int to, cudaStream_t stream) {
+    if (bytes > 0) note(library_.send(rows, static_cast<std::size_t>(bytes), nccl::kBytes, to, comm_, stream));
+  }
+  void receive(std::byte* rows, std::int64_t bytes, int from, cudaStream_t stream) {
+    if (bytes > 0) note(library_.recv(rows, static_cast<std::size_t>(bytes), nccl::kBytes, from, comm_, stream));
+  }
   void copy_own(const Call& call, cudaStream_t stream) const;
   template <class Enqueue>
   void group(Enqueue&& enqueue);
@@ -195,7 +200,8 @@ void NcclCollectives::connect() {
   const CudaStream stream = value_or_throw(make_cuda_stream());
   group([&] {
     for (int i = 1; i < ranks_; ++i) {
-      send_and_receive(words.data() + rank_, 1, words.data() + ranks_ + peer_before(i), 1, peer_after(i), peer_before(i), stream.get());
+      send(words.data() + rank_, 1, peer_after(i), stream.get());
+      receive(words.data() + ranks_ + peer_before(i), 1, peer_before(i), stream.get());
     }
   });
   settle("ncclAllGather", library_.all_gather(words.data() + rank_, words.data(), 1, nccl::kBytes, comm_, stream.get()));
@@ -212,12 +218,6 @@ void NcclCollectives::group(Enqueue&& enqueue) {
   settle("a group of ncclSend and ncclRecv", first_ == Result::success ? ended : first_);
 }
 
-void NcclCollectives::send_and_receive(const void* out, std::int64_t out_bytes, void* in, std::int64_t in_bytes, int to, int from,
-                                       cudaStream_t stream) {
-  if (out_bytes > 0) note(library_.send(out, static_cast<std::size_t>(out_bytes), nccl::kBytes, to, comm_, stream));
-  if (in_bytes > 0) note(library_.recv(in, static_cast<std::size_t>(in_bytes), nccl::kBytes, from, comm_, stream));
-}
-
 // Both sides know all counts, so nothing is sent where there is nothing.
 void NcclCollectives::exchange(std::span<const Call> calls, cudaStream_t stream) {
   group([&] {
@@ -226,8 +226,8 @@ void NcclCollectives::exchange(std::span<const Call> calls, cudaStream_t stream)
       for (const Call& call : calls) {
         const RowSpan& out = call.send(to);
         const RowSpan& in = call.receive(from);
-        send_and_receive(call.in().row(out.first), out.count * call.row_bytes(), call.out().row(in.first), in.count * call.row_bytes(), to,
-                         from, stream);
+        send(call.in().row(out.first), out.count * call.row_bytes(), to, stream);
+        receive(call.out().row(in.first), in.count * call.row_bytes(), from, stream);
       }
     }
   });
@@ -258,8 +258,8 @@ void NcclCollectives::reduce_scatter_v(const ConstTensorView& in, std::span<cons
   group([&] {
     for (int i = 1; i < ranks_; ++i) {
       const int to = peer_after(i), from = peer_before(i);
-      send_and_receive(in.row(call.send(to).first), call.send(to).count * call.row_bytes(), partials_.data() + from * bytes, bytes, to,
-                       from, as_stream(stream));
+      send(in.row(call.send(to).first), call.send(to).count * call.row_bytes(), to, as_stream(stream));
+      receive(partials_.data() + from * bytes, bytes, from, as_stream(stream));
     }
   });
   if (bytes == 0) return;
