@@ -55,6 +55,9 @@ CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const Dispatc
   header.layout = static_cast<std::uint8_t>(job.cached ? job.handle->layout : options.layout);
   header.mode = static_cast<std::uint8_t>(job.cached ? job.handle->mode : options.mode.value_or(options_.mode));
   header.top_k = static_cast<std::uint8_t>(job.cached ? job.handle->top_k() : top_k_of(input.topk_ids));
+  if (static_cast<Mode>(header.mode) == Mode::latency && input.rows.shape[0] > protocol::kMostFlaggedTokens)
+    usage_error("mode = latency with {} tokens; it is made for few, at most {}: use throughput", input.rows.shape[0],
+                protocol::kMostFlaggedTokens);
   if (!job.cached) {
     const HandleShape shape =
         handle_shape(shape_, job.layout_options, static_cast<Layout>(header.layout), static_cast<Mode>(header.mode), header.top_k);

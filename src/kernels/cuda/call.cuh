@@ -14,6 +14,9 @@ __device__ inline std::byte* arena(const Context& c, int rank) { return c.arenas
 __device__ inline protocol::DeviceMailbox& mailbox(const Context& c, int owner, int writer) {
   return *reinterpret_cast<protocol::DeviceMailbox*>(arena(c, owner) + c.layout.mailboxes + writer * c.layout.mailbox_bytes);
 }
+__device__ inline const std::uint64_t* flag_of(const Context& c, Flag flag, int peer) {
+  return &mailbox(c, c.rank, peer).flags[static_cast<int>(flag)];
+}
 __device__ inline std::byte* receive_rows(const Context& c, int owner, int buffer) {
   return arena(c, owner) + c.layout.rows + buffer * c.layout.rows_bytes;
 }
@@ -103,11 +106,11 @@ __device__ inline bool is_hopeless(const Context& c, int peer, Phase phase, std:
   return false;
 }
 
-// Waits in this thread until `peer` has set the flag word for the call under way or a later one; `seen` becomes the word.
-// False: the call has failed.
-__device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word, int peer, Phase phase, std::uint64_t call,
-                                     std::uint64_t& seen) {
-  const auto is_set = [&] { return protocol::flag_call(seen = ptx::load_acquire(word)) >= call; };
+// Waits in this thread until `peer` has set the word to `least` or more, for call `call`. False: the call has failed.
+__device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word, std::uint64_t least, int peer, Phase phase,
+                                     std::uint64_t call) {
+  std::uint64_t seen;
+  const auto is_set = [&] { return (seen = ptx::load_acquire(word)) >= least; };
   if (is_set()) return true;
   protocol::DeviceBeacon& mine = beacon(c, c.rank);
   const std::uint64_t begin = ptx::global_timer_ns();
@@ -131,8 +134,7 @@ __device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word
   }
 }
 __device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase, std::uint64_t call) {
-  std::uint64_t seen;
-  return wait_for_word(c, &mailbox(c, c.rank, peer).flags[static_cast<int>(flag)], peer, phase, call, seen);
+  return wait_for_word(c, flag_of(c, flag, peer), protocol::flag_word(call), peer, phase, call);
 }
 __device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase) {
   return wait_for_flag(c, flag, peer, phase, call_number(c));
@@ -140,7 +142,7 @@ __device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phas
 
 // Waits in this thread until this rank itself has begun: another block sees to it, and to deadlines.
 __device__ inline bool wait_for_own_begin(const Context& c, std::uint64_t call) {
-  const std::uint64_t* word = &mailbox(c, c.rank, c.rank).flags[static_cast<int>(Flag::begun)];
+  const std::uint64_t* word = flag_of(c, Flag::begun, c.rank);
   while (protocol::flag_call(ptx::load_acquire(word)) < call) {
     if (has_failed(c)) return false;
   }
@@ -158,8 +160,8 @@ __device__ inline bool wait_for_all(const Context& c, Flag flag, Phase phase) { 
 
 // Tells `peer`, by one thread. release at system scope: publishes what this thread has done and seen before, and so what
 // other threads have done before a barrier or a ticket that lies behind it.
-__device__ inline void set_flag(const Context& c, Flag flag, int peer, std::uint64_t call, std::uint8_t byte = 0) {
-  ptx::store_release(&mailbox(c, peer, c.rank).flags[static_cast<int>(flag)], protocol::flag_word(call, byte));
+__device__ inline void set_flag(const Context& c, Flag flag, int peer, std::uint64_t call, std::uint32_t bits = 0) {
+  ptx::store_release(&mailbox(c, peer, c.rank).flags[static_cast<int>(flag)], protocol::flag_word(call, bits));
 }
 // By the threads of one block, after a barrier behind the work to publish.
 __device__ inline void set_flag_everywhere(const Context& c, Flag flag, std::uint64_t call) {
@@ -167,29 +169,34 @@ __device__ inline void set_flag_everywhere(const Context& c, Flag flag, std::uin
 }
 __device__ inline void set_flag_everywhere(const Context& c, Flag flag) { set_flag_everywhere(c, flag, call_number(c)); }
 
-// What this rank does in this call, as it tells every peer.
-struct Announcement {
-  protocol::CallHeader header;
-  std::uint8_t buffer = protocol::kNoBuffer;  // dispatch: the receive buffer it offers
-  std::int32_t tokens = 0;                    // dispatch, latency mode: how many it has
-};
-
-// By the threads of one block; publishes what they have done before as well, where a barrier lies between.
-__device__ inline void announce(const Context& c, Announcement said, std::uint64_t call) {
-  said.header.call = call;
+// Tells every peer that this rank has begun and what it offers; then, for that is needed later, what call it makes. By the threads
+// of one block.
+__device__ inline void announce(const Context& c, protocol::CallHeader header, std::uint32_t offer, std::uint64_t call) {
+  header.call = 0;
   for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
     const int peer = (c.rank + 1 + i) % c.ranks;
-    protocol::DeviceMailbox& box = mailbox(c, peer, c.rank);
-    box.headers[call % protocol::kRing] = said.header;
-    box.tokens[call % protocol::kRing] = static_cast<std::uint64_t>(said.tokens);
-    set_flag(c, Flag::begun, peer, call, said.buffer);
+    set_flag(c, Flag::begun, peer, call, offer);
+    protocol::CallHeader& to = mailbox(c, peer, c.rank).headers[call % protocol::kRing];
+    to = header;
+    ptx::store_release(&to.call, call);
+  }
+}
+// The same at once; publishes what the block has done before a barrier as well.
+__device__ inline void announce_at_once(const Context& c, protocol::CallHeader header, std::uint32_t offer, std::uint64_t call) {
+  header.call = call;
+  for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
+    const int peer = (c.rank + 1 + i) % c.ranks;
+    mailbox(c, peer, c.rank).headers[call % protocol::kRing] = header;
+    set_flag(c, Flag::begun, peer, call, offer);
   }
 }
 
 // After Flag::begun of `peer` was seen: does it make the same call?
 __device__ inline bool agrees(const Context& c, protocol::CallHeader header, int peer, Phase phase) {
   header.call = call_number(c);
-  const protocol::CallHeader theirs = mailbox(c, c.rank, peer).headers[header.call % protocol::kRing];
+  const protocol::CallHeader& box = mailbox(c, c.rank, peer).headers[header.call % protocol::kRing];
+  if (!wait_for_word(c, &box.call, header.call, peer, phase, header.call)) return false;
+  const protocol::CallHeader theirs = box;
   if (theirs == header) return true;
   protocol::ErrorRecord record;
   record.kind = static_cast<std::uint32_t>(FailureKind::mismatch);
@@ -241,8 +248,8 @@ __device__ inline bool is_last_block(const Context& c, int ticket) {
 }
 
 // Ends the call, in the last block of its last kernel. A call that has failed is left: peers may go on to the next one.
-__device__ inline void end_call(const Context& c) {
-  if (__syncthreads_or(threadIdx.x == 0 && has_failed(c)) != 0) {
+__device__ inline void end_call(const Context& c, bool failed) {
+  if (failed) {
     set_flag_everywhere(c, Flag::left);
     if (c.state->failed != 0) {
       for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x)

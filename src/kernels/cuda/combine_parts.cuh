@@ -19,16 +19,12 @@ constexpr int kStepBytes = kLanes * kVectorBytes;  // what a warp reads of a row
 // Tickets of is_last_block.
 enum CombineTicket { kCombineEnd, kCombinePushed };
 
-// Neighbours run on different multiprocessors: a few pieces of work spread over all of them.
-__device__ __forceinline__ std::int64_t grid_warp() { return static_cast<std::int64_t>(warp_index()) * gridDim.x + blockIdx.x; }
-__device__ __forceinline__ std::int64_t grid_warps() { return static_cast<std::int64_t>(warps_of_block()) * gridDim.x; }
-
 // In every block of a call's first kernel: waits until all peers make the same call and their arenas may be written. Block-uniform.
 __device__ inline bool begin_combine(const CombineArgs& args) {
   const Context& c = args.context;
   if (block_has_failed(c)) return false;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
-  if (blockIdx.x == 0 && !begin_call(c, {.header = header})) return false;
+  if (blockIdx.x == 0 && !begin_call(c, header, protocol::offer(protocol::kNoBuffer))) return false;
   return wait_for_peers(c, header, Phase::combine_credit);
 }
 
@@ -127,16 +123,16 @@ __device__ inline int list_leaves(const CombineArgs& args, std::int64_t i, const
   return count;
 }
 
-// Calls step(constant n, first) for [begin, end) in batches: of four, then one of what is left. Each size is code of its
-// own, without conditions between its loads.
-template <class Step>
+// Calls step(constant n, first) for [begin, end) in batches: of kMost, then one of what is left. Each size is code of its own,
+// without conditions between its loads.
+template <int kMost = 4, class Step>
 __device__ __forceinline__ void for_each_batch(int begin, int end, Step&& step) {
   int first = begin;
 #pragma unroll 1
-  for (; first + 4 <= end; first += 4) step(std::integral_constant<int, 4>(), first);
+  for (; first + kMost <= end; first += kMost) step(std::integral_constant<int, kMost>(), first);
   const int rest = end - first;
-  if (rest == 3) step(std::integral_constant<int, 3>(), first);
-  if (rest == 2) step(std::integral_constant<int, 2>(), first);
+  if (kMost > 3 && rest == 3) step(std::integral_constant<int, 3>(), first);
+  if (kMost > 2 && rest == 2) step(std::integral_constant<int, 2>(), first);
   if (rest == 1) step(std::integral_constant<int, 1>(), first);
 }
 

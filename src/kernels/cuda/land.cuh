@@ -1,12 +1,12 @@
 #pragma once
-// How a move ends: the rows of every source are here, and their records become the handle's arrays.
+// What is beside the rows of a move: records, which are sent and land while rows are on their way; and how a move ends.
 
 #include "kernels/cuda/move_job.h"
 #include "kernels/cuda/received.cuh"
 
 namespace tokenyard::cuda {
 
-enum MoveTicket { kSentTicket, kLandedTicket };
+enum MoveTicket { kRowsTicket, kRecordsTicket, kMoveEnd };
 
 // The source of received row i: the first that ends behind it.
 __device__ inline int source_of(const std::int32_t* source_begin, int ranks, std::int32_t i) {
@@ -22,6 +22,7 @@ __device__ inline int source_of(const std::int32_t* source_begin, int ranks, std
   return low;
 }
 
+// The share of this warp.
 __device__ inline void land_pairs(const MoveArgs& args) {
   const Context& c = args.context;
   const HandleView& handle = args.handle;
@@ -30,9 +31,9 @@ __device__ inline void land_pairs(const MoveArgs& args) {
   const std::int32_t rows = handle.header->num_rows;
   const auto top_k = static_cast<unsigned>(handle.top_k);
   const unsigned pairs = static_cast<unsigned>(c.shape.receive_rows) * top_k;  // at most 2^31
-  const unsigned step = gridDim.x * blockDim.x;
+  const auto step = static_cast<unsigned>(grid_warps()) * kLanes;
   constexpr int kAtOnce = 4;  // loads under way
-  for (unsigned begin = blockIdx.x * blockDim.x + threadIdx.x; begin < pairs; begin += kAtOnce * step) {
+  for (unsigned begin = static_cast<unsigned>(grid_warp()) * kLanes + lane_index(); begin < pairs; begin += kAtOnce * step) {
     ReceivedPair pair[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -51,13 +52,30 @@ __device__ inline void land_pairs(const MoveArgs& args) {
   }
 }
 
-// By the last block that has sent: every rank may read what this rank's blocks wrote for it. Each thread's stores are complete, or
-// ordered by the ticket.
-__device__ inline void publish_rows(const MoveJob& job) {
-  const Context& c = job.args.context;
-  if (block_has_failed(c)) return;
-  set_flag_everywhere(c, Flag::rows);
-  add_link_bytes(c, job.args.handle.sent_counts, job.args.source.row_bytes + job.scales.row_bytes);
+// By a warp that has sent the records of its share: the last one tells every rank.
+__device__ inline void publish_records(const Context& c) {
+  __syncwarp();
+  bool last = false;
+  if (lane_index() == 0) last = ptx::add_acquire_release(&c.tickets[kRecordsTicket], 1U) == grid_warps() - 1;
+  if (!__any_sync(kAllLanes, last)) return;
+  const std::uint64_t call = call_number(c);
+  for (int i = lane_index(); i < c.ranks; i += kLanes) set_flag(c, Flag::records, (c.rank + 1 + i) % c.ranks, call);
+}
+
+__device__ inline bool records_are_here(const Context& c) {
+  const std::uint64_t call = call_number(c);
+  bool here = true;
+  for (int peer = lane_index(); peer < c.ranks; peer += kLanes) {
+    here = ptx::load_acquire(flag_of(c, Flag::records, peer)) >= protocol::flag_word(call) && here;
+  }
+  return __all_sync(kAllLanes, here) != 0;
+}
+
+// False: the call has failed.
+__device__ inline bool wait_for_records(const Context& c) {
+  bool good = true;
+  for (int peer = lane_index(); peer < c.ranks; peer += kLanes) good = wait_for_flag(c, Flag::records, peer, Phase::dispatch_rows) && good;
+  return __all_sync(kAllLanes, good) != 0;
 }
 
 // What a dispatch that failed leaves.
@@ -70,17 +88,21 @@ __device__ inline void clear_handle(const MoveArgs& args) {
   __syncthreads();
 }
 
-// By all threads of all blocks, which wait for the last one to have sent: all of them are resident at once.
+// By all threads of all blocks; each thread's stores are complete, or ordered by the ticket. The last block tells every rank that
+// its rows are there, and waits for the others'.
 __device__ inline void finish_move(const MoveJob& job) {
   const MoveArgs& args = job.args;
   const Context& c = args.context;
-  if (is_last_block(c, kSentTicket)) publish_rows(job);
-  if (!args.cached && !block_has_failed(c) && wait_for_all(c, Flag::rows, Phase::dispatch_rows)) land_pairs(args);
-  if (!is_last_block(c, kLandedTicket)) return;
-  const bool failed = block_has_failed(c);
-  if (args.cached && !failed) wait_for_all(c, Flag::rows, Phase::dispatch_rows);
-  if (!args.cached && failed) clear_handle(args);
-  if (args.last) end_call(c);
+  if (!is_last_block(c, kMoveEnd)) return;
+  if (threadIdx.x == 0) c.tickets[kRowsTicket] = c.tickets[kRecordsTicket] = 0;
+  bool good = !block_has_failed(c);
+  if (good) {
+    set_flag_everywhere(c, Flag::rows);
+    add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
+    good = wait_for_all(c, Flag::rows, Phase::dispatch_rows);
+  }
+  if (!good && !args.cached) clear_handle(args);
+  if (args.last) end_call(c, !good);
 }
 
 }  // namespace tokenyard::cuda

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 
 namespace tokenyard::cuda {
 
@@ -13,6 +14,15 @@ inline bool has_bulk_copies() {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= kHopper;
+}
+
+// Of dynamic shared memory that a block of the current device may have, beside a little static memory.
+inline std::int64_t most_shared_bytes() {
+  constexpr std::int64_t kStatic = 4096;
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+  return bytes - kStatic;
 }
 
 // together: all blocks are resident at once, or none is (a cooperative launch).

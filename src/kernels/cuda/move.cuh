@@ -1,5 +1,5 @@
 #pragma once
-// What both ways of moving rows share: how a move begins, where a token's rows go, the scales and records beside them.
+// What both ways of moving rows share: how a move begins, where a token's rows go, and what is sent and lands beside them.
 
 #include "kernels/cuda/land.cuh"
 #include "kernels/cuda/routing.cuh"
@@ -13,7 +13,7 @@ __device__ inline bool begin_move(const MoveArgs& args) {
   if (block_has_failed(c)) return false;
   if (!args.cached) return true;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
-  if (blockIdx.x == 0 && !begin_call(c, {.header = header, .buffer = static_cast<std::uint8_t>(args.buffer)})) return false;
+  if (blockIdx.x == 0 && !begin_call(c, header, protocol::offer(args.buffer))) return false;
   return wait_for_peers(c, header, Phase::dispatch_credit);
 }
 
@@ -97,5 +97,50 @@ __device__ inline void write_records(const MoveArgs& args, std::int32_t token, c
     write_record(of_lane(targets.record, lane), head, choices, local_ids_at(args.routing, choices, rank), args.routing.top_k);
   });
 }
+
+// What a warp does beside its rows: sends scales and records of its share of the tokens, and lands its share of what arrives.
+class BesideRows {
+ public:
+  __device__ explicit BesideRows(const MoveJob& job) : job_(job) {}
+  // While a row is under way.
+  __device__ void go_on() {
+    if (!has_sent_) {
+      send();
+    } else if (!has_landed_ && !job_.args.cached && records_are_here(job_.args.context)) {
+      land();
+    }
+  }
+  __device__ void finish() {
+    if (!has_sent_) send();
+    if (!has_landed_ && !job_.args.cached && wait_for_records(job_.args.context)) land();
+  }
+
+ private:
+  __device__ void send() {
+    has_sent_ = true;
+    const Context& c = job_.args.context;
+    const std::int32_t tokens = tokens_of(job_.args);
+    if (job_.args.cached && job_.scales.units == 0) return;
+    for (auto token = static_cast<std::int32_t>(grid_warp()); token < tokens; token += static_cast<std::int32_t>(grid_warps())) {
+      TokenChoices choices;
+      if (!job_.args.cached) choices = choices_of(job_.args.routing, c.rank, token);
+      std::int32_t ordinal = 0;
+      for (int first = 0; first < c.ranks; first += kLanes) {
+        const Targets targets = targets_of(job_, token, first);
+        move_scales(job_, token, targets);
+        if (!job_.args.cached) write_records(job_.args, token, choices, targets, ordinal);
+      }
+    }
+    if (!job_.args.cached) publish_records(c);
+  }
+  __device__ void land() {
+    has_landed_ = true;
+    land_pairs(job_.args);
+  }
+
+  const MoveJob& job_;
+  bool has_sent_ = false;
+  bool has_landed_ = false;
+};
 
 }  // namespace tokenyard::cuda

@@ -74,19 +74,15 @@ __global__ void __launch_bounds__(kVectorThreads, 1) move_rows_vector(const __gr
   if (begin_move(args)) {
     const Context& c = args.context;
     const std::int32_t tokens = tokens_of(args);
-    const int step = static_cast<int>(gridDim.x) * warps_of_block();
-    for (std::int32_t token = warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); token < tokens; token += step) {
-      TokenChoices choices;
-      if (!args.cached) choices = choices_of(args.routing, c.rank, token);
-      std::int32_t ordinal = 0;
+    BesideRows beside(job);
+    for (Pieces next(&c.tickets[kRowsTicket]); next.current() < tokens; next.advance()) {
+      const auto token = static_cast<std::int32_t>(next.current());
       for (int first = 0; first < c.ranks; first += kLanes) {
-        const Targets targets = targets_of(job, token, first);
-        if (targets.present == 0) continue;
-        move_row<kQuantise>(job, token, targets, kQuantise ? &stages[warp_index()] : nullptr);
-        if (!kQuantise) move_scales(job, token, targets);
-        if (!args.cached) write_records(args, token, choices, targets, ordinal);
+        move_row<kQuantise>(job, token, targets_of(job, token, first), kQuantise ? &stages[warp_index()] : nullptr);
       }
+      beside.go_on();
     }
+    beside.finish();
   }
   finish_move(job);
 }

@@ -118,7 +118,7 @@ __device__ void publish_counts(const PlanArgs& args, std::uint64_t call) {
     for (int i = 0; i < c.ranks; ++i) count_row(c, (c.rank + 1 + i) % c.ranks, c.rank, call)[word] = count;
   }
   __syncthreads();
-  announce(c, {.header = args.header, .buffer = static_cast<std::uint8_t>(args.buffer)}, call);
+  announce_at_once(c, args.header, protocol::offer(args.buffer), call);
 }
 
 // sums becomes the sum over all ranks.

@@ -14,6 +14,9 @@ __device__ __forceinline__ std::uint64_t load_acquire(const std::uint64_t* word)
 __device__ __forceinline__ void store_release(std::uint64_t* word, std::uint64_t value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
+__device__ __forceinline__ void store_relaxed(std::uint64_t* word, std::uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
 // Adds within this GPU; acquire and release: whoever adds later sees what was done before.
 __device__ __forceinline__ std::uint32_t add_acquire_release(std::uint32_t* word, std::uint32_t value) {
   std::uint32_t before;

@@ -1,6 +1,8 @@
 // Latency mode: one kernel announces the call, moves rows into slots that need no counts, flags every token by itself, and lands
 // what others send as it arrives. Its blocks wait for each other and for peers, so all of them are resident at once.
 
+#include <algorithm>
+
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/preload.h"
 #include "kernels/cuda/received.cuh"
@@ -45,13 +47,12 @@ struct Token {
 
 __device__ bool goes_to(const SlotsMemory& memory, int rank) { return (memory.present[rank / kLanes] >> (rank % kLanes) & 1) != 0; }
 
-__device__ Peer look_up_peer(const MoveArgs& args, int rank, std::uint64_t call) {
-  const Context& c = args.context;
-  return {arena(c, rank), buffer_of(c, rank, args.buffer),
-          static_cast<std::int32_t>(mailbox(c, c.rank, rank).tokens[call % protocol::kRing])};
+__device__ Peer look_up_peer(const MoveArgs& args, int rank) {
+  const std::uint64_t begun = *flag_of(args.context, Flag::begun, rank);
+  return {arena(args.context, rank), protocol::offered_buffer(begun), protocol::offered_tokens(begun)};
 }
-__device__ Peer peer_of(const MoveArgs& args, const SlotsMemory& memory, int rank, std::uint64_t call) {
-  return rank < kKnownPeers ? memory.peers[rank] : look_up_peer(args, rank, call);
+__device__ Peer peer_of(const MoveArgs& args, const SlotsMemory& memory, int rank) {
+  return rank < kKnownPeers ? memory.peers[rank] : look_up_peer(args, rank);
 }
 
 // Waits until all have begun, and remembers what they offer and send. That they make the same call is checked behind the rows,
@@ -62,7 +63,7 @@ __device__ bool meet_peers(const MoveArgs& args, const protocol::CallHeader& hea
   for (int peer = threadIdx.x; peer < c.ranks; peer += kSlotThreads) {
     const bool begun = peer == c.rank ? wait_for_own_begin(c, call) : wait_for_flag(c, Flag::begun, peer, Phase::dispatch_credit, call);
     good = good && begun;
-    const Peer met = look_up_peer(args, peer, call);
+    const Peer met = look_up_peer(args, peer);
     if (begun && met.buffer == protocol::kNoBuffer) good = agrees(c, header, peer, Phase::dispatch_credit) && false;
     if (peer < kKnownPeers) memory.peers[peer] = met;
   }
@@ -125,7 +126,7 @@ __device__ void store_piece(const MoveJob& job, const Token& token, const int4 (
   for (int i = 0; i < c.ranks; ++i) {
     const int rank = start + i < c.ranks ? start + i : start + i - c.ranks;
     if (!goes_to(memory, rank)) continue;
-    const Peer peer = peer_of(job.args, memory, rank, token.call);
+    const Peer peer = peer_of(job.args, memory, rank);
     std::byte* to = peer.arena + c.layout.rows + peer.buffer * c.layout.rows_bytes + slot * job.args.source.row_bytes + piece;
 #pragma unroll
     for (int j = 0; j < kUnroll; ++j) {
@@ -143,7 +144,7 @@ __device__ void store_scales(const MoveJob& job, const Token& token, const Slots
   if (scales.units == 0) return;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     if (!goes_to(memory, rank)) continue;
-    const Peer peer = peer_of(job.args, memory, rank, token.call);
+    const Peer peer = peer_of(job.args, memory, rank);
     std::byte* to = peer.arena + c.layout.scales + peer.buffer * c.layout.scales_bytes + slot * scales.row_bytes;
     for (int unit = lane_index(); unit < scales.units; unit += kLanes) {
       const int4 value = unit < kLanes ? token.scales : load_scale_unit(job, token.index, unit);
@@ -162,7 +163,7 @@ __device__ void store_staged_scales(const MoveJob& job, const Token& token, int 
   const std::int64_t slot = c.rank * c.shape.max_tokens_per_rank + token.index;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     if (!goes_to(memory, rank)) continue;
-    const Peer peer = peer_of(job.args, memory, rank, token.call);
+    const Peer peer = peer_of(job.args, memory, rank);
     std::byte* to = peer.arena + c.layout.scales + peer.buffer * c.layout.scales_bytes + slot * job.scales.row_bytes;
     to += quantised_scale_bytes(source.format, first_block);
     for (int word = lane_index(); word < words; word += kLanes) {
@@ -203,7 +204,7 @@ __device__ void store_records(const MoveArgs& args, const Token& token, const Sl
       const std::int64_t first_partial = token.index * c.shape.partials_per_token();
       if (rank != c.rank) head.partial_slot = static_cast<std::int32_t>(first_partial + remote_ordinal(memory, c.rank, rank));
     }
-    const Peer peer = peer_of(args, memory, rank, token.call);
+    const Peer peer = peer_of(args, memory, rank);
     std::byte* to = peer.arena + c.layout.records + peer.buffer * c.layout.records_bytes + slot * c.shape.record_bytes();
     write_record(to, head, token.choices, local_ids_at(args.routing, token.choices, rank), args.routing.top_k);
     if (head.source_token >= 0 && lane_index() == 0) atomicAdd(&args.handle.sent_counts[rank], 1);
@@ -291,20 +292,20 @@ __device__ void land_slots(const MoveArgs& args, std::uint64_t call, const Slots
     const unsigned row = at / top_k;
     const int source = static_cast<int>(row / max_tokens);
     const unsigned token = row - static_cast<unsigned>(source) * max_tokens;
-    const bool is_sent = static_cast<std::int32_t>(token) < peer_of(args, memory, source, call).tokens;
-    std::uint64_t seen;
-    if (is_sent && !wait_for_word(c, arrival(c, c.rank, source, token), source, Phase::dispatch_rows, call, seen)) return;
+    const bool is_sent = static_cast<std::int32_t>(token) < peer_of(args, memory, source).tokens;
+    const std::uint64_t* const word = arrival(c, c.rank, source, token);
+    if (is_sent && !wait_for_word(c, word, protocol::flag_word(call), source, Phase::dispatch_rows, call)) return;
     if (args.cached) continue;
     land_pair(args, source, row, static_cast<int>(at % top_k), is_sent ? records + row * record_bytes : nullptr);
   }
 }
 
 // By the last block of all.
-__device__ void finish_handle(const MoveArgs& args, std::uint64_t call) {
+__device__ void finish_handle(const MoveArgs& args, std::uint64_t call, bool failed) {
   const Context& c = args.context;
   const HandleView& handle = args.handle;
   const std::int32_t tokens = args.routing.num_tokens;
-  if (block_has_failed(c)) {
+  if (failed) {
     clear_counts(c, handle, tokens, args.routing.local_experts);
     clear_sent(c, handle, tokens);
     clear_received(handle, received_capacity(c, Mode::latency));
@@ -341,7 +342,7 @@ __device__ bool begin_slots(const MoveArgs& args, const protocol::CallHeader& he
     handle.dropped[local] = 0;
   }
   const std::int32_t tokens = args.cached ? handle.header->num_tokens : args.routing.num_tokens;
-  return begin_call(args.context, {.header = header, .buffer = static_cast<std::uint8_t>(args.buffer), .tokens = tokens});
+  return begin_call(args.context, header, protocol::offer(args.buffer, tokens));
 }
 
 // By one block, behind the rows: do all ranks make the same call?
@@ -363,13 +364,14 @@ __global__ void __launch_bounds__(kSlotThreads, 1) dispatch_slots(const __grid_c
   const std::uint64_t call = memory.call;
   if (good && blockIdx.x == 0) good = begin_slots(args, header);
   if (good && send_tokens<kQuantise>(job, header, call, memory, stage)) {
-    if (blockIdx.x == 0) check_peers(c, header);
     land_slots(args, call, memory);
+    if (blockIdx.x == 0) check_peers(c, header);
   }
   if (!is_last_block(c, kLandedTicket)) return;
-  if (!block_has_failed(c)) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
-  if (!args.cached) finish_handle(args, call);
-  if (args.last) end_call(c);
+  const bool failed = block_has_failed(c);
+  if (!failed) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
+  if (!args.cached) finish_handle(args, call, failed);
+  if (args.last) end_call(c, failed);
 }
 
 const Preloaded preloaded({{dispatch_slots<false>}, {dispatch_slots<true>}});
@@ -379,7 +381,11 @@ const Preloaded preloaded({{dispatch_slots<false>}, {dispatch_slots<true>}});
 void launch_slots(const MoveArgs& args, Stream stream) {
   const MoveJob job = move_job(args);
   const std::size_t shared = args.source.quantise ? sizeof(SlotsStage) : 0;
-  const Launch launch(args.blocks, kSlotThreads, shared, stream, Resident::together);
+  // A block for each token and one that announces, or as many as share what may arrive.
+  const protocol::ArenaShape& shape = args.context.shape;
+  const std::int64_t pairs = shape.ranks * shape.max_tokens_per_rank * args.handle.top_k;
+  const std::int64_t useful = std::max<std::int64_t>(args.routing.num_tokens + 1, (pairs + kSlotThreads - 1) / kSlotThreads);
+  const Launch launch(static_cast<int>(std::min<std::int64_t>(args.blocks, useful)), kSlotThreads, shared, stream, Resident::together);
   launch(args.source.quantise ? dispatch_slots<true> : dispatch_slots<false>, job);
 }
 
