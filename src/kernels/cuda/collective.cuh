@@ -30,9 +30,6 @@ struct RowPiece {
   }
 };
 
-__device__ inline std::int64_t grid_warp() { return static_cast<std::int64_t>(blockIdx.x) * warps_of_block() + warp_index(); }
-__device__ inline std::int64_t grid_warps() { return static_cast<std::int64_t>(gridDim.x) * warps_of_block(); }
-
 // About one piece for each warp of the grid; RowCut makes four.
 __device__ inline RowCut cut_rows(std::int32_t rows, int vectors) { return RowCut::of(rows, (grid_warps() + 3) / 4, vectors); }
 
