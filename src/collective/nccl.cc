@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstring>
 #include <optional>
 #include <utility>
@@ -289,13 +290,16 @@ void NcclCollectives::settle(const char* what, Result result) {
 
 void NcclCollectives::wait_until(const std::function<bool()>& done) {
   if (gave_up_) throw TransportError(*gave_up_);
-  constexpr int kLookEvery = 2000;
-  std::optional<Deadline> deadline;
-  for (int spins = 1; !done(); ++spins) {
-    if (!deadline) deadline = Deadline::after_ms(timeout_ms_);
-    if (spins % kLookEvery != 0) continue;
-    if (auto trouble = look_around(*deadline)) fail(std::move(*trouble));
+  constexpr unsigned kSpins = 64;  // between looks at the clock
+  constexpr auto kTick = std::chrono::milliseconds(1);
+  if (done()) return;
+  const Deadline deadline = Deadline::after_ms(timeout_ms_);
+  auto next_look = Deadline::Clock::now() + kTick;
+  for (unsigned spins = 1; !done(); ++spins) {
+    if (spins % kSpins != 0 || Deadline::Clock::now() < next_look) continue;
+    if (auto trouble = look_around(deadline)) fail(std::move(*trouble));
     sched_yield();
+    next_look = Deadline::Clock::now() + kTick;
   }
 }
 
