@@ -66,7 +66,8 @@ struct AllToAllRows {
 };
 
 // The same over rows in the memory of GPUs, by NCCL: one rank per GPU. Calls enqueue on `stream` (a cudaStream_t) and return; rows
-// are dense. Of what ranks call, nothing is agreed: calls that differ end at the deadline of wait(). Errors are final.
+// are dense. Of what ranks call, nothing is agreed: calls that differ end at the deadline of wait(). Errors are final. Destruction is
+// local and ends what is under way: a barrier of the world belongs before it, once streams are done.
 class DeviceCollectives {
  public:
   // Collective. UsageError where NCCL is not there or two ranks use one GPU; TransportError where that is so on another rank.
