@@ -1,6 +1,7 @@
 #include "tokenyard/routing.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
@@ -63,15 +64,57 @@ void bind_presets(nb::module_& m) {
       "model_preset", [](const std::string& name) { return model_preset(name); }, nb::arg("name"));
 }
 
-nb::object route_arrays(const RoutingInput& input, const Gate& gate, const Place& place) {
-  const auto routing = std::make_shared<Routing>(waiting([&] { return route(input, gate); }));
+using Shared = std::shared_ptr<Routing>;
+
+// (topk_ids, topk_weights, load), which keep the routing alive.
+nb::object arrays_of(const Shared& routing, const Place& place) {
   auto array = [&](void* data, Dtype dtype, std::initializer_list<std::int64_t> shape) {
     return export_array(TensorView(data, dtype, shape), routing, place);
   };
-  const std::int64_t tokens = input.logits.shape[0];
-  return nb::make_tuple(array(routing->topk_ids.data(), Dtype::int64, {tokens, gate.top_k}),
-                        array(routing->topk_weights.data(), Dtype::float32, {tokens, gate.top_k}),
+  const std::int64_t tokens = routing->num_tokens();
+  return nb::make_tuple(array(routing->topk_ids.data(), Dtype::int64, {tokens, routing->top_k}),
+                        array(routing->topk_weights.data(), Dtype::float32, {tokens, routing->top_k}),
                         array(routing->load.data(), Dtype::int64, {static_cast<std::int64_t>(routing->load.size())}));
+}
+
+void bind_gradients(nb::module_& m) {
+  nb::class_<GateStatistics>(m, "GateStatistics", "What the balancing and z losses need of a batch, or of several together.")
+      .def(
+          "__init__",
+          [](GateStatistics* self, std::vector<std::int64_t> load, std::vector<double> score_sums, double squared_log_sum_exps,
+             std::int64_t num_tokens) {
+            new (self) GateStatistics{std::move(load), std::move(score_sums), squared_log_sum_exps, num_tokens};
+          },
+          nb::arg("load"), nb::arg("score_sums"), nb::arg("squared_log_sum_exps"), nb::arg("num_tokens"))
+      .def("add", &GateStatistics::add, nb::arg("other"))
+      .def_ro("squared_log_sum_exps", &GateStatistics::squared_log_sum_exps)
+      .def_ro("load", &GateStatistics::load)
+      .def_ro("score_sums", &GateStatistics::score_sums)
+      .def_ro("num_tokens", &GateStatistics::num_tokens);
+  m.def(
+      "gate_statistics",
+      [](const RoutingInput& input, const Gate& gate, const Shared& routing) { return gate_statistics(input, gate, *routing); },
+      nb::arg("input"), nb::arg("gate"), nb::arg("routing"));
+  m.def("balance_loss", &balance_loss, nb::arg("statistics"), nb::arg("alpha"));
+  m.def("z_loss", &z_loss, nb::arg("statistics"), nb::arg("alpha"));
+  m.def(
+      "add_weights_gradient",
+      [](const RoutingInput& input, const Gate& gate, const Shared& routing, const Tensor& d_weights, const Tensor& d_logits) {
+        add_weights_gradient(input, gate, *routing, d_weights.view(), d_logits.writable());
+      },
+      nb::arg("input"), nb::arg("gate"), nb::arg("routing"), nb::arg("d_weights"), nb::arg("d_logits"));
+  m.def(
+      "add_balance_gradient",
+      [](const RoutingInput& input, const Gate& gate, const GateStatistics& statistics, double alpha, const Tensor& d_logits) {
+        add_balance_gradient(input, gate, statistics, alpha, d_logits.writable());
+      },
+      nb::arg("input"), nb::arg("gate"), nb::arg("statistics"), nb::arg("alpha"), nb::arg("d_logits"));
+  m.def(
+      "add_z_gradient",
+      [](const RoutingInput& input, const Gate& gate, const GateStatistics& statistics, double alpha, const Tensor& d_logits) {
+        add_z_gradient(input, gate, statistics, alpha, d_logits.writable());
+      },
+      nb::arg("input"), nb::arg("gate"), nb::arg("statistics"), nb::arg("alpha"), nb::arg("d_logits"));
 }
 
 ConstTensorView view_or_none(const Tensor* tensor) { return tensor != nullptr ? tensor->view() : ConstTensorView{}; }
@@ -88,7 +131,12 @@ void bind_routing(nb::module_& m) {
             new (self) RoutingInput{logits.view(), view_or_none(bias), view_or_none(mask), view_or_none(given_ids)};
           },
           nb::arg("logits"), nb::arg("bias").none(), nb::arg("mask").none(), nb::arg("given_ids").none());
-  m.def("route", route_arrays, nb::arg("input"), nb::arg("gate"), nb::arg("place"));
+  nb::class_<Routing>(m, "Routing").def("arrays", arrays_of, nb::arg("place"));
+  m.def(
+      "route",
+      [](const RoutingInput& input, const Gate& gate) { return std::make_shared<Routing>(waiting([&] { return route(input, gate); })); },
+      nb::arg("input"), nb::arg("gate"));
+  bind_gradients(m);
 }
 
 }  // namespace tokenyard::python

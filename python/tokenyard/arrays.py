@@ -45,6 +45,14 @@ def as_array(value, what):
     return array
 
 
+def on_cpu(value, what):
+    """As as_array(), for what only the CPU computes."""
+    array = as_array(value, what)
+    if is_torch(array) and array.device.type != "cpu":
+        raise UsageError(f"{what} is on {array.device}; this is computed on the CPU: pass {what}.cpu()")
+    return array
+
+
 def _view(array, dtype):
     if is_torch(array):  # without DLPack, which takes torch longer than a small exchange
         name = dtype or _names_of_torch().get(array.dtype)

@@ -2,7 +2,7 @@
 import numpy
 
 from . import _core
-from .arrays import as_array, is_torch, shown_as, tensor, torch_if_used
+from .arrays import on_cpu, is_torch, shown_as, tensor, torch_if_used
 
 
 def _rows_like(array, rows):
@@ -28,7 +28,7 @@ class Collectives:
         self._core.barrier()
 
     def _call(self, call, x, counts, rows, *more):
-        x = as_array(x, "x")
+        x = on_cpu(x, "x")
         out = _rows_like(x, rows)
         call(tensor(x, "x"), counts, tensor(out, "out"), *more)
         return shown_as(out, x.dtype)

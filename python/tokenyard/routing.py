@@ -2,7 +2,7 @@
 from typing import Any, NamedTuple
 
 from . import _core
-from .arrays import Frame, as_array, tensor
+from .arrays import Frame, on_cpu, tensor
 from .errors import UsageError
 
 
@@ -21,11 +21,25 @@ def route(logits, gate, *, bias=None, mask=None, given_ids=None, dtype=None) -> 
     mask [T] bool or uint8: 0 gives ids -1 and weights 0; given_ids [T,K]: replay, with the weights that the gate gives them.
     Ties go to the lower expert id; the same bits on every machine. UsageError for what does not fit.
     """
-    logits = as_array(logits, "logits")
+    routing, _, place = routed(logits, gate, bias, mask, given_ids, dtype)
+    return Routing(*routing.arrays(place))
+
+
+def routed(logits, gate, bias, mask, given_ids, dtype=None):
+    """(the C++ routing, its input, where its arrays go)."""
+    logits = on_cpu(logits, "logits")
     views = [tensor(logits, "logits", dtype)]
     for name, value in (("bias", bias), ("mask", mask), ("given_ids", given_ids)):
-        views.append(None if value is None else tensor(as_array(value, name), name))
-    return Routing(*_core.route(_core.RoutingInput(*views), gate, Frame.of(logits).place))
+        views.append(None if value is None else tensor(on_cpu(value, name), name))
+    given = Input(_core.RoutingInput(*views), views)
+    return _core.route(given.core, gate), given, Frame.of(logits).place
+
+
+class Input:
+    """A routing's input, and what it looks at."""
+
+    def __init__(self, core, views):
+        self.core, self.views = core, views
 
 
 def quantise(x, scale_format="float32", *, dtype=None) -> tuple:
@@ -33,7 +47,7 @@ def quantise(x, scale_format="float32", *, dtype=None) -> tuple:
 
     scale_format: "float32", "float32_pow2" (powers of two) or "ue8m0" (their exponents, four per int32).
     """
-    x = as_array(x, "x")
+    x = on_cpu(x, "x")
     view = tensor(x, "x", dtype)
     if len(x.shape) != 2:
         raise UsageError(f"x has the shape {list(x.shape)}; expected [T,H]")
@@ -47,7 +61,7 @@ def quantise(x, scale_format="float32", *, dtype=None) -> tuple:
 
 def dequantise(q, scales, dtype="bfloat16", scale_format="float32"):
     """q [T,H] fp8 and its scales as [T,H] of dtype: bfloat16, float16 or float32."""
-    q, scales = as_array(q, "q"), as_array(scales, "scales")
+    q, scales = on_cpu(q, "q"), on_cpu(scales, "scales")
     x = Frame.of(q).empty(tuple(q.shape), dtype)
     _core.dequantise(tensor(q, "q", "float8_e4m3"), tensor(scales, "scales"), tensor(x, "x", dtype), scale_format)
     return x

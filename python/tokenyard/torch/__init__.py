@@ -4,6 +4,7 @@ Needs torch; the C++ module does not.
 """
 from .autograd import Dispatched, combine, dispatch
 from .dispatcher import MoEDispatcher
+from .gate import Gated, route
 from .groups import world_from_group
 
-__all__ = ["Dispatched", "MoEDispatcher", "combine", "dispatch", "world_from_group"]
+__all__ = ["Dispatched", "Gated", "MoEDispatcher", "combine", "dispatch", "route", "world_from_group"]
