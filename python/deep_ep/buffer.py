@@ -92,10 +92,19 @@ class Buffer(LowLatency):
         result, event = self._lane.run(task, previous_event=previous_event, asynchronous=async_finish, like=topk_idx)
         return *result, event
 
+    def _reject(self, reason):
+        """Tells the peers, who are in the same call, and raises."""
+        self.world.all_gather(b"!" + reason.encode())
+        raise UsageError(reason)
+
     def _agree(self, device, tokens, row_bytes, scale_bytes, top_k, num_experts, counts):
         """Counts [R,R+...] of all ranks, and an exchange with room for the largest of them."""
         mine = np.concatenate([np.array([tokens, row_bytes, scale_bytes, top_k, num_experts], "<i8"), np.asarray(counts, "<i8")])
-        told = [np.frombuffer(one, "<i8") for one in self.world.all_gather(mine.tobytes())]
+        told = self.world.all_gather(b" " + mine.tobytes())
+        for rank, one in enumerate(told):
+            if one[:1] == b"!":
+                raise UsageError(f"rank {rank} rejected this call: {one[1:].decode()}")
+        told = [np.frombuffer(one[1:], "<i8") for one in told]
         largest = np.max([one[:5] for one in told], 0)
         for rank, one in enumerate(told):
             if one[4] != num_experts or len(one) != len(mine):
@@ -171,7 +180,7 @@ class Buffer(LowLatency):
             differs = (self._in_rank(topk_idx, num_experts) != in_rank).any(1).nonzero()
             if len(differs):
                 token = int(differs[0, 0])
-                raise UsageError(f"is_token_in_rank[{token}] = {in_rank[token].tolist()} but topk_idx[{token}] = {topk_idx[token].tolist()} of {num_experts} experts")
+                self._reject(f"is_token_in_rank[{token}] = {in_rank[token].tolist()} but topk_idx[{token}] = {topk_idx[token].tolist()} of {num_experts} experts")
             received, counts, _ = self._route(x, scales, topk_idx, topk_weights, num_experts, in_rank, None)
             local_counts = received.expert_counts.tolist()
             ids = received.local_ids.to(topk_idx.dtype)

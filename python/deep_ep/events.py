@@ -3,6 +3,8 @@ from collections.abc import Callable
 
 import torch
 
+from tokenyard.torch.work import tensors_of
+
 
 def uses_cuda(tensor=None) -> bool:
     return tensor.is_cuda if tensor is not None else torch.cuda.is_available() and torch.cuda.is_initialized()
@@ -83,4 +85,6 @@ class Lane:
             wait_for(previous_event)
             result = task()
             event = EventHandle()  # after everything that makes the result
+        for tensor in tensors_of(result):
+            tensor.record_stream(torch.cuda.current_stream())
         return result, EventOverlap(event, (task,))

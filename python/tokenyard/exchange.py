@@ -6,12 +6,21 @@ from .received import Pending, Received
 from .world import World
 
 
+def _set(options, name, value):
+    """options.name = value, whose type may be wrong."""
+    try:
+        setattr(options, name, value)
+    except TypeError:
+        current = getattr(options, name)
+        raise UsageError(f"{name} = {value!r} is a {type(value).__name__}; expected something like {current!r}") from None
+
+
 def _options(fields):
     options = _core.ExchangeOptions()
     for name, value in fields.items():
         if not hasattr(options, name):
             raise UsageError(f"an exchange has no option {name!r}; expected one of {', '.join(n for n in dir(options) if n[0] != '_')}")
-        setattr(options, name, value)
+        _set(options, name, value)
     return options
 
 
@@ -39,7 +48,8 @@ class Exchange:
 
     Collective: all ranks make it with the same arguments (TransportError "mismatch" otherwise). Calls on one exchange are made one
     after the other, in the same order by all ranks. UsageError: this call was rejected, the peers' same call fails with the reason,
-    and the next call is fine. TransportError: sticky until clear(), or recover() after ranks were lost.
+    and the next call is fine. TransportError: sticky until clear(), or recover() after ranks were lost. Ctrl-C ends a wait with
+    KeyboardInterrupt; for the exchange and the peers that is a failure like the others.
 
     placement: the default one, or a list whose first is the default; add() registers more. dtype: the widest element of rows;
     combine_dtype: of what experts return, when it is wider. mode: the default of dispatch, "throughput" or "latency".
@@ -112,8 +122,11 @@ class Exchange:
 
     def _dispatch_options(self, keep, given):
         out_rows, out_scales, placement = (given.pop(name, None) for name in ("out_rows", "out_scales", "placement"))
-        key = tuple(given.items())
-        if (options := self._known_options.get(key)) is None:
+        try:
+            options = self._known_options.get(key := tuple(given.items()))
+        except TypeError:  # a list, say: no option is one
+            key, options = None, None
+        if options is None:
             options = self._known_options[key] = self._new_dispatch_options(given)
         if out_rows is not None or out_scales is not None:
             options = self._new_dispatch_options(given)
@@ -127,12 +140,12 @@ class Exchange:
 
     def _new_dispatch_options(self, given):
         options = _core.DispatchOptions()
-        options.sizing = given.get("sizing") or ("capacity" if (given.get("mode") or self._mode) == "latency" else "exact")
+        _set(options, "sizing", given.get("sizing") or ("capacity" if (given.get("mode") or self._mode) == "latency" else "exact"))
         for name, value in given.items():
             if not hasattr(options, name):
                 raise TypeError(f"dispatch has no argument {name!r}")
             if value is not None:
-                setattr(options, name, value)
+                _set(options, name, value)
         return options
 
     def dispatch(self, x, topk_ids=None, topk_weights=None, *, handle=None, scales=None, placement=None, layout="token_major", sizing=None,
@@ -177,7 +190,8 @@ class Exchange:
         frame = self._frame(rows)
         keep = [y := tensor(rows, "rows", dtype)]
         options = _core.CombineOptions()
-        options.weighting, options.order, options.fold = weighting, order, fold
+        for name, value in (("weighting", weighting), ("order", order), ("fold", fold)):
+            _set(options, name, value)
         biases = () if bias is None else bias if isinstance(bias, (tuple, list)) else (bias,)
         if len(biases) > 2:
             raise UsageError(f"{len(biases)} biases; combine adds at most two")

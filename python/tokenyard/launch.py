@@ -1,4 +1,5 @@
 """Ranks on this host: run_ranks()."""
+import gc
 import multiprocessing
 import pickle
 import secrets
@@ -93,9 +94,10 @@ def _picklable(error):
 
 def _rank_main(pipe, fn, args, rank, ranks, token, timeout_ms):
     """In the process of a rank."""
+    gc.freeze()  # what is the parent's is not collected here: its threads did not come along
     torch = sys.modules.get("torch")
     if torch is not None:
-        torch.set_num_threads(1)  # the threads of the parent did not come along
+        torch.set_num_threads(1)  # nor did torch's
     world = None
     try:
         port = pipe.recv()
@@ -123,7 +125,7 @@ class _Processes:
         try:
             for rank in range(ranks):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_rank_main, args=(theirs, fn, args, rank, ranks, token, timeout_ms), daemon=True)
+                process = context.Process(target=_rank_main, args=(theirs, fn, args, rank, ranks, token, timeout_ms))
                 process.start()
                 theirs.close()
                 self._processes.append(process)

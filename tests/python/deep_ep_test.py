@@ -252,6 +252,9 @@ def test_errors_name_the_value(tmp_path):
         ]:
             with pytest.raises(ty.UsageError, match=text):
                 call()
+        chosen, text = (wrong, r"^is_token_in_rank\[1\]") if rank == 0 else (in_rank, r"rank 0 rejected this call: is_token_in_rank\[1\]")
+        with pytest.raises(ty.UsageError, match=text):
+            buffer.dispatch(x, is_token_in_rank=chosen, num_tokens_per_expert=per_expert, topk_idx=ids)
         with pytest.raises(RuntimeError, match="nothing to wait for"):
             deep_ep.EventOverlap().current_stream_wait()
 

@@ -36,6 +36,8 @@ def exchange():
     (dict(layout="rank_slots"), r"layout = rank_slots needs mode = latency; it is throughput"),
     (dict(mode="latency", sizing="exact"), r"sizing = exact with mode = latency; .* use sizing = capacity"),
     (dict(sizing="roomy"), r"roomy"),
+    (dict(sizing=["exact"]), r"sizing = \['exact'\] is a list; expected something like 'exact'"),
+    (dict(alignment="8"), r"alignment = '8' is a str; expected something like 1"),
     (dict(layout="expert_major", alignment=3), r"alignment = 3; expected a power of two, 1 to 256"),
     (dict(alignment=8), r"alignment = 8 with layout = token_major; only expert_major has it"),
     (dict(layout="expert_major", gather_map=True), r"gather_map with layout = expert_major; only token_major has it"),
@@ -66,6 +68,7 @@ def test_dispatch_rejects(exchange, arguments, text):
     (dict(bias=X.astype(np.float64)), r"a bias is \[4, 16\] float64; expected y's dtype float32"),
     (dict(out=X.astype(np.int64)), r"out is \[4, 16\] int64; expected float64, float32, bfloat16 or float16"),
     (dict(order="backwards"), r"backwards"),
+    (dict(fold="yes"), r"fold = 'yes' is a str; expected something like True"),
 ])
 def test_combine_rejects(exchange, arguments, text):
     handle = exchange.dispatch(X, IDS, WEIGHTS).handle
@@ -90,6 +93,7 @@ def test_read_only_memory_is_no_out(exchange):
     (dict(mode="lazy"), r"lazy"),
     (dict(receive_row=3), r"an exchange has no option 'receive_row'; expected one of .*receive_rows"),
     (dict(depth=0), r"depth = 0"),
+    (dict(depth="two"), r"depth = 'two' is a str; expected something like 2"),
 ])
 def test_exchange_rejects(options, text):
     with pytest.raises(ty.UsageError, match=text):
