@@ -74,13 +74,13 @@ void Twin::expect_same(const Received& on_device, const Received& on_host, const
   expect_same(on_device.row_weights(), on_host.row_weights(), where + ": row_weights");
   expect_same(on_device.source_token(), on_host.source_token(), where + ": source_token");
   expect_same(on_device.source_k(), on_host.source_k(), where + ": source_k");
-  expect_same_rows(on_device, on_host, where);
+  expect_same_rows(on_device.rows(), on_host, where);
 }
 
-void Twin::expect_same_rows(const Received& on_device, const Received& on_host, const std::string& where) const {
+void Twin::expect_same_rows(const ConstTensorView& on_device, const Received& on_host, const std::string& where) const {
   const TensorView wanted = on_host.rows();
   Bytes copy;
-  const ConstTensorView got = batch.fetch(on_device.rows(), copy);
+  const ConstTensorView got = batch.fetch(on_device, copy);
   const std::int64_t columns = wanted.shape[wanted.ndim - 1];
   const std::int64_t row_bytes = columns * size_of(wanted.dtype);
   const bool in_slots = static_cast<bool>(on_host.present());

@@ -19,7 +19,7 @@ constexpr int kCulprit = 1;
 using Tokens = SmallTokens<float>;
 
 void expect_rejection(World& world, const std::string& text, const std::function<void()>& good, const std::function<void()>& bad) {
-  expect_rejection(world, kCulprit, text, good, bad);
+  exchange_test::expect_rejection(world, kCulprit, text, good, bad);
 }
 
 using In = DispatchInput;
