@@ -84,6 +84,8 @@ void bind_placement(nb::module_& m) {
            "The replica that serves this token of this rank.")
       .def_prop_ro("hash", &Placement::hash)
       .def("__hash__", &Placement::hash)
+      .def("__getstate__", &Placement::to_json)
+      .def("__setstate__", [](Placement& self, const std::string& text) { new (&self) Placement(Placement::from_json(text)); })
       .def(
           "__eq__", [](const Placement& self, const Placement& other) { return self.hash() == other.hash(); }, nb::arg("other"))
       .def("__repr__", [](const Placement& self) {

@@ -1,5 +1,6 @@
 """Gates against plain NumPy, placements' builders, presets, plans of memory, topo."""
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -70,6 +71,7 @@ def test_placements():
     assert {custom.replica_for(1, 0, token) for token in range(50)} == {0, 1}
     again = ty.Placement.from_json(custom.to_json())
     assert again == custom and hash(again) == hash(custom) and again != uniform
+    assert pickle.loads(pickle.dumps(custom)) == custom
     assert json.loads(custom.to_json())["ranks"] == 2
     assert custom.restricted_to([1]).local_experts(0) == [0, 1]
     moved = ty.moves(uniform, ty.Placement.uniform(7, 3))
