@@ -290,3 +290,59 @@ def test_helpers_of_the_test_programs():
         assert abs(per_rank[0] / per_rank[1:].mean() - 2) < 0.2
     data = torch.tensor([[[1.0], [2.0]]])
     assert refs.ordered_accumulate(data, torch.tensor([[0.5]])).item() == 3.5
+
+
+class _Dispatch(torch.autograd.Function):
+    """How trainers wrap Buffer: dispatch forward, combine backward, through the tensors of the handle."""
+
+    @staticmethod
+    def forward(ctx, x, weights, ids, buffer, kept):
+        per_rank, per_node, per_expert, in_rank, event = buffer.get_dispatch_layout(ids, EXPERTS)
+        recv_x, recv_ids, recv_weights, _, handle, event = buffer.dispatch(
+            x, topk_idx=ids, topk_weights=weights, num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_node, is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert, previous_event=event)
+        ctx.buffer = buffer
+        ctx.save_for_backward(*handle)
+        kept += recv_ids, handle
+        return recv_x, recv_weights
+
+    @staticmethod
+    def backward(ctx, grad_x, grad_weights):
+        grad_x, grad_weights, _ = ctx.buffer.combine(grad_x.contiguous(), ctx.saved_tensors, topk_weights=grad_weights.float())
+        return grad_x, grad_weights, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, buffer, handle):
+        ctx.buffer = buffer
+        ctx.save_for_backward(*handle)
+        return buffer.combine(x, handle=handle)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.buffer.dispatch(grad.contiguous(), handle=ctx.saved_tensors)[0], None, None
+
+
+def test_a_training_step_as_trainers_make_it(tmp_path):
+    """Gradients of rows and weights through both, against a dense layer; float32, so that they are exact enough to compare."""
+    def main(group, rank):
+        import deep_ep
+
+        all_x, all_ids, all_weights = given(5)
+        x, weights, ids = all_x[rank].float().requires_grad_(), all_weights[rank].clone().requires_grad_(), all_ids[rank]
+        factors = 1.0 + torch.arange(EXPERTS)
+        kept = []
+        buffer = deep_ep.Buffer(group)
+        recv_x, recv_weights = _Dispatch.apply(x, weights, ids, buffer, kept)
+        recv_ids, handle = kept
+        mine = factors[(recv_ids + rank * WINDOW).clamp(min=0)] * (recv_ids >= 0) * recv_weights
+        y = _Combine.apply((mine.sum(1, keepdim=True) * recv_x.square()), buffer, handle)
+        wanted = (factors[ids.clamp(min=0)] * (ids >= 0) * weights).sum(1, keepdim=True) * x.square()
+        torch.testing.assert_close(y, wanted)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(rank))
+        for ours, theirs in zip(torch.autograd.grad(y, (x, weights), upstream), torch.autograd.grad(wanted, (x, weights), upstream)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        return y.shape[0]
+
+    assert on_group(main, tmp_path) == TOKENS
