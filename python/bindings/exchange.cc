@@ -114,10 +114,11 @@ CombineGradient combine_backward(Held& self, const Handle& handle, const Tensor&
 }
 
 // Rows of the exchange's own memory: they live as long as it does, which the array sees to.
-nb::object expert_rows(const nb::object& self, const Handle& handle, const std::string& dtype, std::int64_t hidden_size,
-                       const Place& place) {
+nb::object expert_rows(const nb::object& self, const Handle& handle, const std::string& dtype, std::int64_t hidden_size, const Place& place,
+                       std::uintptr_t stream) {
   auto& held = nb::cast<Held&>(self);
-  const TensorView rows = waiting([&] { return held->expert_rows(handle, parse_dtype(dtype), hidden_size); });
+  const TensorView rows =
+      waiting([&] { return held->expert_rows(handle, parse_dtype(dtype), hidden_size, reinterpret_cast<void*>(stream)); });
   auto* exchange = new nb::object(self);
   return export_array(rows, std::shared_ptr<void>(exchange, [](void* owner) { delete static_cast<nb::object*>(owner); }), place);
 }
@@ -131,7 +132,7 @@ void bind_calls(nb::class_<Held>& exchange) {
       .def("start_combine", start_combine, nb::arg("y"), nb::arg("handle"), nb::arg("options"))
       .def("dispatch_backward", dispatch_backward, nb::arg("handle"), nb::arg("grad_rows"), nb::arg("grad_row_weights").none())
       .def("combine_backward", combine_backward, nb::arg("handle"), nb::arg("grad_out"), nb::arg("y").none(), nb::arg("options"))
-      .def("expert_rows", expert_rows, nb::arg("handle"), nb::arg("dtype"), nb::arg("hidden_size"), nb::arg("place"));
+      .def("expert_rows", expert_rows, nb::arg("handle"), nb::arg("dtype"), nb::arg("hidden_size"), nb::arg("place"), nb::arg("stream"));
 }
 
 }  // namespace

@@ -97,9 +97,12 @@ class Exchange:
             raise UsageError("an exchange with device='cuda' takes torch tensors on its GPU")
         return Frame.of(array, "cuda", array.device.index)
 
+    def _stream(self):
+        return torch_if_used().cuda.current_stream().cuda_stream if self._device == "cuda" else 0
+
     def _use_stream(self, options):
         if self._device == "cuda":
-            options.stream = torch_if_used().cuda.current_stream().cuda_stream
+            options.stream = self._stream()
 
     def _dispatch_call(self, x, topk_ids, topk_weights, *, handle=None, scales=None, dtype=None, **options):
         """(what must stay alive, arguments of the core, how its result is shown)"""
@@ -251,7 +254,7 @@ class Exchange:
         """Memory [N,H] (or [R,M,H]) for rows from which combine needs no copy, in the framework of the array `like`; dtype: default
         that of the exchange. UsageError without the option expert_rows=True."""
         frame = self._frame(as_array(like, "like"))
-        return self._core.expert_rows(handle, dtype or self.dtype, self.hidden_size, frame.place)
+        return self._core.expert_rows(handle, dtype or self.dtype, self.hidden_size, frame.place, self._stream())
 
     def check(self) -> None:
         """Raises the sticky error, if any."""
