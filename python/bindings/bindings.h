@@ -34,15 +34,16 @@ void bind_topo(nb::module_& m);
 // "float32", "float32_pow2", "ue8m0".
 ScaleFormat parse_scale_format(const std::string& text);
 
-// Lets Python's signal handlers run; true when one of them raised (Ctrl-C). Only asked on the main thread, where they run.
-bool signal_raised();
-bool is_main_thread();
+// The check of waits on this thread. On the main thread it lets Python's signal handlers run, and is true when one of them raised
+// (Ctrl-C); on others it is true once cancel_waits() was called, which whoever gets that exception may do.
+using Check = bool (*)();
+Check check_of_this_thread();
 
 // Runs what may wait for other ranks: without the GIL, and given up when a signal handler raises.
 template <class Wait>
 auto waiting(Wait&& wait) {
   using Result = std::invoke_result_t<Wait>;
-  const InterruptScope scope(is_main_thread() ? signal_raised : nullptr);
+  const InterruptScope scope(check_of_this_thread());
   std::exception_ptr error;
   std::conditional_t<std::is_void_v<Result>, char, std::optional<Result>> result{};
   {

@@ -2,12 +2,23 @@
 
 #include <nanobind/stl/string.h>
 
+#include <atomic>
+
 #include "bindings.h"
 
 namespace tokenyard::python {
 namespace {
 
 unsigned long main_thread = 0;
+std::atomic<int> cancellations = 0;
+thread_local int cancellations_before = 0;  // when the wait of this thread began
+
+bool signal_raised() {
+  const nb::gil_scoped_acquire held;
+  return PyErr_CheckSignals() != 0;
+}
+
+bool cancelled() { return cancellations.load() != cancellations_before; }
 
 nb::object error_class(const char* name) { return nb::module_::import_("tokenyard.errors").attr(name); }
 
@@ -40,16 +51,17 @@ void translate(const std::exception_ptr& thrown, void* /*payload*/) {
 
 }  // namespace
 
-bool is_main_thread() { return PyThread_get_thread_ident() == main_thread; }
-
-bool signal_raised() {
-  const nb::gil_scoped_acquire held;
-  return PyErr_CheckSignals() != 0;
+Check check_of_this_thread() {
+  if (PyThread_get_thread_ident() == main_thread) return signal_raised;
+  cancellations_before = cancellations.load();
+  return cancelled;
 }
 
-void bind_errors(nb::module_& /*m*/) {
+void bind_errors(nb::module_& m) {
   main_thread = nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   nb::register_exception_translator(translate, nullptr);
+  m.def(
+      "cancel_waits", [] { ++cancellations; }, "Ends the waits of all threads but the main one, as Ctrl-C ends that one's.");
 }
 
 }  // namespace tokenyard::python

@@ -22,14 +22,22 @@ nb::object owned(const TensorView& view, const std::shared_ptr<void>& memory, co
   return export_array(view, memory, place);
 }
 
-// finish() of an operation that runs on another thread, or on a device: looks often at first, so that short ones stay short.
 template <class Result>
-Result finish(Pending<Result>& pending) {
-  return waiting([&] {
+struct Started {
+  Pending<Result> pending;
+  bool runs_on_thread;  // else a device runs it: finish() enqueues, also while a graph is captured, and nothing is to be polled
+  bool handed_over = false;
+};
+
+// finish() of an operation that may run on another thread: looks often at first, so that short ones stay short.
+template <class Result>
+Result finish(Started<Result>& self) {
+  if (self.handed_over) return self.pending.finish();  // throws: nothing is ready any more, and nothing will be
+  Result result = waiting([&] {
     constexpr std::chrono::microseconds kLongest{500};
     auto pause = std::chrono::microseconds(5);
     auto ask_at = std::chrono::steady_clock::now() + kInterruptTick;
-    while (is_interruptible() && pending && !pending.ready()) {
+    while (self.runs_on_thread && !self.pending.ready()) {
       if (std::chrono::steady_clock::now() >= ask_at) {
         if (interrupted()) throw Error(kInterrupted);
         ask_at += kInterruptTick;
@@ -37,14 +45,16 @@ Result finish(Pending<Result>& pending) {
       std::this_thread::sleep_for(pause);
       pause = std::min(kLongest, pause * 2);
     }
-    return pending.finish();
+    self.handed_over = true;  // also when it fails: the error is handed over
+    return self.pending.finish();
   });
+  return result;
 }
 
 template <class Result>
 void bind_pending(nb::module_& m, const char* class_name) {
-  nb::class_<Pending<Result>>(m, class_name).def("finish", finish<Result>).def("ready", [](const Pending<Result>& self) {
-    return self.ready();
+  nb::class_<Started<Result>>(m, class_name).def("finish", finish<Result>).def("ready", [](const Started<Result>& self) {
+    return self.pending.ready();
   });
 }
 
@@ -91,16 +101,19 @@ Received dispatch(Held& self, const DispatchInput& input, const DispatchOptions&
   return waiting([&] { return handle != nullptr ? self->dispatch(input, *handle, options) : self->dispatch(input, options); });
 }
 
-Pending<Received> start_dispatch(Held& self, const DispatchInput& input, const DispatchOptions& options, const Handle* handle) {
-  return waiting([&] { return handle != nullptr ? self->start_dispatch(input, *handle, options) : self->start_dispatch(input, options); });
+bool runs_on_thread(const Held& self) { return self->options().device == Device::cpu; }
+
+Started<Received> start_dispatch(Held& self, const DispatchInput& input, const DispatchOptions& options, const Handle* handle) {
+  auto start = [&] { return handle != nullptr ? self->start_dispatch(input, *handle, options) : self->start_dispatch(input, options); };
+  return {waiting(start), runs_on_thread(self)};
 }
 
 Combined combine(Held& self, const Tensor& y, const Handle& handle, const CombineOptions& options) {
   return waiting([&] { return self->combine(y.view(), handle, options); });
 }
 
-Pending<Combined> start_combine(Held& self, const Tensor& y, const Handle& handle, const CombineOptions& options) {
-  return waiting([&] { return self->start_combine(y.view(), handle, options); });
+Started<Combined> start_combine(Held& self, const Tensor& y, const Handle& handle, const CombineOptions& options) {
+  return {waiting([&] { return self->start_combine(y.view(), handle, options); }), runs_on_thread(self)};
 }
 
 DispatchGradient dispatch_backward(Held& self, const Handle& handle, const Tensor& grad_rows, const Tensor* grad_row_weights) {

@@ -75,6 +75,7 @@ def _run_threads(fn, ranks, args, timeout_ms):
         for thread in threads:
             thread.join()
     except KeyboardInterrupt:
+        _core.cancel_waits()
         for world in worlds:
             world.leave()
         for thread in threads:

@@ -142,3 +142,11 @@ def test_spans_link_bytes_and_options():
         assert exchange.transport == "inproc"
 
     on_ranks(rank_main)
+
+
+def test_finish_twice_on_the_main_thread():
+    exchange = make_exchange(ty.World.in_process(1)[0], ty.Placement.uniform(3, 1))
+    pending = exchange.start_dispatch(np.ones((2, HIDDEN), np.float32), np.zeros((2, 1), np.int64))
+    assert pending.finish().num_rows == 2
+    with pytest.raises(ty.UsageError, match="finished already"):
+        pending.finish()

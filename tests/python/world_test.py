@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tokenyard as ty
-from support import HIDDEN, make_exchange, on_ranks
+from support import HIDDEN, make_exchange, on_ranks, torch
 
 
 def test_from_env_without_ranks_is_a_world_of_one(monkeypatch):
@@ -109,9 +109,11 @@ def test_survivors_of_a_world():
     assert on_ranks(rank_main) == [None, (0, 2, [1, 2]), (1, 2, [1, 2])]
 
 
-@pytest.mark.parametrize("what", ["dispatch", "finish", "barrier", "rendezvous", "join", "processes"])
+@pytest.mark.parametrize("what", ["dispatch", "finish", "barrier", "rendezvous", "join", "processes", "async"])
 def test_ctrl_c_ends_a_wait(what, tmp_path):
     """The wait would last 60 s; its process is a child of its own, which gets SIGINT as from a terminal."""
+    if what == "async" and torch is None:
+        pytest.skip("torch is not installed")
     program = tmp_path / "program.py"
     program.write_text(f"""
 import threading, time, numpy as np, tokenyard as ty
@@ -128,6 +130,19 @@ if {what!r} == "processes":
         if world.rank == 0: print("waiting", flush=True)
         world.barrier() if world.rank == 0 else time.sleep(60)
     ty.run_ranks(rank_main, 2, timeout_ms=60_000)
+if {what!r} == "async":
+    import torch, tokenyard.torch
+    worlds, made = ty.World.in_process(2, timeout_ms=60_000), {{}}
+    def make(rank): made[rank] = tokenyard.torch.MoEDispatcher(worlds[rank], ty.Placement.uniform(2, 2), hidden_size=8, top_k=1,
+                                                               max_tokens_per_rank=4, dtype="float32", kind="all_to_all")
+    other = threading.Thread(target=make, args=(1,), daemon=True)
+    other.start()
+    make(0); other.join()
+    dispatcher = made[0]
+    given = torch.ones(4, 8), torch.ones(4, 1, dtype=torch.int64), torch.ones(4, 1)
+    started = dispatcher.dispatch(dispatcher.dispatch_preprocess(*given, async_op=True), async_op=True)
+    print("waiting", flush=True)
+    dispatcher.dispatch_postprocess(started)
 worlds = ty.World.in_process(2, timeout_ms=60_000)
 made = []
 def make(world): made.append(ty.Exchange(world, ty.Placement.uniform(2, 2), hidden_size=8, top_k=1, max_tokens_per_rank=4, dtype="float32"))

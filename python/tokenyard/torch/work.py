@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from .. import _core
+
 
 class Work:
     """A stage under way. wait() hands its result over, valid for the caller (on CUDA: for the current stream)."""
@@ -39,7 +41,15 @@ class Thread:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, "tokenyard")
         self._last = future = self._executor.submit(task)  # behind what is under way, also when it is not to run beside
-        return Work(future.result, future.done)
+        return Work(lambda: self._result_of(future), future.done)
+
+    @staticmethod
+    def _result_of(future):
+        try:
+            return future.result()
+        except KeyboardInterrupt:  # the thread must not wait on until its deadline
+            _core.cancel_waits()
+            raise
 
     def __del__(self):
         if self._executor is not None:
