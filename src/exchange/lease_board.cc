@@ -41,6 +41,11 @@ std::shared_ptr<void> LeaseBoard::lease(std::string holder) {
   return {nullptr, [board = shared_from_this(), buffer](void*) { board->give_back(buffer); }};
 }
 
+std::vector<int> LeaseBoard::free_buffers() const {
+  const std::lock_guard lock(mutex_);
+  return {free_.begin(), free_.end()};
+}
+
 void LeaseBoard::restart(const std::function<void()>& begin, const std::function<void(int)>& announce) const {
   const std::lock_guard lock(mutex_);
   begin();
