@@ -14,6 +14,7 @@ void add_bench_compare(CLI::App& bench);
 void add_bench_chart(CLI::App& bench);
 void add_verify(CLI::App& program);
 void add_topo(CLI::App& program);
+void add_parallel(CLI::App& program);
 void add_plan_memory(CLI::App& program);
 void add_launch(CLI::App& program);
 

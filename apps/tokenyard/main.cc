@@ -39,6 +39,7 @@ void add_commands(CLI::App& program) {
   add_bench(program);
   add_verify(program);
   add_topo(program);
+  add_parallel(program);
   add_plan_memory(program);
   add_launch(program);
 }

@@ -55,6 +55,39 @@ struct Routing {
 // UsageError, with the values, for shapes, dtypes and gates that do not fit each other.
 Routing route(const RoutingInput& input, const Gate& gate);
 
+// Training. The choice of experts is a constant: gradients flow through the weights, and the losses through the scores. All of these
+// take what route() was given and gave; UsageError, with the shapes, for what does not fit. Sums over tokens are float64.
+
+// Adds d loss / d logits to d_logits [T,E] float32 (dense), given d_weights [T,K] float32: d loss / d topk_weights.
+void add_weights_gradient(const RoutingInput& input, const Gate& gate, const Routing& routing, const ConstTensorView& d_weights,
+                          const TensorView& d_logits);
+
+// What the losses need of a batch. Tokens that are masked or have no finite logit do not count.
+struct GateStatistics {
+  std::vector<std::int64_t> load;   // [E]: (token, k) pairs per expert
+  std::vector<double> score_sums;   // [E]: over tokens, of p = the score divided by the token's sum of scores (1 for a softmax)
+  double squared_log_sum_exps = 0;  // over tokens, of logsumexp(logits)^2
+  std::int64_t num_tokens = 0;
+  // Of both batches together: ranks of a group, or micro-batches.
+  void add(const GateStatistics& other);
+};
+GateStatistics gate_statistics(const RoutingInput& input, const Gate& gate, const Routing& routing);
+
+// alpha * (E / sum load) * sum_e load_e * mean_t p_te of one layer, over all tokens of the statistics; 0 when nothing was routed.
+// Source: "Switch Transformers" (arXiv 2101.03961), eq. 4; for sigmoid scores "DeepSeek-V3" (arXiv 2412.19437), eq. 17 to 19.
+double balance_loss(const GateStatistics& statistics, double alpha);
+// alpha * mean_t logsumexp(logits_t)^2. Source: "ST-MoE" (arXiv 2202.08906), eq. 5.
+double z_loss(const GateStatistics& statistics, double alpha);
+// Add the losses' gradients to d_logits [T,E] float32; `statistics` are of the whole group, `input` is this rank's part of it.
+void add_balance_gradient(const RoutingInput& input, const Gate& gate, const GateStatistics& statistics, double alpha,
+                          const TensorView& d_logits);
+void add_z_gradient(const RoutingInput& input, const Gate& gate, const GateStatistics& statistics, double alpha,
+                    const TensorView& d_logits);
+
+// bias_corrected without a loss: bias[e] -= gamma where load[e] is above the mean, += gamma where it is below.
+// Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (arXiv 2408.15664), algorithm 1.
+void update_gate_bias(std::span<float> bias, std::span<const std::int64_t> load, float gamma);
+
 // A published model's MoE shape, from its configuration file.
 struct ModelPreset {
   std::string name;

@@ -46,6 +46,9 @@ void check_top_k(int top_k, int num_experts) {
 void check_numbers(const Gate& gate) {
   if (!std::isfinite(gate.scale)) usage_error("scale = {}; it is finite", gate.scale);
   if (!std::isfinite(gate.epsilon) || gate.epsilon < 0) usage_error("epsilon = {}; it is finite and not negative", gate.epsilon);
+  if (gate.epsilon > 0 && is_softmax_over_chosen(gate)) {
+    usage_error("epsilon = {} with a softmax over the chosen, whose sum is at least 1 before it is divided by; leave it 0", gate.epsilon);
+  }
 }
 
 void check_groups(const Gate& gate, int num_experts) {
@@ -115,6 +118,10 @@ Score score_of(const Gate& gate) {
     default:
       return gate.score;
   }
+}
+
+bool is_softmax_over_chosen(const Gate& gate) {
+  return score_of(gate) == Score::softmax && gate.renormalise && gate.kind != GateKind::bias_corrected;
 }
 
 void check(const RoutingInput& input, const Gate& gate) {

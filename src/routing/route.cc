@@ -4,6 +4,7 @@
 #include "core/usage.h"
 #include "routing/arithmetic.h"
 #include "routing/gate.h"
+#include "routing/row_scores.h"
 #include "tokenyard/routing.h"
 
 namespace tokenyard {
@@ -12,18 +13,8 @@ namespace {
 using routing_internal::exp_of_negative;
 using routing_internal::kNever;
 using routing_internal::precedes;
+using routing_internal::RowScores;
 using routing_internal::TopK;
-
-float read_float(const ConstTensorView& row, std::int64_t index) {
-  switch (row.dtype) {
-    case Dtype::bfloat16:
-      return bfloat16_to_float(row.as<std::uint16_t>()[index]);
-    case Dtype::float16:
-      return float16_to_float(row.as<std::uint16_t>()[index]);
-    default:
-      return row.as<float>()[index];
-  }
-}
 
 // Routes one row after another; the vectors are scratch.
 class Router {
@@ -33,15 +24,16 @@ class Router {
         gate_(gate),
         score_(routing_internal::score_of(gate)),
         num_experts_(static_cast<int>(input.logits.shape[1])),
-        logits_(static_cast<std::size_t>(num_experts_)),
-        scores_(logits_.size()),
-        choice_(logits_.size()) {}
+        softmax_over_chosen_(routing_internal::is_softmax_over_chosen(gate)),
+        row_(input, gate),
+        choice_(static_cast<std::size_t>(num_experts_)) {}
 
   // ids, weights: [top_k] of this token.
   void route(std::int64_t token, std::int64_t* ids, float* weights) {
     std::fill_n(ids, gate_.top_k, -1);
     std::fill_n(weights, gate_.top_k, 0.0F);
-    if (is_masked(token) || !load_logits(token)) return;
+    if (!row_.load(token)) return;
+    if (!softmax_over_chosen_) row_.score();
     if (input_.given_ids) {
       read_given(token, ids);
     } else {
@@ -51,39 +43,6 @@ class Router {
   }
 
  private:
-  bool is_masked(std::int64_t token) const { return input_.mask && *input_.mask.row(token) == std::byte{0}; }
-
-  // What is not finite can never be selected. Returns whether anything can.
-  bool load_logits(std::int64_t token) {
-    ConstTensorView row = input_.logits;
-    row.data = input_.logits.row(token);
-    highest_ = kNever;
-    for (int expert = 0; expert < num_experts_; ++expert) {
-      const float logit = read_float(row, expert * row.strides[1]);
-      logits_[expert] = std::isfinite(logit) ? logit : kNever;
-      highest_ = std::max(highest_, logits_[expert]);
-    }
-    if (highest_ == kNever) return false;
-    if (score_ == Score::sigmoid) {
-      std::transform(logits_.begin(), logits_.end(), scores_.begin(), routing_internal::sigmoid);
-    } else if (!softmax_over_chosen()) {
-      softmax_over_all();
-    }
-    return true;
-  }
-
-  bool softmax_over_chosen() const { return score_ == Score::softmax && gate_.renormalise && gate_.kind != GateKind::bias_corrected; }
-
-  // Summed in ascending order of expert ids.
-  void softmax_over_all() {
-    float sum = 0;
-    for (int expert = 0; expert < num_experts_; ++expert) {
-      scores_[expert] = exp_of_negative(logits_[expert] - highest_);
-      sum += scores_[expert];
-    }
-    for (float& score : scores_) score /= sum;
-  }
-
   void read_given(std::int64_t token, std::int64_t* ids) const {
     const ConstTensorView& given = input_.given_ids;
     for (int k = 0; k < gate_.top_k; ++k) {
@@ -117,15 +76,15 @@ class Router {
   void fill_choice() {
     if (gate_.kind == GateKind::bias_corrected) {
       for (int expert = 0; expert < num_experts_; ++expert) {
-        const float biased = scores_[expert] + input_.bias.as<float>()[expert * input_.bias.strides[0]];
-        choice_[expert] = logits_[expert] == kNever || !std::isfinite(biased) ? kNever : biased;
+        const float biased = row_.scores()[expert] + input_.bias.as<float>()[expert * input_.bias.strides[0]];
+        choice_[expert] = row_.logits()[expert] == kNever || !std::isfinite(biased) ? kNever : biased;
       }
       return;
     }
-    choice_ = logits_;
+    choice_ = row_.logits();
     if (score_ == Score::softmax) return;
     for (int expert = 0; expert < num_experts_; ++expert) {
-      if (logits_[expert] != kNever) choice_[expert] = scores_[expert];
+      if (row_.logits()[expert] != kNever) choice_[expert] = row_.scores()[expert];
     }
   }
 
@@ -158,12 +117,12 @@ class Router {
   void weigh(const std::int64_t* ids, float* weights) const {
     float highest = kNever;
     for (int k = 0; k < gate_.top_k; ++k) {
-      if (ids[k] >= 0) highest = std::max(highest, logits_[ids[k]]);
+      if (ids[k] >= 0) highest = std::max(highest, row_.logits()[ids[k]]);
     }
     float sum = 0;
     for (int k = 0; k < gate_.top_k; ++k) {
       if (ids[k] < 0) continue;
-      weights[k] = softmax_over_chosen() ? exp_of_negative(logits_[ids[k]] - highest) : scores_[ids[k]];
+      weights[k] = softmax_over_chosen_ ? exp_of_negative(row_.logits()[ids[k]] - highest) : row_.scores()[ids[k]];
       sum += weights[k];
     }
     const float divisor = sum + gate_.epsilon;  // 0 when every score underflows, or a replay chose nothing finite
@@ -177,9 +136,8 @@ class Router {
   const Gate& gate_;
   Score score_;
   int num_experts_;
-  float highest_ = kNever;
-  std::vector<float> logits_;
-  std::vector<float> scores_;  // softmax or sigmoid; not filled where the weights are a softmax over the chosen
+  bool softmax_over_chosen_;
+  RowScores row_;  // its scores are not filled where the weights are a softmax over the chosen
   std::vector<float> choice_;
   std::vector<float> group_scores_;
   std::vector<int> group_order_;

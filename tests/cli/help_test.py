@@ -13,6 +13,7 @@ COMMANDS = [
     ["bench", "chart"],
     ["verify"],
     ["topo"],
+    ["parallel"],
     ["plan-memory"],
     ["launch"],
 ]
@@ -39,7 +40,7 @@ class HelpTest(CommandLineTest):
 
     def test_examples_parse(self):
         # What help shows must not be refused for its options. Programs and files of examples do not exist here.
-        for command in (["plan-memory"],):
+        for command in (["parallel"], ["plan-memory"]):
             for line in self.succeed(*command, "--help").split("Examples:")[1].splitlines():
                 if line.strip():
                     with self.subTest(line=line):

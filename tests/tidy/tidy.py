@@ -26,7 +26,7 @@ LEVELS = [
     ["world", "parallel", "placement", "routing", "protocol", "plan"],
     ["memory", "port", "kernels"],
     ["collective", "exchange"],
-    ["experts"],
+    ["experts", "weights"],
     ["layer"],
     ["apps", "python"],
 ]
@@ -36,8 +36,8 @@ EXCEPTIONS = {("placement", "protocol/host_device.h"), ("routing", "protocol/hos
 # Whose words a public header speaks: the lowest folder that may include it.
 PUBLIC = {
     "error": "core", "dtype": "core", "tensor_view": "core", "quantise": "core", "options": "core",
-    "world": "world", "launch": "world", "topo": "world", "placement": "placement", "routing": "routing",
-    "collective": "collective", "exchange": "exchange", "tokenyard": "apps",
+    "world": "world", "launch": "world", "topo": "world", "parallel": "parallel", "placement": "placement", "routing": "routing",
+    "collective": "collective", "exchange": "exchange", "safetensors": "weights", "weights": "weights", "tokenyard": "apps",
 }
 # Conditional compilation that no other means replaces: word -> what for.
 CONDITIONS = {

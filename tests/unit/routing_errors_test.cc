@@ -41,6 +41,9 @@ TEST(RoutingErrors, Numbers) {
   refused({.logits = floats({2, 4})}, Gate::softmax(1, true, std::numeric_limits<float>::infinity()), {"scale = inf", "finite"});
   refused({.logits = floats({2, 4})}, Gate::sigmoid(1, true, 1, -1), {"epsilon = -1", "not negative"});
   refused({.logits = floats({2, 4})}, Gate::sigmoid(1, true, 1, std::numeric_limits<float>::quiet_NaN()), {"epsilon = nan"});
+  Gate softmax = Gate::softmax(1, true);
+  softmax.epsilon = 1e-3F;
+  refused({.logits = floats({2, 4})}, softmax, {"epsilon = 0.001", "softmax over the chosen", "leave it 0"});
 }
 
 TEST(RoutingErrors, Groups) {

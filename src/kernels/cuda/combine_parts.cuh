@@ -127,6 +127,7 @@ __device__ inline int list_leaves(const CombineArgs& args, std::int64_t i, const
 // without conditions between its loads.
 template <int kMost = 4, class Step>
 __device__ __forceinline__ void for_each_batch(int begin, int end, Step&& step) {
+  static_assert(kMost <= 4, "a case for each rest");
   int first = begin;
 #pragma unroll 1
   for (; first + kMost <= end; first += kMost) step(std::integral_constant<int, kMost>(), first);

@@ -142,8 +142,7 @@ __device__ __forceinline__ void sum_columns(const SumRow& row, const WarpLists& 
   if constexpr (kFolds) fold_columns<kDtype, kAligned, kColumns>(lists, 0, counts.y, vector, own);
   ColumnSums<kDtype, kColumns, kSum == Sum::grouped> sums;
   sums.begin(row, vector);
-  constexpr int kMostAtOnce = 8;  // vectors under way, for which there are registers
-  for_each_batch<kMostAtOnce / kColumns>(0, counts.x, [&](auto size, int first) {
+  for_each_batch<kColumns == 4 ? 2 : 4>(0, counts.x, [&](auto size, int first) {
     int4 rows[size.value][kColumns];
 #pragma unroll
     for (int j = 0; j < size.value; ++j) {
