@@ -205,6 +205,7 @@ cuda::HostCounts CudaEngine::await_counts(const DeviceHandle& handle) {
                           .detail = "the kernels of this dispatch have not run; is the GPU busy with kernels that wait for each other?"});
   }
   std::atomic_thread_fence(std::memory_order_acquire);
+  check();  // a call that has failed tells counts as well, behind its failure
   return {.call = counts.call, .num_rows = counts.num_rows, .layout_rows = counts.layout_rows, .map_rows = counts.map_rows};
 }
 
