@@ -44,11 +44,19 @@ void grouped_gemm_wgrad(const ConstTensorView& dy, const ConstTensorView& x, con
 // From places to rows and back, for layouts that are gathered.
 // out[p] = rows[row of p]; any dtype.
 void permute(const ConstTensorView& rows, const RowGroups& groups, const TensorView& out);
+// What a row's sum is made of.
+struct FoldInput {
+  ConstTensorView places{};       // [P,H]
+  ConstTensorView local_ids{};    // [N,K] or [R,M,K] int32, as RowGroups::gathered got them
+  ConstTensorView row_weights{};  // of the same shape, float32; none for 1
+};
 // out[n] = sum over k ascending of row_weights[n,k] * places[place of (n,k)], fused multiply-adds from +0 in float32, rounded once:
-// the fold of combine. local_ids [.., K] as given to RowGroups::gathered; row_weights of the same shape float32, or none for 1.
-// Rows without a local expert become +0.
-void unpermute(const ConstTensorView& places, const RowGroups& groups, const ConstTensorView& local_ids, const ConstTensorView& row_weights,
-               const TensorView& out);
+// the fold of combine. out [N,H]; rows without a local expert become +0.
+void unpermute(const FoldInput& input, const RowGroups& groups, const TensorView& out);
+// d_places[p] = row_weight * d_out[row], rounded once; d_row_weights [N,K] float32, optional: <d_out[row], places[p]>, 0 without a
+// local expert. d_out [N,H], d_places [P,H]. Without d_row_weights, input.places is not looked at.
+void unpermute_backward(const FoldInput& input, const RowGroups& groups, const ConstTensorView& d_out, const TensorView& d_places,
+                        const TensorView& d_row_weights);
 
 enum class ActivationKind : std::uint8_t {
   silu,     // silu(gate) * up

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -25,38 +26,93 @@ void permute(const ConstTensorView& rows, const RowGroups& groups, const TensorV
   });
 }
 
-void unpermute(const ConstTensorView& places, const RowGroups& groups, const ConstTensorView& local_ids, const ConstTensorView& row_weights,
-               const TensorView& out) {
+namespace {
+
+std::int64_t check_fold(const FoldInput& input, const RowGroups& groups) {
   check_groups(groups);
-  const std::int64_t top_k = local_ids ? local_ids.shape[local_ids.ndim - 1] : 0;
-  const std::int64_t num_rows = top_k > 0 ? local_ids.num_elements() / top_k : 0;
-  if (local_ids.dtype != Dtype::int32 || top_k < 1 || !local_ids.rows_contiguous()) {
-    usage_error("local_ids is {}; expected dense int32, as dispatch gives them", describe(local_ids));
+  const ConstTensorView& ids = input.local_ids;
+  const std::int64_t top_k = ids ? ids.shape[ids.ndim - 1] : 0;
+  if (ids.dtype != Dtype::int32 || top_k < 1 || !ids.rows_contiguous()) {
+    usage_error("local_ids is {}; expected dense int32, as dispatch gives them", describe(ids));
   }
+  const ConstTensorView& weights = input.row_weights;
+  if (weights && (weights.dtype != Dtype::float32 || weights.num_elements() != ids.num_elements())) {
+    usage_error("row_weights is {}; expected {} float32, as many as local_ids", describe(weights), ids.num_elements());
+  }
+  return top_k;
+}
+
+// fn(row, index of (row, k), place) in the order of rows and k: places of a group are in that order, too.
+template <class Fn>
+void for_each_pair(const FoldInput& input, const RowGroups& groups, std::int64_t top_k, Fn&& fn) {
+  std::vector<std::int64_t> next = groups.begins;
+  const auto* ids = input.local_ids.as<std::int32_t>();
+  for (std::int64_t at = 0; at < input.local_ids.num_elements(); ++at) {
+    const std::int32_t id = ids[at];
+    if (id < 0) continue;
+    if (id >= std::ssize(next) || next[id] == groups.begins[id] + groups.counts[id]) {
+      usage_error("local_ids[{}] = {} has no place; pass the ids that the groups were made from", at, id);
+    }
+    fn(at / top_k, at, next[id]++);
+  }
+}
+
+}  // namespace
+
+void unpermute(const FoldInput& input, const RowGroups& groups, const TensorView& out) {
+  const std::int64_t top_k = check_fold(input, groups);
+  const std::int64_t num_rows = input.local_ids.num_elements() / top_k;
   const std::int64_t columns = out.ndim == 2 ? out.shape[1] : 0;
   check_rows("out", out, num_rows, columns);
-  check_rows("places", places, groups.places, columns);
-  if (row_weights && (row_weights.dtype != Dtype::float32 || row_weights.num_elements() != local_ids.num_elements())) {
-    usage_error("row_weights is {}; expected {} float32, as many as local_ids", describe(row_weights), local_ids.num_elements());
-  }
-  const float* weights = row_weights ? row_weights.as<float>() : nullptr;
-  std::vector<std::int64_t> next = groups.begins;  // places of a group are in the order of (row, k)
-  std::vector<float> sum(static_cast<std::size_t>(columns));
+  check_rows("places", input.places, groups.places, columns);
+  const float* weights = input.row_weights ? input.row_weights.as<float>() : nullptr;
+  std::vector<float> sum(static_cast<std::size_t>(columns), 0.0F);
   std::vector<float> scratch;
-  for (std::int64_t row = 0; row < num_rows; ++row) {
-    std::fill(sum.begin(), sum.end(), 0.0F);
-    for (std::int64_t at = row * top_k; at < (row + 1) * top_k; ++at) {
-      const std::int32_t id = local_ids.as<std::int32_t>()[at];
-      if (id < 0) continue;
-      if (id >= std::ssize(next) || next[id] == groups.begins[id] + groups.counts[id]) {
-        usage_error("local_ids[{}] = {} has no place; pass the ids that the groups were made from", at, id);
-      }
-      const float* values = read_places(places, {next[id]++, 1}, scratch);
-      for (std::int64_t c = 0; c < columns; ++c)
-        sum[c] = weights == nullptr ? sum[c] + values[c] : std::fma(weights[at], values[c], sum[c]);
+  std::int64_t row = 0;  // rows before it are written
+  const auto finish_rows = [&](std::int64_t end) {
+    for (; row < end; ++row) {
+      write_places(sum, {row, 1}, out);
+      std::fill(sum.begin(), sum.end(), 0.0F);
     }
-    write_places(sum, {row, 1}, out);
+  };
+  for_each_pair(input, groups, top_k, [&](std::int64_t of_row, std::int64_t at, std::int64_t place) {
+    finish_rows(of_row);
+    const float* values = read_places(input.places, {place, 1}, scratch);
+    for (std::int64_t c = 0; c < columns; ++c) sum[c] = weights == nullptr ? sum[c] + values[c] : std::fma(weights[at], values[c], sum[c]);
+  });
+  finish_rows(num_rows);
+}
+
+void unpermute_backward(const FoldInput& input, const RowGroups& groups, const ConstTensorView& d_out, const TensorView& d_places,
+                        const TensorView& d_row_weights) {
+  const std::int64_t top_k = check_fold(input, groups);
+  const std::int64_t num_rows = input.local_ids.num_elements() / top_k;
+  const std::int64_t columns = d_out.ndim == 2 ? d_out.shape[1] : 0;
+  check_rows("d_out", d_out, num_rows, columns);
+  check_rows("d_places", d_places, groups.places, columns);
+  if (d_row_weights) {
+    check_rows("places", input.places, groups.places, columns);
+    const bool fits = d_row_weights.dtype == Dtype::float32 && d_row_weights.num_elements() == input.local_ids.num_elements();
+    if (!fits || !d_row_weights.rows_contiguous()) {
+      usage_error("d_row_weights is {}; expected {} float32, as many as local_ids", describe(d_row_weights),
+                  input.local_ids.num_elements());
+    }
+    std::fill_n(d_row_weights.as<float>(), d_row_weights.num_elements(), 0.0F);
   }
+  std::vector<float> scratch;
+  std::vector<float> place_scratch;
+  std::vector<float> scaled(static_cast<std::size_t>(columns));
+  for_each_pair(input, groups, top_k, [&](std::int64_t row, std::int64_t at, std::int64_t place) {
+    const float* d = read_places(d_out, {row, 1}, scratch);
+    const float weight = input.row_weights ? input.row_weights.as<float>()[at] : 1.0F;
+    for (std::int64_t c = 0; c < columns; ++c) scaled[c] = weight * d[c];
+    write_places(scaled, {place, 1}, d_places);
+    if (!d_row_weights) return;
+    const float* values = read_places(input.places, {place, 1}, place_scratch);
+    float dot = 0;
+    for (std::int64_t c = 0; c < columns; ++c) dot = std::fma(d[c], values[c], dot);
+    d_row_weights.as<float>()[at] = dot;
+  });
 }
 
 }  // namespace tokenyard

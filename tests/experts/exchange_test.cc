@@ -1,5 +1,5 @@
 // Routing, dispatch, experts, combine on ranks, with weights that each rank drew for its own shard: the single-process answer, for
-// every layout and every way to place experts.
+// every layout and every way to place experts, forward and backward.
 
 #include <gtest/gtest.h>
 
@@ -55,74 +55,190 @@ struct Shard {
 
 struct Batch {
   std::int64_t tokens;
-  std::vector<float> rows;
+  std::vector<float> rows, grad_out;
   Routing routing;
 };
 
 // Of one rank; rank 1 has none.
 Batch batch_of(int rank) {
-  Batch batch{rank == 1 ? 0 : kTokens - rank, {}, {}};
+  Batch batch{rank == 1 ? 0 : kTokens - rank, {}, {}, {}};
   batch.rows = drawn("rows " + std::to_string(rank), batch.tokens * kHidden, 1);
+  batch.grad_out = drawn("grad_out " + std::to_string(rank), batch.tokens * kHidden, 1);
   const std::vector<float> logits = drawn("logits " + std::to_string(rank), batch.tokens * kExperts, 3);
   batch.routing = route({.logits = {logits.data(), Dtype::float32, {batch.tokens, kExperts}}}, Gate::softmax(kTopK, true));
   return batch;
 }
 
-// Every expert on its own, in float64, for one token.
-std::vector<double> single_process(const Shard& all, const Batch& batch, std::int64_t token) {
-  std::vector<double> sum(kHidden, 0.0);
-  for (int k = 0; k < kTopK; ++k) {
-    const std::int64_t e = batch.routing.topk_ids[token * kTopK + k];
+// The whole model in one process, in float64: every token of every rank through every expert it chose, and the gradients.
+struct SingleProcess {
+  struct OfRank {
+    std::vector<double> sums, d_rows, d_topk_weights;
+  };
+  std::vector<OfRank> ranks;
+  std::vector<double> d_w13, d_w2, d_w13_bias, d_w2_bias;
+
+  explicit SingleProcess(int num_ranks)
+      : d_w13(kExperts * 2 * kWidth * kHidden),
+        d_w2(kExperts * kHidden * kWidth),
+        d_w13_bias(kExperts * 2 * kWidth),
+        d_w2_bias(kExperts * kHidden) {
+    const Shard all(Placement::uniform(kExperts, 1), 0);
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      const Batch batch = batch_of(rank);
+      const auto row_elements = static_cast<std::size_t>(batch.tokens * kHidden);
+      ranks.push_back({std::vector<double>(row_elements), std::vector<double>(row_elements),
+                       std::vector<double>(static_cast<std::size_t>(batch.tokens * kTopK))});
+      for (std::int64_t pair = 0; pair < batch.tokens * kTopK; ++pair) add(all, batch, pair, ranks.back());
+    }
+  }
+
+  // One (token, k).
+  void add(const Shard& all, const Batch& batch, std::int64_t pair, OfRank& of) {
+    const std::int64_t e = batch.routing.topk_ids[pair];
+    const double weight = batch.routing.topk_weights[pair];
+    const float* x = &batch.rows[pair / kTopK * kHidden];
+    const float* g = &batch.grad_out[pair / kTopK * kHidden];
+    double* sums = &of.sums[pair / kTopK * kHidden];
+    double* d_x = &of.d_rows[pair / kTopK * kHidden];
+    for (std::int64_t h = 0; h < kHidden; ++h) {
+      sums[h] += weight * all.w2_bias[e * kHidden + h];
+      of.d_topk_weights[pair] += double{g[h]} * all.w2_bias[e * kHidden + h];
+      d_w2_bias[e * kHidden + h] += weight * g[h];
+    }
     for (std::int64_t i = 0; i < kWidth; ++i) {
-      double gate = all.w13_bias[e * 2 * kWidth + i];
-      double up = all.w13_bias[(e * 2 + 1) * kWidth + i];
+      const std::int64_t gate_row = e * 2 * kWidth + i;
+      const std::int64_t up_row = gate_row + kWidth;
+      double gate = all.w13_bias[gate_row];
+      double up = all.w13_bias[up_row];
       for (std::int64_t h = 0; h < kHidden; ++h) {
-        gate += double{all.w13[(e * 2 * kWidth + i) * kHidden + h]} * batch.rows[token * kHidden + h];
-        up += double{all.w13[((e * 2 + 1) * kWidth + i) * kHidden + h]} * batch.rows[token * kHidden + h];
+        gate += double{all.w13[gate_row * kHidden + h]} * x[h];
+        up += double{all.w13[up_row * kHidden + h]} * x[h];
       }
-      const double act = gate / (1 + std::exp(-gate)) * up;
+      const double sigmoid = 1 / (1 + std::exp(-gate));
+      const double act = gate * sigmoid * up;
+      double d_act = 0;
       for (std::int64_t h = 0; h < kHidden; ++h) {
-        sum[h] += double{batch.routing.topk_weights[token * kTopK + k]} * all.w2[(e * kHidden + h) * kWidth + i] * act;
+        const double w2 = all.w2[(e * kHidden + h) * kWidth + i];
+        sums[h] += weight * w2 * act;
+        of.d_topk_weights[pair] += g[h] * w2 * act;
+        d_w2[(e * kHidden + h) * kWidth + i] += weight * g[h] * act;
+        d_act += weight * g[h] * w2;
+      }
+      const double d_up = d_act * gate * sigmoid;
+      const double d_gate = d_act * up * (sigmoid + gate * sigmoid * (1 - sigmoid));
+      d_w13_bias[gate_row] += d_gate;
+      d_w13_bias[up_row] += d_up;
+      for (std::int64_t h = 0; h < kHidden; ++h) {
+        d_w13[gate_row * kHidden + h] += d_gate * x[h];
+        d_w13[up_row * kHidden + h] += d_up * x[h];
+        d_x[h] += d_gate * all.w13[gate_row * kHidden + h] + d_up * all.w13[up_row * kHidden + h];
       }
     }
-    for (std::int64_t h = 0; h < kHidden; ++h)
-      sum[h] += double{batch.routing.topk_weights[token * kTopK + k]} * all.w2_bias[e * kHidden + h];
   }
-  return sum;
+};
+
+bool is_folded_here(Layout layout) { return layout == Layout::token_major || layout == Layout::rank_slots; }
+
+// What one rank has of the loss sum(grad_out . sums): the sums of its tokens, and the gradients of its rows, weights and shard.
+struct Result {
+  std::vector<float> sums, d_rows, d_topk_weights;
+  std::vector<float> d_w13, d_w2, d_w13_bias, d_w2_bias;
+};
+
+TensorView matrix(std::vector<float>& values, std::int64_t columns) {
+  return {values.data(), Dtype::float32, {std::ssize(values) / columns, columns}};
 }
 
-// Dispatch, experts and combine of one layout; the sums of this rank's tokens.
-std::vector<float> through_experts(Exchange& exchange, const Batch& batch, const Shard& shard, Layout layout) {
+// Dispatch, experts and combine in one layout, and all of it backwards.
+Result through_experts(Exchange& exchange, const Batch& batch, const Shard& shard, Layout layout) {
+  const Mode mode = layout == Layout::rank_slots ? Mode::latency : Mode::throughput;
   Received received = exchange.dispatch({.rows = {batch.rows.data(), Dtype::float32, {batch.tokens, kHidden}},
                                          .topk_ids = batch.routing.ids_view(),
                                          .topk_weights = batch.routing.weights_view()},
                                         {.layout = layout,
-                                         .sizing = layout == Layout::rank_slots ? Sizing::capacity : Sizing::exact,
-                                         .mode = layout == Layout::rank_slots ? Mode::latency : Mode::throughput,
+                                         .sizing = mode == Mode::latency ? Sizing::capacity : Sizing::exact,
+                                         .mode = mode,
                                          .alignment = layout == Layout::expert_major ? 4 : 1});
   const RowGroups groups = RowGroups::of(received, static_cast<int>(shard.experts));
   const TensorView rows = received.rows();
   const std::int64_t num_rows = rows.num_elements() / kHidden;
   const ConstTensorView x(rows.data, Dtype::float32, {num_rows, kHidden});
   std::vector<float> y(static_cast<std::size_t>(groups.places * kHidden));
-  const TensorView places(y.data(), Dtype::float32, {groups.places, kHidden});
-  experts_forward(x, groups, shard.weights(), {}, places, nullptr);
-  const bool is_folded_here = layout == Layout::token_major || layout == Layout::rank_slots;
-  std::vector<float> folded(is_folded_here ? static_cast<std::size_t>(num_rows * kHidden) : 0);
-  if (is_folded_here) {
-    unpermute(places, groups, received.local_ids(), received.row_weights(), {folded.data(), Dtype::float32, {num_rows, kHidden}});
+  ExpertActivations saved;
+  experts_forward(x, groups, shard.weights(), {}, matrix(y, kHidden), &saved);
+  const bool is_folded = is_folded_here(layout);
+  const FoldInput fold = {matrix(y, kHidden), received.local_ids(), received.row_weights()};
+  std::vector<float> folded(is_folded ? static_cast<std::size_t>(num_rows * kHidden) : 0);
+  if (is_folded) unpermute(fold, groups, matrix(folded, kHidden));
+  TensorView partials = rows;  // the same shape, other rows
+  partials.data = is_folded ? folded.data() : y.data();
+  const Weighting weighting = is_folded ? Weighting::none : Weighting::at_expert;
+  const Combined combined = exchange.combine(partials, received.handle(), {.weighting = weighting});
+  Result result;
+  result.sums.assign(combined.out.as<float>(), combined.out.as<float>() + batch.tokens * kHidden);
+
+  const CombineGradient d_partials = exchange.combine_backward(
+      received.handle(), {batch.grad_out.data(), Dtype::float32, {batch.tokens, kHidden}}, partials, {.weighting = weighting});
+  const ConstTensorView d_received(d_partials.rows.rows().data, Dtype::float32, {num_rows, kHidden});
+  std::vector<float> d_y(y.size());
+  std::vector<float> d_row_weights(is_folded ? static_cast<std::size_t>(received.local_ids().num_elements()) : 0);
+  TensorView d_row_weights_view;
+  if (is_folded) {
+    d_row_weights_view = TensorView(d_row_weights.data(), Dtype::float32, {std::ssize(d_row_weights)});
+    unpermute_backward(fold, groups, d_received, matrix(d_y, kHidden), d_row_weights_view);
+    d_row_weights_view.ndim = received.row_weights().ndim;  // as dispatch shaped them
+    d_row_weights_view.shape = received.row_weights().shape;
+    d_row_weights_view.strides = received.row_weights().strides;
   }
-  TensorView result = rows;  // the same shape, other rows
-  result.data = is_folded_here ? folded.data() : y.data();
-  const Combined sums = exchange.combine(result, received.handle(), {.weighting = is_folded_here ? Weighting::none : Weighting::at_expert});
-  return {sums.out.as<float>(), sums.out.as<float>() + batch.tokens * kHidden};
+  result.d_w13.resize(shard.w13.size());
+  result.d_w2.resize(shard.w2.size());
+  result.d_w13_bias.resize(shard.w13_bias.size());
+  result.d_w2_bias.resize(shard.w2_bias.size());
+  std::vector<float> d_places(y.size());
+  const ExpertWeights w = shard.weights();
+  const auto like = [](std::vector<float>& values, const ConstTensorView& view) {
+    TensorView result(values.data(), Dtype::float32, {std::ssize(values)});
+    result.ndim = view.ndim, result.shape = view.shape, result.strides = view.strides;
+    return result;
+  };
+  experts_backward(
+      {.x = x, .dy = is_folded ? ConstTensorView(matrix(d_y, kHidden)) : d_received, .saved = &saved}, groups, w, {},
+      matrix(d_places, kHidden),
+      {like(result.d_w13, w.w13), like(result.d_w2, w.w2), like(result.d_w13_bias, w.w13_bias), like(result.d_w2_bias, w.w2_bias)});
+  std::vector<float> d_x(is_folded ? static_cast<std::size_t>(num_rows * kHidden) : 0);
+  if (is_folded) unpermute({matrix(d_places, kHidden), received.local_ids(), {}}, groups, matrix(d_x, kHidden));
+  partials.data = is_folded ? d_x.data() : d_places.data();
+  const DispatchGradient gradient = exchange.dispatch_backward(received.handle(), partials, d_row_weights_view);
+  result.d_rows.assign(gradient.rows.as<float>(), gradient.rows.as<float>() + batch.tokens * kHidden);
+  const TensorView d_weights = is_folded ? gradient.topk_weights : d_partials.topk_weights;
+  result.d_topk_weights.assign(d_weights.as<float>(), d_weights.as<float>() + batch.tokens * kTopK);
+  return result;
 }
 
-void expect_single_process_answer(World& world, const Placement& placement) {
-  const Shard all(Placement::uniform(kExperts, 1), 0);
+void expect_close(const char* what, const std::vector<float>& values, const std::vector<double>& expected) {
+  ASSERT_EQ(values.size(), expected.size()) << what;
+  for (std::size_t i = 0; i < expected.size(); ++i)
+    ASSERT_NEAR(values[i], expected[i], 1e-5 * (1 + std::abs(expected[i]))) << what << " " << i;
+}
+
+// A shard's gradient is its elements of the full gradient.
+void expect_shard(ExpertTensor tensor, const Placement& placement, int rank, const std::vector<float>& values,
+                  const std::vector<double>& full) {
+  const ShardMap map = expert_shard(tensor, kShape, placement, rank);
+  std::vector<double> expected;
+  for (std::int64_t i = 0; i < map.local_elements(); ++i) expected.push_back(full[static_cast<std::size_t>(map.global_index(i))]);
+  expect_close(name(tensor).data(), {values.begin(), values.begin() + map.local_elements()}, expected);
+}
+
+// Replicas share their expert's tokens, so that each has a part of its gradient only.
+enum class Replicated : bool { no, yes };
+
+void expect_single_process_answer(World& world, const Placement& placement, Replicated replicated = Replicated::no) {
+  const SingleProcess whole(world.size());
   const Shard mine(placement, world.rank());
   const Batch batch = batch_of(world.rank());
   for (const Layout layout : {Layout::token_major, Layout::expert_major, Layout::expert_padded, Layout::rank_slots}) {
+    SCOPED_TRACE(name(layout));
     Exchange exchange(world, {.max_tokens_per_rank = kTokens,
                               .max_row_bytes = kHidden * 4,
                               .top_k = kTopK,
@@ -130,13 +246,16 @@ void expect_single_process_answer(World& world, const Placement& placement) {
                               .max_fanout = placement.max_fanout(),
                               .mode = layout == Layout::rank_slots ? Mode::latency : Mode::throughput});
     exchange.add(placement);
-    const std::vector<float> sums = through_experts(exchange, batch, mine, layout);
-    for (std::int64_t token = 0; token < batch.tokens; ++token) {
-      const std::vector<double> expected = single_process(all, batch, token);
-      for (std::int64_t h = 0; h < kHidden; ++h) {
-        ASSERT_NEAR(sums[token * kHidden + h], expected[h], 1e-5) << name(layout) << ", token " << token;
-      }
-    }
+    const Result result = through_experts(exchange, batch, mine, layout);
+    const SingleProcess::OfRank& expected = whole.ranks[world.rank()];
+    expect_close("sums", result.sums, expected.sums);
+    expect_close("d_rows", result.d_rows, expected.d_rows);
+    expect_close("d_topk_weights", result.d_topk_weights, expected.d_topk_weights);
+    if (replicated == Replicated::yes) continue;
+    expect_shard(ExpertTensor::w13, placement, world.rank(), result.d_w13, whole.d_w13);
+    expect_shard(ExpertTensor::w2, placement, world.rank(), result.d_w2, whole.d_w2);
+    expect_shard(ExpertTensor::w13_bias, placement, world.rank(), result.d_w13_bias, whole.d_w13_bias);
+    expect_shard(ExpertTensor::w2_bias, placement, world.rank(), result.d_w2_bias, whole.d_w2_bias);
   }
 }
 
@@ -154,7 +273,7 @@ TEST(ExpertsOnRanks, ReplicasAndUnevenRanks) {
   // Rank 3 has no expert.
   const Placement placement =
       Placement::custom(4, {{{{0}, 1}, {{2}, 2}}, {{{1}, 1}}, {{{0}, 1}, {{1}, 1}}, {{{2}, 1}}, {{{2}, 1}}, {{{0}, 1}}});
-  run_ranks(4, [&](World& world) { expect_single_process_answer(world, placement); });
+  run_ranks(4, [&](World& world) { expect_single_process_answer(world, placement, Replicated::yes); });
 }
 
 // outer_dp = 2 on 4 ranks: two exchanges that know nothing of each other.

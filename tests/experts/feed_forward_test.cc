@@ -7,8 +7,8 @@
 #include <cmath>
 #include <limits>
 
-#include "unit/expect_usage_error.h"
 #include "experts/rows.h"
+#include "unit/expect_usage_error.h"
 
 namespace tokenyard {
 namespace {
@@ -307,7 +307,7 @@ TEST(Permute, ThereAndFoldedBack) {
     for (const bool weighted : {false, true}) {
       Buffer out = Buffer::nan(dtype, rows, 8);
       const ConstTensorView row_weights(weights.data(), Dtype::float32, {rows, top_k});
-      unpermute(places.view(), groups, local_ids, weighted ? row_weights : ConstTensorView(), out.view());
+      unpermute({places.view(), local_ids, weighted ? row_weights : ConstTensorView()}, groups, out.view());
       for (std::int64_t r = 0; r < rows; ++r) {
         for (std::int64_t h = 0; h < 8; ++h) {
           float sum = 0;
