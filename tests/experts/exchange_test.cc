@@ -3,7 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <functional>
 
 #include "tokenyard/experts.h"
 #include "tokenyard/parallel.h"
@@ -58,6 +60,17 @@ struct Batch {
   std::vector<float> rows, grad_out;
   Routing routing;
 };
+
+// Tokens [first, first + count): a micro-batch.
+Batch part_of(const Batch& batch, std::int64_t first, std::int64_t count) {
+  const auto cut = [&](const auto& values, std::int64_t per_token) {
+    return std::decay_t<decltype(values)>(values.begin() + first * per_token, values.begin() + (first + count) * per_token);
+  };
+  return {count,
+          cut(batch.rows, kHidden),
+          cut(batch.grad_out, kHidden),
+          {kTopK, cut(batch.routing.topk_ids, kTopK), cut(batch.routing.topk_weights, kTopK), {}}};
+}
 
 // Of one rank; rank 1 has none.
 Batch batch_of(int rank) {
@@ -215,6 +228,30 @@ Result through_experts(Exchange& exchange, const Batch& batch, const Shard& shar
   return result;
 }
 
+void append(std::vector<float>& to, const std::vector<float>& from) { to.insert(to.end(), from.begin(), from.end()); }
+void add_to(std::vector<float>& to, const std::vector<float>& from) {
+  to.resize(from.size());
+  std::transform(to.begin(), to.end(), from.begin(), to.begin(), std::plus<>());
+}
+
+// The whole batch at once, or in two micro-batches whose gradients add up.
+Result in_micro_batches(Exchange& exchange, const Batch& batch, const Shard& shard, Layout layout, int micro_batches) {
+  Result result;
+  for (int part = 0; part < micro_batches; ++part) {
+    const std::int64_t first = batch.tokens * part / micro_batches;
+    const Batch micro_batch = part_of(batch, first, batch.tokens * (part + 1) / micro_batches - first);
+    const Result of_part = through_experts(exchange, micro_batch, shard, layout);
+    append(result.sums, of_part.sums);
+    append(result.d_rows, of_part.d_rows);
+    append(result.d_topk_weights, of_part.d_topk_weights);
+    add_to(result.d_w13, of_part.d_w13);
+    add_to(result.d_w2, of_part.d_w2);
+    add_to(result.d_w13_bias, of_part.d_w13_bias);
+    add_to(result.d_w2_bias, of_part.d_w2_bias);
+  }
+  return result;
+}
+
 void expect_close(const char* what, const std::vector<float>& values, const std::vector<double>& expected) {
   ASSERT_EQ(values.size(), expected.size()) << what;
   for (std::size_t i = 0; i < expected.size(); ++i)
@@ -246,21 +283,24 @@ void expect_single_process_answer(World& world, const Placement& placement, Repl
                               .max_fanout = placement.max_fanout(),
                               .mode = layout == Layout::rank_slots ? Mode::latency : Mode::throughput});
     exchange.add(placement);
-    const Result result = through_experts(exchange, batch, mine, layout);
-    const SingleProcess::OfRank& expected = whole.ranks[world.rank()];
-    expect_close("sums", result.sums, expected.sums);
-    expect_close("d_rows", result.d_rows, expected.d_rows);
-    expect_close("d_topk_weights", result.d_topk_weights, expected.d_topk_weights);
-    if (replicated == Replicated::yes) continue;
-    expect_shard(ExpertTensor::w13, placement, world.rank(), result.d_w13, whole.d_w13);
-    expect_shard(ExpertTensor::w2, placement, world.rank(), result.d_w2, whole.d_w2);
-    expect_shard(ExpertTensor::w13_bias, placement, world.rank(), result.d_w13_bias, whole.d_w13_bias);
-    expect_shard(ExpertTensor::w2_bias, placement, world.rank(), result.d_w2_bias, whole.d_w2_bias);
+    for (const int micro_batches : {1, 2}) {
+      const Result result = in_micro_batches(exchange, batch, mine, layout, micro_batches);
+      const SingleProcess::OfRank& expected = whole.ranks[world.rank()];
+      expect_close("sums", result.sums, expected.sums);
+      expect_close("d_rows", result.d_rows, expected.d_rows);
+      expect_close("d_topk_weights", result.d_topk_weights, expected.d_topk_weights);
+      if (replicated == Replicated::yes) continue;
+      expect_shard(ExpertTensor::w13, placement, world.rank(), result.d_w13, whole.d_w13);
+      expect_shard(ExpertTensor::w2, placement, world.rank(), result.d_w2, whole.d_w2);
+      expect_shard(ExpertTensor::w13_bias, placement, world.rank(), result.d_w13_bias, whole.d_w13_bias);
+      expect_shard(ExpertTensor::w2_bias, placement, world.rank(), result.d_w2_bias, whole.d_w2_bias);
+    }
   }
 }
 
 TEST(ExpertsOnRanks, EveryConfigurationGivesTheSingleProcessAnswer) {
-  for (const auto& [ep, tp] : {std::pair{1, 1}, {2, 1}, {1, 2}, {2, 2}, {4, 1}, {1, 4}, {2, 4}, {4, 2}, {8, 1}}) {
+  // The last one sends every row to top_k * tp = 36 places; shards of width 1.
+  for (const auto& [ep, tp] : {std::pair{1, 1}, {2, 1}, {1, 2}, {2, 2}, {4, 1}, {1, 4}, {2, 4}, {4, 2}, {8, 1}, {1, 12}}) {
     SCOPED_TRACE("ep " + std::to_string(ep) + ", tp " + std::to_string(tp));
     const ParallelConfig config = solve_parallel({.device_count = ep * tp, .ep = ep});
     ASSERT_EQ(config.mlp_tp, tp);

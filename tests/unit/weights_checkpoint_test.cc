@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <optional>
 
 #include "tokenyard/weights.h"
 #include "unit/expect_usage_error.h"
@@ -169,6 +170,48 @@ TEST_P(FamilyCheckpoint, SharedExpert) {
        {mine.data(), Dtype::float32, {std::ssize(mine)}});
   EXPECT_EQ(mine[0], down(7, 0, 3));
   EXPECT_EQ(mine.back(), down(7, 3, 5));
+}
+
+// Ranks load a checkpoint as (ep, tp) = (2, 2), become (1, 3), and rank 0 writes it again: one full tensor at a time, the same bytes.
+TEST_P(FamilyCheckpoint, LoadReshardGatherAndSaveOnRanks) {
+  std::vector<TensorPlan> planned;
+  for (const ExpertTensor tensor : tensors_of(GetParam())) {
+    for (TensorPlan& plan : plans(expert_source(GetParam(), 5, tensor, kShape), Dtype::float32)) planned.push_back(std::move(plan));
+  }
+  // Three ranks hold the three shards, and a fourth nothing.
+  const auto maps_of = [](ExpertTensor tensor, int ep, int tp) {
+    const Placement placement = Placement::tensor_parallel(kExperts, ep, tp);
+    std::vector<ShardMap> maps;
+    for (int rank = 0; rank < ep * tp; ++rank) maps.push_back(expert_shard(tensor, kShape, placement, rank));
+    while (maps.size() < 4) maps.push_back(ShardMap::of_ranges(maps[0].global_elements(), {}));
+    return maps;
+  };
+  run_ranks(4, [&](World& world) {
+    const auto collectives = Collectives::create(world);
+    const Checkpoint checkpoint = Checkpoint::open(folder_.path());
+    std::optional<SafetensorsWriter> writer;
+    if (world.rank() == 0) writer.emplace(folder_.file("resharded.safetensors"), planned);
+    for (const ExpertTensor tensor : tensors_of(GetParam())) {
+      const ExpertSource source = expert_source(GetParam(), 5, tensor, kShape);
+      const std::vector<ShardMap> before = maps_of(tensor, 2, 2);
+      const std::vector<ShardMap> after = maps_of(tensor, 1, 3);
+      std::vector<float> mine(static_cast<std::size_t>(before[world.rank()].local_elements()));
+      std::vector<float> other(static_cast<std::size_t>(after[world.rank()].local_elements()));
+      std::vector<float> full(world.rank() == 0 ? static_cast<std::size_t>(after[0].global_elements()) : 0);
+      const auto view = [](std::vector<float>& values) { return TensorView(values.data(), Dtype::float32, {std::ssize(values)}); };
+      load(checkpoint, source, before[world.rank()], view(mine));
+      reshard(*collectives, before, after, view(mine), view(other));
+      gather_full(*collectives, after, view(other), 0, view(full));
+      if (writer) save(*writer, source, view(full));
+    }
+    if (writer) writer->finish();
+  });
+  const SafetensorsFile again = SafetensorsFile::open(folder_.file("resharded.safetensors"));
+  for (const TensorPlan& plan : planned) {
+    const FileTensor* tensor = again.find(plan.name);
+    ASSERT_NE(tensor, nullptr);
+    EXPECT_EQ(std::memcmp(tensor->bytes.data(), tensors_.values.at(plan.name).data(), tensor->bytes.size()), 0) << plan.name;
+  }
 }
 
 TEST(FamilyNames, ScalesOfDeepSeek) {
