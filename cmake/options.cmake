@@ -5,6 +5,8 @@ set(TY_TESTS ON CACHE STRING "Tests: ON, OFF, or 'device' for those that need a 
 option(TY_WERROR "Warnings are errors" OFF)
 option(TY_FUZZ "Fuzz targets with libFuzzer (needs clang); without it they run with the driver of tests/fuzz" OFF)
 option(TY_CUDA "GPUs: memory between them, and device code for every supported architecture (needs the CUDA toolkit, 12.4 or newer)" OFF)
+option(TY_PYTHON "The Python package (needs nanobind; pip install . switches it on)" OFF)
+option(TY_NCCL "NCCL collectives: the baseline of the benchmark on GPUs; the library is looked for at run time (needs TY_CUDA)" ${TY_CUDA})
 set(TY_PORTABLE_DEPS "" CACHE PATH "Folder made by './dev deps --portable': every library comes from there, none from the system")
 set(TY_SANITIZE "" CACHE STRING "Sanitizers, as in -fsanitize=: 'address,undefined' or 'thread'")
 
@@ -15,13 +17,14 @@ function(ty_not_available option enables)
   endif()
 endfunction()
 
-ty_not_available(TY_NCCL "NCCL collectives and windows")
 ty_not_available(TY_LIBFABRIC "the libfabric network port")
-ty_not_available(TY_PYTHON "the Python module")
 ty_not_available(TY_BENCH "microbenchmarks of single kernels ('tokenyard bench' needs no option)")
 
 if(TY_TESTS STREQUAL "device" AND NOT TY_CUDA)
   message(FATAL_ERROR "TY_TESTS=device: tests on GPUs need -DTY_CUDA=ON; configure with --preset gpu, or with -DTY_TESTS=ON.")
+endif()
+if(TY_NCCL AND NOT TY_CUDA)
+  message(FATAL_ERROR "TY_NCCL=ON: NCCL is about GPUs and needs TY_CUDA=ON, too; or configure with -DTY_NCCL=OFF.")
 endif()
 if(TY_FUZZ AND NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
   message(FATAL_ERROR "TY_FUZZ=ON needs clang, for its libFuzzer; the compiler is ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER}. "

@@ -13,6 +13,7 @@
 #include "bench_samples.h"
 #include "check.h"
 #include "core/usage.h"
+#include "exchange/cuda_collective.h"
 #include "exchange/to_host.h"
 #include "memory/cuda_buffer.h"
 #include "memory/cuda_handle.h"
@@ -22,6 +23,7 @@
 namespace tokenyard::cli {
 namespace {
 
+using exchange_internal::CudaCollectiveExchange;
 using nlohmann::json;
 
 // Holds a stream back until the host says go, so that what is enqueued behind it runs without gaps.
@@ -108,7 +110,7 @@ ExchangeOptions barrier_options(const Settings& settings, int device) {
 
 class CudaBenchRank {
  public:
-  CudaBenchRank(const World& world, const Settings& settings, Progress& progress)
+  CudaBenchRank(const World& world, const Settings& settings, bool with_baseline, Progress& progress)
       : world_(world),
         settings_(settings),
         progress_(progress),
@@ -123,6 +125,7 @@ class CudaBenchRank {
         exchange_(world, with_device(exchange_options(settings, placement_), device_)) {
     barrier_.add(Placement::uniform(world.size(), world.size()));
     exchange_.add(placement_);
+    if (with_baseline) baseline_.emplace(world, placement_, with_device(exchange_options(settings, placement_), device_));
     for (int set = 0; set < kInputSets; ++set) batches_.push_back(upload(make_batch(workload_of(settings, set), world.rank()), device_));
     dispatch_options_ = dispatch_options(settings);
     dispatch_options_.stream = stream_.get();
@@ -135,6 +138,7 @@ class CudaBenchRank {
   json run() {
     if (world_.rank() == 0) progress_.total = static_cast<std::uint32_t>(settings_.warmup + settings_.iterations);
     check();
+    if (baseline_) check_baseline();
     for (int i = 0; i < settings_.warmup + settings_.iterations; ++i) {
       if (i == settings_.warmup) samples_.clear();
       iterate(i % kInputSets);
@@ -176,6 +180,34 @@ class CudaBenchRank {
       exchange_.combine(pulled, received.handle(), combine_options_);
       note("combines wrongly from expert_rows", checker.combined(fetched_sums(), layout_, combine_options_.weighting));
     }
+    fail_together(faults);
+  }
+
+  // The same of the baseline, whose rows come as token_major whatever the layout.
+  void check_baseline() {
+    const Workload workload = workload_of(settings_, 0);
+    const Checker checker(workload, placement_, world_.rank());
+    std::vector<std::string> faults;
+    const Received received = baseline_->dispatch(batches_[0].input, stream_.get());
+    baseline_->wait(stream_.get());
+    const Received here = exchange_internal::to_host(received, stream_.get());
+    if (const auto found = checker.dispatched(here))
+      faults.push_back(fmt::format("the NCCL baseline dispatches wrongly: {}", found->message()));
+    const std::vector<std::byte> y = expert_output(workload, here, world_.rank());
+    const auto most = static_cast<std::size_t>(settings_.ranks * settings_.tokens * combine_row_bytes());
+    baseline_y_ = value_or_throw(make_device_buffer(device_, most));
+    for (std::size_t at = 0; at < most && !y.empty(); at += y.size()) {  // other input sets have more rows
+      cuda_check(cudaMemcpy(baseline_y_.data() + at, y.data(), std::min(y.size(), most - at), cudaMemcpyHostToDevice),
+                 "copying expert rows to the GPU");
+    }
+    baseline_->combine(view_of(baseline_y_.data(), received), combine_options_.out, stream_.get());
+    baseline_->wait(stream_.get());
+    if (const auto found = checker.combined(fetched_sums(), Layout::token_major, Weighting::none))
+      faults.push_back(fmt::format("the NCCL baseline combines wrongly: {}", found->message()));
+    fail_together(faults);
+  }
+
+  void fail_together(const std::vector<std::string>& faults) const {
     for (const json& rank : gather(world_, faults)) {
       if (!rank.empty()) throw Error(rank[0].get<std::string>());
     }
@@ -202,31 +234,43 @@ class CudaBenchRank {
   bool is_enqueued_ahead() const { return parse_sizing(settings_.sizing) == Sizing::capacity; }
 
   template <class Body>
-  void time(const char* series, Body&& body) {
+  void time(const char* series, bool enqueued_ahead, Body&& body) {
     cuda_check(cudaStreamSynchronize(stream_.get()), "between measurements");
     world_.barrier();
-    if (is_enqueued_ahead()) gate_.close();
+    if (enqueued_ahead) gate_.close();
     barrier_.dispatch(empty_, {.layout = Layout::rank_slots, .sizing = Sizing::capacity, .stream = stream_.get()});
     cuda_check(cudaEventRecord(begin_.get(), stream_.get()), "cudaEventRecord");
     body();
     cuda_check(cudaEventRecord(end_.get(), stream_.get()), "cudaEventRecord");
     gate_.open();
+    if (baseline_) baseline_->wait(stream_.get());  // has a deadline
     cuda_check(cudaEventSynchronize(end_.get()), "waiting for a measurement");
     exchange_.check();
     float milliseconds = 0;
     cuda_check(cudaEventElapsedTime(&milliseconds, begin_.get(), end_.get()), "cudaEventElapsedTime");
     samples_[series].push_back(1e3 * milliseconds);
+    add_phases(series, exchange_.take_spans(), samples_);
   }
 
   void iterate(int set) {
     Received received;
-    time("dispatch", [&] { received = exchange_.dispatch(batches_[set].input, dispatch_options_); });
+    const bool ahead = is_enqueued_ahead();
+    time("dispatch", ahead, [&] { received = exchange_.dispatch(batches_[set].input, dispatch_options_); });
     note_bytes(set, received);
-    time("combine_copy", [&] { exchange_.combine(view_of(y_.data(), received), received.handle(), combine_options_); });
+    time("combine_copy", ahead, [&] { exchange_.combine(view_of(y_.data(), received), received.handle(), combine_options_); });
     if (has_expert_rows(layout_)) {
       const TensorView pulled = exchange_.expert_rows(received.handle(), expert_dtype(), settings_.hidden_size, stream_.get());
-      time("combine", [&] { exchange_.combine(pulled, received.handle(), combine_options_); });
+      time("combine", ahead, [&] { exchange_.combine(pulled, received.handle(), combine_options_); });
     }
+    if (baseline_) iterate_baseline(set);
+  }
+
+  // Its dispatch waits for counts on the host in the midst of the call, its combine does not.
+  void iterate_baseline(int set) {
+    Received received;
+    time("baseline_dispatch", false, [&] { received = baseline_->dispatch(batches_[set].input, stream_.get()); });
+    const ConstTensorView y = view_of(baseline_y_.data(), received);
+    time("baseline_combine", is_enqueued_ahead(), [&] { baseline_->combine(y, combine_options_.out, stream_.get()); });
   }
 
   void note_bytes(int set, const Received& received) {
@@ -248,6 +292,7 @@ class CudaBenchRank {
     cuda_check(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
     result["dispatch_row_bytes"] = workload.row_bytes() + workload.scale_columns() * 4;
     result["combine_row_bytes"] = combine_row_bytes();
+    if (baseline_) result["baseline_library"] = fmt::format("NCCL {}", baseline_->library_version());
     result["transport"] = name(exchange_.transport());
     result["gpu"] = {{"name", properties.name},
                      {"count", std::min(devices, world_.size())},
@@ -268,13 +313,14 @@ class CudaBenchRank {
   TimedEvent begin_, end_;
   Exchange barrier_;
   Exchange exchange_;
+  std::optional<CudaCollectiveExchange> baseline_;
   std::int64_t no_ids_ = 0;
   // No tokens at all.
   const DispatchInput empty_{.rows = {nullptr, Dtype::uint8, {0, 16}}, .topk_ids = {&no_ids_, Dtype::int64, {0, 1}}};
   std::vector<DeviceBatch> batches_;
   DispatchOptions dispatch_options_;
   CombineOptions combine_options_;
-  DeviceBuffer out_, y_;
+  DeviceBuffer out_, y_, baseline_y_;
   std::vector<std::byte> sums_;
   Samples samples_;
   SentRows sent_;
@@ -283,7 +329,7 @@ class CudaBenchRank {
 }  // namespace
 
 json bench_cuda_role(const World& world, const json& settings, Progress& progress) {
-  return CudaBenchRank(world, settings_from_json(settings["settings"]), progress).run();
+  return CudaBenchRank(world, settings_from_json(settings["settings"]), settings["with_baseline"], progress).run();
 }
 
 }  // namespace tokenyard::cli

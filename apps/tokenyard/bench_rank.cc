@@ -151,6 +151,12 @@ class BenchRank {
     samples_[series].push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
   }
 
+  template <class Body>
+  void time_traced(const char* series, Body&& body) {
+    time(series, body);
+    add_phases(series, direct_.exchange.take_spans(), samples_);
+  }
+
   // The expert that returns its rows: untimed, but it leaves the caches as real experts would.
   void copy_rows(void* to, const Received& received) const {
     const std::int64_t bytes = received.rows().num_elements() * size_of(combine_options_.out.dtype);
@@ -164,15 +170,15 @@ class BenchRank {
   void iterate(int set) {
     const DispatchInput& input = batches_[set].input;
     Received received;
-    time("dispatch", [&] { received = direct_.exchange.dispatch(input, direct_.dispatch_options); });
+    time_traced("dispatch", [&] { received = direct_.exchange.dispatch(input, direct_.dispatch_options); });
     const std::int64_t rows = sum(received.sent_counts());
     y_.resize(std::max(y_.size(), static_cast<std::size_t>(received.rows().num_elements() * size_of(combine_options_.out.dtype))));
     copy_rows(y_.data(), received);
-    time("combine_copy", [&] { direct_.exchange.combine(view_of(y_.data(), received), received.handle(), combine_options_); });
+    time_traced("combine_copy", [&] { direct_.exchange.combine(view_of(y_.data(), received), received.handle(), combine_options_); });
     if (has_expert_rows(layout_)) {
       const TensorView pulled = direct_.exchange.expert_rows(received.handle(), combine_options_.out.dtype, settings_.hidden_size);
       copy_rows(pulled.data, received);
-      time("combine", [&] { direct_.exchange.combine(pulled, received.handle(), combine_options_); });
+      time_traced("combine", [&] { direct_.exchange.combine(pulled, received.handle(), combine_options_); });
     }
     note_bytes(set, received);
     received.release();

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 
+#include "bench_samples.h"
 #include "core/usage.h"
 #include "files.h"
 #include "machine.h"
@@ -102,12 +103,29 @@ json figure_of(const Figure& figure, const json& measured) {
   return result;
 }
 
+// Where a call's time goes: a row per phase, in the alphabet's order.
+std::string phase_table(const json& samples) {
+  Table table({"phase", "min", "median", "max"});
+  bool any = false;
+  for (const auto& [series, values] : samples.items()) {
+    if (series.find(kPhase) == std::string::npos) continue;
+    const auto times = values.get<std::vector<double>>();
+    table.add({series, time_text(*std::min_element(times.begin(), times.end())), time_text(median(times)),
+               time_text(*std::max_element(times.begin(), times.end()))});
+    any = true;
+  }
+  return any ? "\n" + table.text() : "";
+}
+
 json definitions(bool on_gpus) {
   if (on_gpus) {
     return {
         {"time", "per iteration the slowest rank, by events on the stream, from behind an untimed barrier of all GPUs to valid outputs"},
         {"limit_us", "rows that the busiest rank sends to other ranks x row bytes (scales included) / 370 GB/s"},
         {"ratio_to_limit", "limit_us / median_us"},
+        {"ratio_to_baseline",
+         "baseline_us / median_us: how many times faster than the collective exchange over NCCL, in the same processes and iterations; "
+         "its dispatch waits for counts on the host, which is part of its time"},
         {"dispatch_and_combine", "the sum of both, added per iteration"}};
   }
   return {{"time", "per iteration the slowest rank, from an untimed barrier to valid outputs; min, median, max over iterations"},
@@ -132,7 +150,15 @@ json bench_report(const Settings& settings, Runner runner, const std::string& no
   json figures = json::object();
   for (const Figure& figure : figures_of(measured["samples"].contains("combine"))) figures[figure.name] = figure_of(figure, measured);
   json baseline = {{"measured", no_baseline.empty()}};
-  if (no_baseline.empty()) {
+  if (no_baseline.empty() && measured.contains("gpu")) {
+    baseline["what"] =
+        "the exchange over NCCL, deduplicated: counts in an all-gather, one host wait, rows packed per destination, records and rows in "
+        "one "
+        "group of sends and receives, which land in place; token_major and weighting none whatever the exchange does; this rank's own rows "
+        "are "
+        "not sent, y is sent from where it lies, one kernel adds up";
+    baseline["library"] = measured["baseline_library"];
+  } else if (no_baseline.empty()) {
     baseline["what"] =
         "the same exchange with Transport::mpi, deduplicated, which leaves out what it can: this rank's own rows are neither packed nor "
         "sent, large rows arrive where they stay, partial sums leave from where they are";
@@ -172,7 +198,7 @@ std::string bench_table(const json& report) {
   header.insert(header.end(), {on_gpus ? "link" : "memcpy", on_gpus ? "of link" : "of memcpy"});
   const bool plain = report["baseline"].contains("plain");
   if (plain) header.insert(header.end(), {"plain MPI", "vs plain"});
-  if (baseline) header.insert(header.end(), {"tuned MPI", "vs tuned"});
+  if (baseline) header.insert(header.end(), {on_gpus ? "NCCL" : "tuned MPI", on_gpus ? "vs NCCL" : "vs tuned"});
   Table table(header);
   for (const char* name : {"dispatch", "combine", "combine_copy", "dispatch_and_combine"}) {
     if (!report["figures"].contains(name)) continue;
@@ -195,14 +221,17 @@ std::string bench_table(const json& report) {
     }
     table.add(cells);
   }
-  text += table.text();
+  text += table.text() + phase_table(report["samples_us"]);
   if (on_gpus) {
     const json& gpu = report["gpu"];
     return text +
            fmt::format(
                "\n{} x {}, {} multiprocessors; bytes: rows of all ranks, to themselves included; link: what the busiest rank sends to "
                "others at 370 GB/s\n",
-               gpu["count"].get<int>(), gpu["name"].get<std::string>(), gpu["sm_budget"].get<int>());
+               gpu["count"].get<int>(), gpu["name"].get<std::string>(), gpu["sm_budget"].get<int>()) +
+           (baseline ? fmt::format("NCCL: the collective exchange over {}, deduplicated, in the same processes and iterations\n",
+                                   report["baseline"]["library"].get<std::string>())
+                     : fmt::format("no NCCL baseline: {}\n", report["baseline"]["why_not"].get<std::string>()));
   }
   text += "\nbytes: rows of all ranks, to themselves included; memcpy: all ranks copy the same bytes at once, in the same run\n";
   if (plain) text += "plain MPI: pack, counts, all-to-all-v, unpack, deduplicated, in the same processes and iterations\n";

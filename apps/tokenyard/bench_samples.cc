@@ -23,6 +23,12 @@ Samples slowest(const std::vector<json>& ranks) {
 
 }  // namespace
 
+void add_phases(const std::string& series, const std::vector<PhaseSpan>& spans, Samples& samples) {
+  for (const PhaseSpan& span : spans) {
+    samples[series + kPhase + span.phase].push_back(static_cast<double>(span.end_ns - span.begin_ns) / 1e3);
+  }
+}
+
 json summarise(const std::vector<json>& ranks) {
   std::int64_t all = 0, to_others = 0, busiest = 0, busiest_to_others = 0, sets = 1;
   for (const json& rank : ranks) {

@@ -19,7 +19,8 @@
 namespace tokenyard::cli {
 
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Settings, ranks, tokens, hidden_size, experts, top_k, dtype, mode, layout, sizing, placement, preset,
-                                   transport, device, sm_budget, skew, threads, depth, iterations, warmup, seed, timeout_ms, baseline)
+                                   transport, device, sm_budget, skew, threads, depth, iterations, warmup, seed, timeout_ms, baseline,
+                                   trace)
 
 namespace {
 
@@ -129,6 +130,16 @@ std::string why_no_mpi() {
   return {};
 }
 
+std::string why_no_nccl(const Settings& settings) {
+  for (const Backend& backend : backends()) {
+    if (backend.name == "nccl" && backend.availability != Availability::available)
+      return fmt::format("{}; {}", backend.reason, backend.remedy);
+  }
+  const std::size_t gpus = gpu_topology().gpus.size();
+  if (static_cast<std::size_t>(settings.ranks) <= gpus) return {};
+  return fmt::format("{} ranks share {} GPU(s), and NCCL takes one rank per GPU; use --ranks {}", settings.ranks, gpus, gpus);
+}
+
 // Rows of one rank's experts: the bound where the layout allocates it, else what even routing gives.
 std::int64_t expert_rows_of(const Settings& settings, const Placement& placement) {
   const std::int64_t bound = settings.ranks * settings.tokens;
@@ -187,7 +198,8 @@ void add_run_options(CLI::App& app, Settings& settings) {
   app.add_option("--threads", settings.threads, "Threads per rank that move rows")->capture_default_str();
   app.add_option("--seed", settings.seed, "Seed of rows and routing")->capture_default_str();
   app.add_option("--timeout-ms", settings.timeout_ms, "Deadline of every wait")->capture_default_str();
-  app.add_flag("!--no-baseline", settings.baseline, "Do not measure the collective exchange over MPI");
+  app.add_flag("!--no-baseline", settings.baseline, "Do not measure the collective exchange over MPI, on cuda over NCCL");
+  app.add_flag("--trace", settings.trace, "Time the phases of each call, too; on cuda this adds a few us to each");
 }
 
 void complete_shape(CLI::App& app, Settings& settings) {
@@ -271,6 +283,7 @@ ExchangeOptions exchange_options(const Settings& settings, const Placement& plac
   options.num_threads = settings.threads;
   options.sm_budget = settings.sm_budget;
   options.timeout_ms = settings.timeout_ms;
+  options.trace = settings.trace;
   return options;
 }
 
@@ -288,7 +301,7 @@ bool has_expert_rows(Layout layout) { return layout == Layout::token_major || la
 Runner choose_runner(const Settings& settings, std::string& no_baseline) {
   const Transport transport = parse_transport(settings.transport);
   if (settings.device == "cuda") {
-    no_baseline = "the collective exchange on GPUs is not in this version";
+    no_baseline = settings.baseline ? why_no_nccl(settings) : "--no-baseline was given";
     return transport == Transport::inproc ? Runner::threads : Runner::processes;
   }
   if (transport == Transport::mpi) {

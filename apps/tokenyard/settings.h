@@ -38,6 +38,7 @@ struct Settings {
   std::int64_t seed = 1;
   int timeout_ms = 100'000;
   bool baseline = true;
+  bool trace = false;  // measure phases, too
 };
 
 // --ranks, --tokens, --hidden-size, ...: what describes an exchange.

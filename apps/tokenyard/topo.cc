@@ -35,7 +35,8 @@ json backend_list() {
                    {"kind", backend.kind},
                    {"availability", name(backend.availability)},
                    {"reason", backend.reason},
-                   {"remedy", backend.remedy}});
+                   {"remedy", backend.remedy},
+                   {"version", backend.version}});
   }
   return all;
 }
@@ -85,7 +86,10 @@ void print_text(const json& report) {
   fmt::print("{}\n", links.text());
   print_gpus(report["gpus"]);
   Table table({"backend", "kind", "here"});
-  for (const json& backend : report["backends"]) table.add({backend["name"], backend["kind"], backend["availability"]});
+  for (const json& backend : report["backends"]) {
+    const auto version = backend["version"].get<std::string>();
+    table.add({backend["name"], backend["kind"], backend["availability"].get<std::string>() + (version.empty() ? "" : ", " + version)});
+  }
   fmt::print("{}", table.text());
   for (const json& backend : report["backends"]) {
     const auto reason = backend["reason"].get<std::string>(), remedy = backend["remedy"].get<std::string>();

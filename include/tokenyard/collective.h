@@ -2,8 +2,10 @@
 // Collectives with unequal lengths over rows. Counts are rows per rank, zeros legal, equal on all ranks where stated.
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "tokenyard/error.h"
 #include "tokenyard/options.h"
@@ -45,6 +47,45 @@ class Collectives {
 
   virtual const World& world() const = 0;
   virtual Transport transport() const = 0;
+};
+
+struct DeviceCollectiveOptions {
+  int device_index = -1;  // the GPU of this rank; -1: the current device
+  // NCCL launches from the calling thread. Off, each call costs a thread of NCCL's, tens of us, and every wait has its deadline; on, a
+  // peer that is lost while NCCL connects is waited for.
+  bool launch_here = false;
+  int timeout_ms = 100'000;
+};
+
+// One table of an all_to_all_v, as in Collectives: rows dense, counts on the host.
+struct AllToAllRows {
+  ConstTensorView in;
+  std::span<const std::int64_t> send_counts;
+  TensorView out;
+  std::span<const std::int64_t> receive_counts;
+};
+
+// The same over rows in the memory of GPUs, by NCCL: one rank per GPU. Calls enqueue on `stream` (a cudaStream_t) and return; rows
+// are dense. Of what ranks call, nothing is agreed: calls that differ end at the deadline of wait(). Errors are final. Destruction is
+// local and ends what is under way: a barrier of the world belongs before it, once streams are done.
+class DeviceCollectives {
+ public:
+  // Collective. UsageError where NCCL is not there or two ranks use one GPU; TransportError where that is so on another rank.
+  static std::unique_ptr<DeviceCollectives> create(const World& world, const DeviceCollectiveOptions& options = {});
+  virtual ~DeviceCollectives() = default;
+
+  virtual void all_gather_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out, void* stream) = 0;
+  virtual void reduce_scatter_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out, void* stream) = 0;
+  // All tables travel together.
+  virtual void all_to_all_v(std::span<const AllToAllRows> tables, void* stream) = 0;
+
+  // The host waits until done() says so, or for what was enqueued on `stream`. TransportError(timeout, peer_lost, system): what NCCL
+  // has under way is ended, so that the stream goes on.
+  virtual void wait_until(const std::function<bool()>& done) = 0;
+  virtual void wait(void* stream) = 0;
+
+  virtual const World& world() const = 0;
+  virtual std::string library_version() const = 0;  // "2.28.9"
 };
 
 }  // namespace tokenyard

@@ -56,7 +56,7 @@ struct ExchangeOptions {
   int sm_budget = 0;            // cuda: SMs that kernels may take while they wait for peers; 0: see Exchange::options()
   int num_threads = 1;          // threads that move rows on this rank; may differ between ranks
   bool validate = true;         // check ids and weights by value; off: an id >= E counts as no expert; cuda: a bad one is a sticky error
-  bool trace = false;           // keep phase spans for Exchange::take_spans; cpu only
+  bool trace = false;           // keep phase spans for Exchange::take_spans; cuda: events between the kernels, which cost a few us
   int timeout_ms = 0;           // deadline of every wait; 0: the world's (TOKENYARD_TIMEOUT_MS)
 };
 

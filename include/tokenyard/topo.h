@@ -14,11 +14,12 @@ enum class Availability : std::uint8_t { available, not_built, not_usable };
 std::string_view name(Availability availability);
 
 struct Backend {
-  std::string name;  // "inproc", "shm", "cuda_peer", "mpi", ...
+  std::string name;  // "inproc", "shm", "cuda_peer", "mpi", "nccl", ...
   std::string kind;  // "memory", "collective", "port"
   Availability availability = Availability::available;
   std::string reason{};  // empty when available
   std::string remedy{};
+  std::string version{};  // of a library that is looked for at run time
 };
 std::vector<Backend> backends();
 

@@ -78,8 +78,12 @@ void CudaEngine::bring_to_expert_rows(cuda::CombineArgs& args, const DeviceHandl
   if (args.y != to || args.y_pitch != row_bytes) {
     wait_for_reads(stream);
     const std::int64_t rows = handle.total_rows();
-    cuda_check(cudaMemcpy2DAsync(to, row_bytes, args.y, args.y_pitch, row_bytes, rows, cudaMemcpyDeviceToDevice, stream),
-               "copying y to expert rows");
+    phase("combine copy", stream, [&] {
+      const bool dense = args.y_pitch == row_bytes;  // copied at once, which is faster
+      cuda_check(dense ? cudaMemcpyAsync(to, args.y, rows * row_bytes, cudaMemcpyDeviceToDevice, stream)
+                       : cudaMemcpy2DAsync(to, row_bytes, args.y, args.y_pitch, row_bytes, rows, cudaMemcpyDeviceToDevice, stream),
+                 "copying y to expert rows");
+    });
   }
   args.y = to;
   args.y_pitch = row_bytes;
@@ -91,6 +95,15 @@ void CudaEngine::wait_for_reads(cudaStream_t stream) {
   cuda::launch_wait_reads(arena_->context(), stream);
   cuda_check(cudaGetLastError(), "waiting for peers to have read expert rows");
   reads_outstanding_ = false;
+}
+
+void CudaEngine::push_and_sum(const cuda::CombineArgs& args, cudaStream_t stream) {
+  if (args.mode == Mode::latency) {
+    phase("combine fused", stream, [&] { cuda::launch_combine_fused(args, stream); });
+    return;
+  }
+  phase("combine push", stream, [&] { cuda::launch_combine_push(args, stream); });
+  phase("combine sum", stream, [&] { cuda::launch_combine_sum(args, stream); });
 }
 
 Combined CudaEngine::enqueue_combine(cuda::CombineArgs args, const Handle& handle, const CombineOptions& options, cudaStream_t stream) {
@@ -111,19 +124,13 @@ Combined CudaEngine::enqueue_combine(cuda::CombineArgs args, const Handle& handl
     args.combined_weights = result.combined_weights.as<float>();
   }
   result.memory = std::move(memory);
-  const bool fused = state.mode == Mode::latency && !args.pull;
   args.blocks = state.mode == Mode::latency ? latency_blocks_ : budget_.multiprocessors;
   if (args.pull) {
     bring_to_expert_rows(args, state, stream);
-    cuda::launch_combine_pull(args, stream);
+    phase("combine pull", stream, [&] { cuda::launch_combine_pull(args, stream); });
   } else {
-    if (args.weighting == Weighting::at_source) cuda::launch_combine_weights(args, stream);
-    if (fused) {
-      cuda::launch_combine_fused(args, stream);
-    } else {
-      cuda::launch_combine_push(args, stream);
-      cuda::launch_combine_sum(args, stream);
-    }
+    if (args.weighting == Weighting::at_source) phase("combine weights", stream, [&] { cuda::launch_combine_weights(args, stream); });
+    push_and_sum(args, stream);
   }
   cuda_check(cudaGetLastError(), "enqueueing a combine");
   return result;
@@ -206,17 +213,11 @@ CombineGradient CudaEngine::enqueue_weight_gradient(const Handle& handle, Combin
   }
   cuda::launch_differentiate(differentiate, stream);
   args.source_weights = {};
-  const bool fused = state.mode == Mode::latency;
   auto memory = blocks_->take(state.tokens * state.top_k() * 4, stream);
   gradient.topk_weights = TensorView(memory.get(), Dtype::float32, {state.tokens, state.top_k()});
   args.combined_weights = gradient.topk_weights.as<float>();
-  args.blocks = fused ? latency_blocks_ : budget_.multiprocessors;
-  if (fused) {
-    cuda::launch_combine_fused(args, stream);
-  } else {
-    cuda::launch_combine_push(args, stream);
-    cuda::launch_combine_sum(args, stream);
-  }
+  args.blocks = state.mode == Mode::latency ? latency_blocks_ : budget_.multiprocessors;
+  push_and_sum(args, stream);
   cuda_check(cudaGetLastError(), "enqueueing the gradient of weights");
   order_.leave(stream);
   gradient.memory = std::move(memory);

@@ -1,4 +1,4 @@
-// The dispatch of the CUDA engine: plan, move, land, layout, spread; or in latency mode slots, layout, spread.
+// The dispatch of the CUDA engine: plan, move, layout, spread; or in latency mode slots, layout, spread.
 
 #include <algorithm>
 #include <chrono>
@@ -55,6 +55,9 @@ CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const Dispatc
   header.layout = static_cast<std::uint8_t>(job.cached ? job.handle->layout : options.layout);
   header.mode = static_cast<std::uint8_t>(job.cached ? job.handle->mode : options.mode.value_or(options_.mode));
   header.top_k = static_cast<std::uint8_t>(job.cached ? job.handle->top_k() : top_k_of(input.topk_ids));
+  if (static_cast<Mode>(header.mode) == Mode::latency && input.rows.shape[0] > protocol::kMostFlaggedTokens)
+    usage_error("mode = latency with {} tokens; it is made for few, at most {}: use throughput", input.rows.shape[0],
+                protocol::kMostFlaggedTokens);
   if (!job.cached) {
     const HandleShape shape =
         handle_shape(shape_, job.layout_options, static_cast<Layout>(header.layout), static_cast<Mode>(header.mode), header.top_k);
@@ -128,64 +131,60 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
   const bool latency = static_cast<Mode>(job.header.mode) == Mode::latency;
   const HandleShape& shape = job.handle->shape;
   const bool lays_out = !job.cached && (shape.is_expert_layout() || shape.is_compacted() || shape.gather_map);
+  // What only an exact dispatch waits for costs the device a trip to the host's memory.
+  cuda::HostCounts* const host = job.options.sizing == Sizing::exact ? job.handle->counts.get() : nullptr;
   cuda::MoveArgs move{.context = arena_->context(),
                       .header = job.header,
                       .buffer = job.buffer,
                       .routing = routing_args(job),
                       .source = source_args(job),
                       .handle = job.handle->view,
-                      .host = job.handle->counts.get(),
+                      .host = host,
                       .cached = job.cached,
+                      .last = !lays_out,
                       .blocks = latency ? latency_blocks_ : budget_.multiprocessors};
   if (!job.cached) job.handle->counts->call = 0;
   if (latency) {
-    cuda::launch_slots(move, !lays_out, stream);
+    phase("dispatch slots", stream, [&] { cuda::launch_slots(move, stream); });
   } else {
     if (!job.cached) {
-      cuda::launch_plan(
-          {.context = arena_->context(),
-           .header = job.header,
-           .buffer = job.buffer,
-           .routing = move.routing,
-           .limits = {.expert_capacity = shape.layout == Layout::expert_padded && job.layout_options.expert_capacity == 0
-                                             ? shape_.receive_rows
-                                             : job.layout_options.expert_capacity,
-                      .max_layout_rows =
-                          shape.layout == Layout::expert_major && job.options.sizing == Sizing::capacity ? options_.max_expert_rows : 0,
-                      .alignment = job.layout_options.alignment,
-                      .drop = job.layout_options.drop,
-                      .expert_layout = shape.is_expert_layout()},
-           .handle = job.handle->view,
-           .chunk_counts = plan_chunks_,
-           .counts = counts_,
-           .host = job.handle->counts.get()},
-          stream);
+      const cuda::PlanArgs plan{
+          .context = arena_->context(),
+          .header = job.header,
+          .buffer = job.buffer,
+          .routing = move.routing,
+          .limits = {.expert_capacity = shape.layout == Layout::expert_padded && job.layout_options.expert_capacity == 0
+                                            ? shape_.receive_rows
+                                            : job.layout_options.expert_capacity,
+                     .max_layout_rows =
+                         shape.layout == Layout::expert_major && job.options.sizing == Sizing::capacity ? options_.max_expert_rows : 0,
+                     .alignment = job.layout_options.alignment,
+                     .drop = job.layout_options.drop,
+                     .expert_layout = shape.is_expert_layout()},
+          .handle = job.handle->view,
+          .chunk_counts = plan_chunks_,
+          .counts = counts_,
+          .host = host};
+      phase("dispatch plan", stream, [&] { cuda::launch_plan(plan, stream); });
     }
-    cuda::launch_move(move, stream);
-    cuda::launch_land({.context = arena_->context(),
-                       .handle = job.handle->view,
-                       .buffer = job.buffer,
-                       .local_experts = shape.local_experts,
-                       .cached = job.cached,
-                       .last = !lays_out},
-                      stream);
+    phase("dispatch rows", stream, [&] { cuda::launch_move(move, stream); });
   }
   if (lays_out) {
-    cuda::launch_layout({.context = arena_->context(),
-                         .handle = job.handle->view,
-                         .layout = shape.layout,
-                         .mode = shape.mode,
-                         .gather_map = shape.gather_map,
-                         .alignment = job.layout_options.alignment,
-                         .expert_capacity = job.layout_options.expert_capacity,
-                         .drop = job.layout_options.drop,
-                         .local_experts = shape.local_experts,
-                         .output_rows = shape.output_rows,
-                         .map_rows = shape.map_rows,
-                         .chunk_counts = layout_chunks_,
-                         .host = job.handle->counts.get(),
-                         .last = true},
-                        stream);
+    const cuda::LayoutArgs layout{.context = arena_->context(),
+                                  .handle = job.handle->view,
+                                  .layout = shape.layout,
+                                  .mode = shape.mode,
+                                  .gather_map = shape.gather_map,
+                                  .alignment = job.layout_options.alignment,
+                                  .expert_capacity = job.layout_options.expert_capacity,
+                                  .drop = job.layout_options.drop,
+                                  .local_experts = shape.local_experts,
+                                  .output_rows = shape.output_rows,
+                                  .map_rows = shape.map_rows,
+                                  .chunk_counts = layout_chunks_,
+                                  .host = host,
+                                  .last = true};
+    phase("dispatch layout", stream, [&] { cuda::launch_layout(layout, stream); });
   }
   cuda_check(cudaGetLastError(), "enqueueing a dispatch");
   reads_outstanding_ = false;
@@ -221,19 +220,19 @@ Received CudaEngine::finish_dispatch(CudaDispatch& job, cudaStream_t stream) {
   state->lease = job.lease;
   if (!job.in_place) {
     place_output(job, stream, *state);
-    cuda::launch_spread({.context = arena_->context(),
-                         .handle = job.handle->view,
-                         .buffer = job.buffer,
-                         .layout = job.handle->layout,
-                         .mode = job.handle->mode,
-                         .row_bytes = source.row_bytes(),
-                         .scale_bytes = source.scale_bytes(),
-                         .rows = static_cast<std::byte*>(state->rows.data),
-                         .scales = static_cast<std::byte*>(state->scales.data),
-                         .output_rows = job.handle->total_rows(),
-                         .zero_padding = job.options.zero_padding,
-                         .blocks = multiprocessors_of(device_)},
-                        stream);
+    const cuda::SpreadArgs spread{.context = arena_->context(),
+                                  .handle = job.handle->view,
+                                  .buffer = job.buffer,
+                                  .layout = job.handle->layout,
+                                  .mode = job.handle->mode,
+                                  .row_bytes = source.row_bytes(),
+                                  .scale_bytes = source.scale_bytes(),
+                                  .rows = static_cast<std::byte*>(state->rows.data),
+                                  .scales = static_cast<std::byte*>(state->scales.data),
+                                  .output_rows = job.handle->total_rows(),
+                                  .zero_padding = job.options.zero_padding,
+                                  .blocks = multiprocessors_of(device_)};
+    phase("dispatch spread", stream, [&] { cuda::launch_spread(spread, stream); });
     cuda_check(cudaGetLastError(), "enqueueing the copy of received rows");
   }
   state->before_free = [stream](void* reader) {

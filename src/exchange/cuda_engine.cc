@@ -13,8 +13,12 @@
 namespace tokenyard::exchange_internal {
 namespace {
 
-// Multiprocessors of kernels that wait for peers, unless the caller says: where the links are nearly full (docs/kernels.md).
-constexpr int kUsualBudget = 32;
+// Multiprocessors of kernels that wait for peers, unless the caller says: where the links are nearly full (docs/kernels.md). Rows
+// that stay on their GPU are moved by the same ones: with few ranks they are many.
+int usual_budget(int ranks) {
+  constexpr int kForLinks = 32;
+  return ranks == 1 ? kForLinks : kForLinks * ranks / (ranks - 1);
+}
 
 ExchangeOptions with_device(ExchangeOptions options) {
   int devices = 0;
@@ -55,12 +59,12 @@ int ranks_on_device(const World& world, int device) {
 }  // namespace
 
 CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
-    : ExchangeEngine(world, with_device(options)), device_(options_.device_index) {
+    : ExchangeEngine(world, with_device(options)), device_(options_.device_index), trace_(options_.trace) {
   const CudaDeviceScope scope(device_);
   cuda_check(scope.status(), "cudaSetDevice");
   const int sharing = ranks_on_device(world_, device_);
   const int share = std::max(1, multiprocessors_of(device_) / sharing);
-  budget_ = take_sm_budget(device_, options_.sm_budget, std::min(kUsualBudget, share));
+  budget_ = take_sm_budget(device_, options_.sm_budget, std::min(usual_budget(world_.size()), share));
   options_.sm_budget = budget_.multiprocessors;
   latency_blocks_ = sharing > 1 ? budget_.multiprocessors : share;
   cuda::preload_kernels();
@@ -176,6 +180,11 @@ ExchangeStatus CudaEngine::status() const {
   status.invalid_ids = static_cast<std::int64_t>(state.invalid_ids);
   status.lost_ids = static_cast<std::int64_t>(state.lost_ids);
   return status;
+}
+
+std::vector<PhaseSpan> CudaEngine::take_spans() {
+  const CudaDeviceScope scope(device_);
+  return trace_.take();
 }
 
 void CudaEngine::clear() {

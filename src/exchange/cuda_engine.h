@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "exchange/cuda_stream.h"
+#include "exchange/cuda_trace.h"
 #include "exchange/device_arena.h"
 #include "exchange/device_handle.h"
 #include "exchange/exchange_engine.h"
@@ -58,7 +59,7 @@ class CudaEngine final : public ExchangeEngine {
   std::vector<int> recover() override;
   Transport transport() const override { return arena_->transport(); }
   std::vector<std::int64_t> link_bytes() const override { return arena_->link_bytes(); }
-  std::vector<PhaseSpan> take_spans() override { return {}; }
+  std::vector<PhaseSpan> take_spans() override;
 
  private:
   // What a combine without rows brings back (Exchange::combine_backward).
@@ -83,6 +84,12 @@ class CudaEngine final : public ExchangeEngine {
     }
   }
   void reject(cudaStream_t stream, const std::string& reason);
+  // `launch` enqueues one phase of the call under way.
+  template <class Launch>
+  void phase(const char* name, cudaStream_t stream, Launch&& launch) {
+    const CudaTrace::Phase span(trace_, name, last_call_, stream);
+    launch();
+  }
 
   CudaDispatch make_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached);
   void check_dispatch_memory(const CudaDispatch& job) const;
@@ -99,6 +106,7 @@ class CudaEngine final : public ExchangeEngine {
 
   cuda::CombineArgs make_combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options) const;
   Combined enqueue_combine(cuda::CombineArgs args, const Handle& handle, const CombineOptions& options, cudaStream_t stream);
+  void push_and_sum(const cuda::CombineArgs& args, cudaStream_t stream);
   void bring_to_expert_rows(cuda::CombineArgs& args, const DeviceHandle& handle, cudaStream_t stream);
   CombineGradient enqueue_weight_gradient(const Handle& handle, CombineGradient gradient, const ConstTensorView& y,
                                           const CombineOptions& options);
@@ -132,6 +140,7 @@ class CudaEngine final : public ExchangeEngine {
   std::shared_ptr<CUstream_st> stream_;  // of calls in two halves
   CudaEvent entered_;
   CallOrder order_;
+  CudaTrace trace_;
   std::uint64_t last_call_ = 0;     // for texts; the device has its own count
   bool reads_outstanding_ = false;  // a combine by pull, and no dispatch after it
 };

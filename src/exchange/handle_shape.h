@@ -8,7 +8,9 @@
 namespace tokenyard::exchange_internal {
 
 inline protocol::ArenaLayout device_arena_layout(const protocol::ArenaShape& shape) {
-  return protocol::arena_layout(shape, {0, sizeof(protocol::DeviceBeacon), sizeof(protocol::DeviceMailbox)});
+  return protocol::arena_layout(shape, {.beacon_bytes = sizeof(protocol::DeviceBeacon),
+                                        .mailbox_bytes = sizeof(protocol::DeviceMailbox),
+                                        .arrival_bytes = sizeof(std::uint64_t)});
 }
 
 // The sizes that a handle's arrays have.

@@ -130,7 +130,8 @@ MemoryPlan Exchange::memory_plan(const ExchangeOptions& options, int ranks) {
   add("counts", 2 * shape.ranks * layout.counts_bytes,
       fmt::format("2 x ranks {0} x (ranks {0} + ranks {0} x max_local_experts {1}) x 4", ranks, checked.max_local_experts));
   const std::int64_t flags = layout.total - plan.total();
-  add("flags and alignment", flags, fmt::format("ranks {} x {} and page rounding", ranks, layout.mailbox_bytes));
+  const std::string arrivals = on_gpu ? fmt::format(" + max_tokens_per_rank {} x 8", checked.max_tokens_per_rank) : "";
+  add("flags and alignment", flags, fmt::format("ranks {} x ({}{}) and page rounding", ranks, layout.mailbox_bytes, arrivals));
   add("expert layouts, when first used", checked.depth * expert_major_rows(checked) * (checked.max_row_bytes + checked.max_scale_bytes),
       fmt::format("depth {} x {} rows x (row {} + scale {}) at most; max_expert_rows limits it", checked.depth, expert_major_rows(checked),
                   checked.max_row_bytes, checked.max_scale_bytes));

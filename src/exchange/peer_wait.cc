@@ -94,6 +94,10 @@ bool PeerWait::Watch::check_peer(int peer) {
 bool PeerWait::Watch::gave_up(const std::function<bool(int)>& pending) {
   if (owner_.cancelled_.load(std::memory_order_relaxed))
     return fail(FailureKind::system, owner_.arena_.rank(), "the exchange is being destroyed");
+  if (const auto now = std::chrono::steady_clock::now(); now >= ask_at_) {
+    ask_at_ = now + kInterruptTick;
+    if (interrupted()) return fail(FailureKind::system, owner_.arena_.rank(), kInterrupted);
+  }
   int first = -1;
   for (int peer = 0; peer < owner_.arena_.ranks(); ++peer) {
     if (!pending(peer)) continue;

@@ -7,6 +7,7 @@
 
 #include "core/deadline.h"
 #include "core/expected.h"
+#include "core/interrupt.h"
 #include "exchange/direct_arena.h"
 #include "protocol/call.h"
 #include "tokenyard/world.h"
@@ -59,6 +60,7 @@ class PeerWait {
     const protocol::CallHeader& header_;
     Deadline deadline_;
     Failure failure_;
+    std::chrono::steady_clock::time_point ask_at_ = std::chrono::steady_clock::now() + kInterruptTick;
   };
 
   bool check_abort(int peer, std::uint64_t call, std::string& reason) const;

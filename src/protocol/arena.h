@@ -48,6 +48,7 @@ struct ArenaLayout {
   std::int64_t doorbell = 0, beacon = 0;
   std::int64_t mailboxes = 0, mailbox_bytes = 0;          // [R]
   std::int64_t counts = 0, counts_bytes = 0;              // [2][R] tables, by call parity
+  std::int64_t arrivals = 0, arrivals_bytes = 0;          // [R][M] flag words: a token of a source is here (GPUs, latency mode)
   std::int64_t records = 0, records_bytes = 0;            // [depth] buffers
   std::int64_t scales = 0, scales_bytes = 0;              // [depth] buffers
   std::int64_t rows = 0, rows_bytes = 0;                  // [depth] buffers
@@ -65,6 +66,7 @@ struct FlagSizes {
   std::int64_t doorbell_bytes = 0;
   std::int64_t beacon_bytes = 0;
   std::int64_t mailbox_bytes = 0;
+  std::int64_t arrival_bytes = 0;  // per token of each rank
 };
 
 // The caller has checked that no product overflows (exchange/memory_plan.cc).
@@ -78,6 +80,7 @@ constexpr ArenaLayout arena_layout(const ArenaShape& shape, const FlagSizes& fla
   };
   layout.mailbox_bytes = flags.mailbox_bytes;
   layout.counts_bytes = align_up(shape.count_words() * 4, kCacheLine);
+  layout.arrivals_bytes = shape.ranks * shape.max_tokens_per_rank * flags.arrival_bytes;
   layout.records_bytes = align_up(shape.receive_rows * shape.record_bytes(), kCacheLine);
   layout.scales_bytes = align_up(shape.receive_rows * shape.scale_bytes, kCacheLine);
   layout.rows_bytes = align_up(shape.receive_rows * shape.row_bytes, 4096);
@@ -90,6 +93,7 @@ constexpr ArenaLayout arena_layout(const ArenaShape& shape, const FlagSizes& fla
   layout.beacon = place(flags.beacon_bytes);
   layout.mailboxes = place(shape.ranks * flags.mailbox_bytes);
   layout.counts = place(2 * shape.ranks * layout.counts_bytes);
+  layout.arrivals = place(layout.arrivals_bytes);
   layout.records = place(shape.depth * layout.records_bytes);
   layout.scales = place(shape.depth * layout.scales_bytes);
   layout.weights_in = place(layout.weights_in_bytes);

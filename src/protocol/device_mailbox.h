@@ -1,7 +1,8 @@
 #pragma once
 // The flags of the exchange between GPUs. As on the host (mailbox.h), a rank waits only for words in its own arena, which
-// the peer writes. Every flag holds the number of the last call for which it was set: flags only grow, so nothing is
-// reset between calls and a captured graph may be replayed. All are zero in a fresh arena.
+// the peer writes. Every flag holds the number of the last call for which it was set, above a few bits that it brings along:
+// flags only grow, so nothing is reset between calls and a captured graph may be replayed. All are zero in a fresh arena.
+// A peer is never a call ahead of a flag that this rank has yet to see: no call ends without something from every rank.
 
 #include <cstdint>
 
@@ -13,10 +14,10 @@ namespace tokenyard::protocol {
 
 // Order in which a call sets them.
 enum class Flag : std::uint8_t {
-  begun,     // the writer has begun the call: its receive buffer (dispatch) or staging (combine) may be written, rows it
-             // offers for pulling are ready, and header_of(call) says what call it makes
-  counts,    // throughput dispatch: its row of the count matrix lies in the counts region
-  rows,      // its rows and records lie in the receive buffer
+  begun,     // the writer has begun the call: its receive buffer (dispatch: offered_buffer) or staging (combine) may be written,
+             // rows it offers for pulling are ready, its header follows; throughput dispatch: its counts are here
+  records,   // throughput dispatch: its records lie in the receive buffer
+  rows,      // throughput dispatch: its rows and their scales lie there
   weights,   // combine, at_source: its weights lie in weights_in
   partials,  // combine: its partial sums (and row weights) lie in staging
   reads,     // combine by pull: it has read everything it wants from the receiver's expert rows
@@ -24,12 +25,28 @@ enum class Flag : std::uint8_t {
 };
 constexpr int kFlags = 7;
 
+// 2^40 calls, a few months of the fastest ones.
+constexpr int kFlagBits = 24;
+constexpr TY_HOST_DEVICE std::uint64_t flag_word(std::uint64_t call, std::uint32_t bits = 0) { return call << kFlagBits | bits; }
+constexpr TY_HOST_DEVICE std::uint64_t flag_call(std::uint64_t word) { return word >> kFlagBits; }
+
+// What begun brings along: the receive buffer that a dispatch offers, and in latency mode how many tokens it sends.
+constexpr int kBufferBits = 7;
+constexpr int kNoBuffer = (1 << kBufferBits) - 1;  // a combine
+constexpr std::int64_t kMostFlaggedTokens = (1 << (kFlagBits - kBufferBits)) - 1;
+static_assert(kMaxDepth < kNoBuffer);
+constexpr TY_HOST_DEVICE std::uint32_t offer(int buffer, std::int32_t tokens = 0) {
+  return static_cast<std::uint32_t>(tokens) << kBufferBits | static_cast<std::uint32_t>(buffer);
+}
+constexpr TY_HOST_DEVICE int offered_buffer(std::uint64_t word) { return static_cast<int>(word & kNoBuffer); }
+constexpr TY_HOST_DEVICE std::int32_t offered_tokens(std::uint64_t word) {
+  return static_cast<std::int32_t>(word >> kBufferBits & kMostFlaggedTokens);
+}
+
 // One per (owner, writer), in the owner's arena.
 struct alignas(128) DeviceMailbox {
-  CallHeader headers[kRing];    // of call c at c % kRing; published by Flag::begun
+  CallHeader headers[kRing];    // of call c at c % kRing; its number is written last (release)
   std::uint64_t flags[kFlags];  // by Flag; release: publishes what the flag says
-  std::uint64_t buffer[kRing];  // with begun, dispatch: the receive buffer that the writer offers for call c
-  std::uint64_t tokens[kRing];  // with rows, latency mode: how many tokens the writer has
   std::uint64_t failed;         // pack_failure() of the writer's sticky failure; 0: healthy
   std::uint64_t aborted;        // the last call that the writer rejected; the reason lies below (release)
   char reason[kReasonBytes];

@@ -1,5 +1,8 @@
 #include "world/local_store.h"
 
+#include <algorithm>
+
+#include "core/interrupt.h"
 #include "core/usage.h"
 
 namespace tokenyard::world_internal {
@@ -20,7 +23,14 @@ Expected<Gathered> LocalHub::gather(int rank, const Call& call, SharedPart mine,
   TY_ASSERT(!refused);
   while (true) {
     if (auto node = outcomes_.extract({rank, call.key})) return std::move(node.mapped());
-    if (changed_.wait_until(lock, deadline.at()) == std::cv_status::timeout) ledger_.expire(Deadline::Clock::now());
+    const auto now = Deadline::Clock::now();
+    const auto until = is_interruptible() ? std::min(deadline.at(), now + kInterruptTick) : deadline.at();
+    if (changed_.wait_until(lock, until) != std::cv_status::timeout) continue;
+    if (until == deadline.at()) ledger_.expire(Deadline::Clock::now());
+    lock.unlock();  // the check may wait for locks of the caller, whose other threads may wait for this one
+    const bool gives_up = interrupted();
+    lock.lock();
+    if (gives_up) ledger_.lose(rank, kInterrupted);  // fails the gather, here and for the others
   }
 }
 

@@ -10,6 +10,8 @@
 #include <cstring>
 #include <optional>
 
+#include "core/interrupt.h"
+
 namespace tokenyard::world_internal {
 namespace {
 
@@ -61,7 +63,8 @@ Answer read_answer(int socket, FrameReader& reader, Deadline deadline) {
 Expected<std::unique_ptr<TcpStore>> TcpStore::connect(const StoreAddress& address, const Hello& hello, Deadline deadline) {
   const std::vector<std::byte> greeting = encode(0, hello);
   std::string error;
-  for (; !deadline.expired(); std::this_thread::sleep_for(std::min(kRetry, std::chrono::milliseconds(deadline.remaining_ms())))) {
+  const auto pause = [&] { std::this_thread::sleep_for(std::min(kRetry, std::chrono::milliseconds(deadline.remaining_ms()))); };
+  for (; !deadline.expired() && !interrupted(); pause()) {
     Attempt attempt = try_connect(address.socket, deadline);
     error = "cannot be reached: " + attempt.error;
     if (!attempt.fd && attempt.again) continue;
@@ -125,10 +128,20 @@ Expected<Gathered> TcpStore::gather(const Call& call, SharedPart mine, Deadline 
   static_cast<void>(send(GatherRequest{call, deadline.remaining_ms(), mine->bytes}, deadline));
   std::unique_lock lock(mutex_);
   const auto at = pending_.find(call.key);
-  const bool answered =
-      changed_.wait_until(lock, deadline.at() + kStoreGrace, [&] { return at->second.outcome.has_value() || !broken_.empty(); });
+  const auto is_over = [&] { return at->second.outcome.has_value() || !broken_.empty(); };
+  bool answered = false;
+  bool gives_up = false;
+  const auto end = deadline.at() + kStoreGrace;
+  while (!answered && !gives_up && Deadline::Clock::now() < end) {
+    const auto until = is_interruptible() ? std::min(end, Deadline::Clock::now() + kInterruptTick) : end;
+    answered = changed_.wait_until(lock, until, is_over);
+    lock.unlock();  // the check may wait for locks of the caller, whose other threads may wait for this one
+    gives_up = !answered && interrupted();
+    lock.lock();
+  }
   const auto node = pending_.extract(at);
   if (node.mapped().outcome) return std::move(*node.mapped().outcome);
+  if (gives_up) return unexpected(store_failure(call, FailureKind::system, "has not answered, and the caller gave up"));
   if (answered) return unexpected(store_failure(call, FailureKind::peer_lost, broken_));
   return unexpected(store_failure(call, FailureKind::timeout, fmt::format("did not answer within {} ms", deadline.timeout_ms())));
 }

@@ -11,6 +11,7 @@
 #include "core/name_table.h"
 #include "world/fd.h"
 #include "world/gpus.h"
+#include "world/nccl.h"
 #include "world/state.h"
 
 namespace tokenyard {
@@ -80,7 +81,7 @@ std::vector<Backend> backends() {
       later("nccl_gin", "port", "place all ranks on one host"),
       {.name = "direct", .kind = "collective"},
       mpi(),
-      later("nccl", "collective", "use direct"),
+      nccl::backend(),
   };
 }
 

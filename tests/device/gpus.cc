@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 
 #include "memory/cuda_error.h"
+#include "memory/cuda_handle.h"
 
 namespace tokenyard::device_test {
 namespace {
@@ -40,6 +42,24 @@ int sm_budget_of(int gpu, int ranks) {
   cuda_check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, gpu), "cudaDeviceGetAttribute");
   const int sharers = (ranks + gpu_count() - 1) / gpu_count();
   return std::clamp(sms / sharers, 1, kMostSms);
+}
+
+std::size_t open_descriptors() {
+  std::size_t count = 0;
+  for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) ++count;
+  return count;
+}
+
+std::size_t free_on_all_gpus() {
+  std::size_t sum = 0;
+  for (int gpu = 0; gpu < gpu_count(); ++gpu) {
+    const CudaDeviceScope scope(gpu);
+    std::size_t free = 0;
+    std::size_t total = 0;
+    cuda_check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    sum += free;
+  }
+  return sum;
 }
 
 }  // namespace tokenyard::device_test

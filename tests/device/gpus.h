@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cstddef>
+
 namespace tokenyard::device_test {
 
 int gpu_count();
@@ -12,6 +14,10 @@ int use_gpu_of(int rank);
 
 // SMs that kernels of one of `ranks` rank threads may hold while they wait for peers, so that those of all ranks fit.
 int sm_budget_of(int gpu, int ranks);
+
+// What a leak would change. The first look at a GPU makes a context there, which takes memory.
+std::size_t open_descriptors();
+std::size_t free_on_all_gpus();
 
 class OnGpu : public testing::Test {
  protected:

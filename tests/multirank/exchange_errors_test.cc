@@ -7,6 +7,7 @@
 #include <functional>
 #include <limits>
 
+#include "multirank/exchange_rejection.h"
 #include "multirank/exchange_small.h"
 
 namespace tokenyard::exchange_test {
@@ -17,26 +18,8 @@ constexpr int kCulprit = 1;
 
 using Tokens = SmallTokens<float>;
 
-// Runs `bad` on the culprit and `good` on its peers, at the same time.
 void expect_rejection(World& world, const std::string& text, const std::function<void()>& good, const std::function<void()>& bad) {
-  if (world.rank() == kCulprit) {
-    try {
-      bad();
-      ADD_FAILURE() << "no error; expected one with '" << text << "'";
-    } catch (const UsageError& error) {
-      EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what() << "\nexpected '" << text << "'";
-    }
-    return;
-  }
-  try {
-    good();
-    ADD_FAILURE() << "rank " << world.rank() << " did not fail a call that rank " << kCulprit << " rejected: " << text;
-  } catch (const TransportError& error) {
-    EXPECT_EQ(error.failure().kind, FailureKind::aborted) << error.what();
-    EXPECT_EQ(error.failure().peer, kCulprit) << error.what();
-    EXPECT_EQ(error.failure().rank, world.rank()) << error.what();
-    EXPECT_NE(error.failure().detail.find(text), std::string::npos) << error.what() << "\nexpected '" << text << "'";
-  }
+  exchange_test::expect_rejection(world, kCulprit, text, good, bad);
 }
 
 using In = DispatchInput;

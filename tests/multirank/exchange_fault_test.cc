@@ -3,14 +3,8 @@
 // The victim ends in the middle of a phase by a trap: a tensor without access rights, whose first read or write by the library
 // raises SIGSEGV, and the handler kills or stops the process there.
 
-#include <fcntl.h>
 #include <gtest/gtest.h>
-#include <signal.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
-#include <atomic>
-#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -18,6 +12,7 @@
 
 #include "multirank/exchange_processes.h"
 #include "multirank/exchange_small.h"
+#include "multirank/victim.h"
 
 namespace tokenyard::exchange_test {
 namespace {
@@ -26,40 +21,6 @@ constexpr int kRanks = 4;
 constexpr int kVictim = 2;
 constexpr int kStopTimeoutMs = 800;  // of the exchange, when the victim is stopped
 constexpr std::int64_t kMs = 1'000'000;
-
-// In a file that all rank processes map.
-struct Scoreboard {
-  std::atomic<std::int64_t> ended_ns;  // when the victim died or stopped
-  std::atomic<int> victim_pid;
-  std::atomic<int> reported;  // survivors that are done
-};
-
-std::int64_t now_ns() {
-  timespec now{};
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return now.tv_sec * 1'000'000'000LL + now.tv_nsec;
-}
-
-Scoreboard* scoreboard = nullptr;  // of this process; the signal handler needs it
-int end_signal = 0;
-
-void map_scoreboard(const std::string& path) {
-  const int file = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  ASSERT_GE(file, 0) << path;
-  ASSERT_EQ(ftruncate(file, sizeof(Scoreboard)), 0);
-  void* memory = mmap(nullptr, sizeof(Scoreboard), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-  close(file);
-  ASSERT_NE(memory, MAP_FAILED);
-  scoreboard = static_cast<Scoreboard*>(memory);
-}
-
-// Ends this process here and now. What it does is safe in a signal handler.
-void end_here() {
-  scoreboard->victim_pid.store(getpid());
-  scoreboard->ended_ns.store(now_ns());
-  kill(getpid(), end_signal);
-  while (true) pause();  // a stopped process that is woken has nothing left to do
-}
 
 // Memory whose first use by anybody ends this process.
 void* trap(std::size_t bytes) {
@@ -196,7 +157,7 @@ void fault(World& world, const std::string& argument) {
     expect_report(error.failure(), *scenario, (now_ns() - scoreboard->ended_ns.load()) / kMs);
     EXPECT_THROW(exchange.check(), TransportError);
   }
-  if (scoreboard->reported.fetch_add(1) + 2 == kRanks) kill(scoreboard->victim_pid.load(), SIGKILL);  // a stopped one must go too
+  report_done(kRanks - 1);
 }
 const RegisterBody kFault("fault", fault);
 

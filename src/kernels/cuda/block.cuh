@@ -13,8 +13,34 @@ __device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kLan
 __device__ inline int warps_of_block() { return static_cast<int>(blockDim.x) / kLanes; }
 __device__ inline unsigned lanes_below() { return (1U << lane_index()) - 1; }
 
-// has_failed, but the same in every thread: another block may fail between two threads' looks.
-__device__ inline bool block_has_failed(const Context& c) { return __syncthreads_or(has_failed(c)) != 0; }
+// Neighbours run on different multiprocessors: a few pieces of work spread over all of them.
+__device__ __forceinline__ std::int64_t grid_warp() { return static_cast<std::int64_t>(warp_index()) * gridDim.x + blockIdx.x; }
+__device__ __forceinline__ std::int64_t grid_warps() { return static_cast<std::int64_t>(warps_of_block()) * gridDim.x; }
+
+// Pieces of work, each for one warp. Warps begin with one each, and take the next as they come for it: some multiprocessors are
+// nearer to the links than others. The counter is zero between kernels.
+class Pieces {
+ public:
+  __device__ explicit Pieces(std::uint32_t* counter) : counter_(counter), current_(grid_warp()) { take(); }
+  __device__ std::int64_t current() const { return current_; }
+  __device__ std::int64_t next() const { return __shfl_sync(kAllLanes, next_, 0); }
+  __device__ void advance() {
+    current_ = next();
+    take();
+  }
+
+ private:
+  // Long before it is needed, since it is a trip to the L2 cache.
+  __device__ void take() {
+    if (lane_index() == 0) next_ = grid_warps() + atomicAdd(counter_, 1U);
+  }
+  std::uint32_t* counter_;
+  std::int64_t current_;
+  std::int64_t next_ = 0;  // in lane 0
+};
+
+// has_failed, the same in every thread: one looks, for all blocks look at the same words.
+__device__ inline bool block_has_failed(const Context& c) { return __syncthreads_or(threadIdx.x == 0 && has_failed(c)) != 0; }
 
 // The header as this rank announces it: a cached dispatch names the call that filled the handle, and only the device knows it.
 __device__ inline protocol::CallHeader complete_header(protocol::CallHeader header, const HandleView& handle) {
@@ -22,29 +48,35 @@ __device__ inline protocol::CallHeader complete_header(protocol::CallHeader head
   return header;
 }
 
-// By all threads of block 0, first in a call: settles what came before, then tells everybody. Block-uniform.
-__device__ inline bool begin_call(const Context& c, const protocol::CallHeader& header, int buffer) {
+// has_failed once more, and the end of the call.
+__device__ inline void end_call(const Context& c) { end_call(c, block_has_failed(c)); }
+
+// By all threads of one block, first in a call: settles what came before, then tells everybody. Block-uniform.
+__device__ inline bool begin_call(const Context& c, const protocol::CallHeader& header, std::uint32_t offer) {
   if (!settle(c)) return false;
-  announce(c, header, static_cast<std::uint64_t>(buffer));
+  announce(c, header, offer, call_number(c));
   return true;
 }
 
-// By any block: waits until every other rank has begun the same call. Not for this rank itself: block 0 may still wait for a
-// peer before it announces, and that peer is to blame, not this rank. What a peer announces, it announces after it has left
-// every earlier call. Block-uniform; false: the call has failed.
+// By any block: waits until every other rank has begun the call; block 0 also checks that it is the same one, the others only that
+// what they are about to write is theirs to write: neither harms a peer that makes another call. Not for this rank itself: block 0
+// may still wait for a peer before it announces, and that peer is to blame, not this rank. What a peer announces, it announces
+// after it has left every earlier call. Block-uniform; false: the call has failed.
 __device__ inline bool wait_for_peers(const Context& c, const protocol::CallHeader& header, Phase phase) {
+  const bool is_combine = header.operation == protocol::Operation::combine;
   bool good = true;
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
     if (peer == c.rank) continue;
-    good = wait_for_flag(c, Flag::begun, peer, phase) && agrees(c, header, peer, phase) && good;
+    good = wait_for_flag(c, Flag::begun, peer, phase) && good;
+    const bool is_other = (protocol::offered_buffer(*flag_of(c, Flag::begun, peer)) == protocol::kNoBuffer) != is_combine;
+    if (good && (blockIdx.x == 0 || is_other)) good = agrees(c, header, peer, phase);
   }
   return __syncthreads_and(good) != 0;
 }
 
-// The receive buffer that `rank` offers for `call`. This rank's own is known where its announcement may not be there yet.
-__device__ inline int buffer_of(const Context& c, int rank, std::uint64_t call, int own_buffer) {
-  if (rank == c.rank) return own_buffer;
-  return static_cast<int>(mailbox(c, c.rank, rank).buffer[call % protocol::kRing]);
+// The receive buffer that `rank`, which has begun, offers. This rank's own is known where its announcement may not be there yet.
+__device__ inline int buffer_of(const Context& c, int rank, int own_buffer) {
+  return rank == c.rank ? own_buffer : protocol::offered_buffer(*flag_of(c, Flag::begun, rank));
 }
 
 // What this rank has sent, behind the rows of a dispatch; by the threads of one block.

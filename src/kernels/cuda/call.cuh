@@ -14,6 +14,9 @@ __device__ inline std::byte* arena(const Context& c, int rank) { return c.arenas
 __device__ inline protocol::DeviceMailbox& mailbox(const Context& c, int owner, int writer) {
   return *reinterpret_cast<protocol::DeviceMailbox*>(arena(c, owner) + c.layout.mailboxes + writer * c.layout.mailbox_bytes);
 }
+__device__ inline const std::uint64_t* flag_of(const Context& c, Flag flag, int peer) {
+  return &mailbox(c, c.rank, peer).flags[static_cast<int>(flag)];
+}
 __device__ inline std::byte* receive_rows(const Context& c, int owner, int buffer) {
   return arena(c, owner) + c.layout.rows + buffer * c.layout.rows_bytes;
 }
@@ -33,6 +36,10 @@ __device__ inline std::int32_t* count_row(const Context& c, int owner, int write
   return reinterpret_cast<std::int32_t*>(arena(c, owner) + c.layout.counts +
                                          static_cast<std::int64_t>((call % 2) * c.shape.ranks + writer) * c.layout.counts_bytes);
 }
+// A flag word: `source`, which sets it, has stored its token for `owner`.
+__device__ inline std::uint64_t* arrival(const Context& c, int owner, int source, std::int64_t token) {
+  return reinterpret_cast<std::uint64_t*>(arena(c, owner) + c.layout.arrivals) + source * c.shape.max_tokens_per_rank + token;
+}
 __device__ inline protocol::DeviceBeacon& beacon(const Context& c, int owner) {
   return *reinterpret_cast<protocol::DeviceBeacon*>(arena(c, owner) + c.layout.beacon);
 }
@@ -42,7 +49,8 @@ __device__ inline protocol::DeviceBeacon& beacon(const Context& c, int owner) {
 __device__ inline std::uint64_t call_number(const Context& c) { return *const_cast<volatile std::uint64_t*>(&c.state->call) + 1; }
 __device__ inline bool has_failed(const Context& c) {
   const volatile protocol::DeviceState& state = *c.state;
-  return state.failed != 0 || state.dead_call == state.call + 1;
+  const std::uint64_t failed = state.failed, dead_call = state.dead_call, call = state.call;  // loaded at once
+  return failed != 0 || dead_call == call + 1;
 }
 
 // The first failure of a call is the one that is told.
@@ -98,33 +106,47 @@ __device__ inline bool is_hopeless(const Context& c, int peer, Phase phase, std:
   return false;
 }
 
-// Waits in this thread until `peer` has set `flag` for the call under way or a later one. False: the call has failed.
-__device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase, std::uint64_t call) {
-  const std::uint64_t* word = &mailbox(c, c.rank, peer).flags[static_cast<int>(flag)];
-  if (ptx::load_acquire(word) >= call) return true;
+// Waits in this thread until `peer` has set the word to `least` or more, for call `call`. False: the call has failed.
+__device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word, std::uint64_t least, int peer, Phase phase,
+                                     std::uint64_t call) {
+  std::uint64_t seen;
+  const auto is_set = [&] { return (seen = ptx::load_acquire(word)) >= least; };
+  if (is_set()) return true;
   protocol::DeviceBeacon& mine = beacon(c, c.rank);
   const std::uint64_t begin = ptx::global_timer_ns();
   constexpr int kLookEvery = 256;  // waits are short: look for trouble now and then
   while (true) {
     for (int i = 0; i < kLookEvery; ++i) {
-      if (ptx::load_acquire(word) >= call) {
+      if (is_set()) {
         mine.waiting_on = 0;
         return true;
       }
     }
-    const std::uint64_t seen = ptx::load_acquire(word);
+    const std::uint64_t last = protocol::flag_call(seen);
     mine.call = call;
     mine.phase = static_cast<std::uint32_t>(phase);
     mine.waiting_on = static_cast<std::uint32_t>(peer) + 1;
-    if (is_hopeless(c, peer, phase, seen)) return ptx::load_acquire(word) >= call && !has_failed(c);
+    if (is_hopeless(c, peer, phase, last)) return is_set() && !has_failed(c);
     if (ptx::global_timer_ns() - begin > c.timeout_ns) {
-      fail(c, FailureKind::timeout, phase, peer, static_cast<std::int64_t>(seen));
+      fail(c, FailureKind::timeout, phase, peer, static_cast<std::int64_t>(last));
       return false;
     }
   }
 }
+__device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase, std::uint64_t call) {
+  return wait_for_word(c, flag_of(c, flag, peer), protocol::flag_word(call), peer, phase, call);
+}
 __device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase) {
   return wait_for_flag(c, flag, peer, phase, call_number(c));
+}
+
+// Waits in this thread until this rank itself has begun: another block sees to it, and to deadlines.
+__device__ inline bool wait_for_own_begin(const Context& c, std::uint64_t call) {
+  const std::uint64_t* word = flag_of(c, Flag::begun, c.rank);
+  while (protocol::flag_call(ptx::load_acquire(word)) < call) {
+    if (has_failed(c)) return false;
+  }
+  return true;
 }
 
 // The whole block waits for `flag` of every rank, itself included. Block-uniform; false: the call has failed. Ends with a
@@ -136,38 +158,46 @@ __device__ inline bool wait_for_all(const Context& c, Flag flag, Phase phase, st
 }
 __device__ inline bool wait_for_all(const Context& c, Flag flag, Phase phase) { return wait_for_all(c, flag, phase, call_number(c)); }
 
-// Tells `peer`, by one thread. release at system scope: publishes what this thread has done and seen before.
-__device__ inline void set_flag(const Context& c, Flag flag, int peer) {
-  ptx::store_release(&mailbox(c, peer, c.rank).flags[static_cast<int>(flag)], call_number(c));
+// Tells `peer`, by one thread. release at system scope: publishes what this thread has done and seen before, and so what
+// other threads have done before a barrier or a ticket that lies behind it.
+__device__ inline void set_flag(const Context& c, Flag flag, int peer, std::uint64_t call, std::uint32_t bits = 0) {
+  ptx::store_release(&mailbox(c, peer, c.rank).flags[static_cast<int>(flag)], protocol::flag_word(call, bits));
 }
-// By the threads of one block, after a barrier behind the work to publish. The fence makes other threads' work, which the
-// barrier has ordered before, part of what the flag publishes.
+// By the threads of one block, after a barrier behind the work to publish.
 __device__ inline void set_flag_everywhere(const Context& c, Flag flag, std::uint64_t call) {
-  for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
-    __threadfence_system();
-    ptx::store_release(&mailbox(c, (c.rank + 1 + i) % c.ranks, c.rank).flags[static_cast<int>(flag)], call);
-  }
+  for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) set_flag(c, flag, (c.rank + 1 + i) % c.ranks, call);
 }
 __device__ inline void set_flag_everywhere(const Context& c, Flag flag) { set_flag_everywhere(c, flag, call_number(c)); }
 
-// What this rank is about to do, to every peer; by the threads of one block (block 0 of a call's first kernel).
-__device__ inline void announce(const Context& c, protocol::CallHeader header, std::uint64_t buffer) {
-  header.call = call_number(c);
+// Tells every peer that this rank has begun and what it offers; then, for that is needed later, what call it makes. By the threads
+// of one block.
+__device__ inline void announce(const Context& c, protocol::CallHeader header, std::uint32_t offer, std::uint64_t call) {
+  header.call = 0;
   for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
-    protocol::DeviceMailbox& box = mailbox(c, (c.rank + i) % c.ranks, c.rank);
-    box.headers[header.call % protocol::kRing] = header;
-    box.buffer[header.call % protocol::kRing] = buffer;
-    __threadfence_system();
-    ptx::store_release(&box.flags[static_cast<int>(Flag::begun)], header.call);
+    const int peer = (c.rank + 1 + i) % c.ranks;
+    set_flag(c, Flag::begun, peer, call, offer);
+    protocol::CallHeader& to = mailbox(c, peer, c.rank).headers[call % protocol::kRing];
+    to = header;
+    ptx::store_release(&to.call, call);
+  }
+}
+// The same at once; publishes what the block has done before a barrier as well.
+__device__ inline void announce_at_once(const Context& c, protocol::CallHeader header, std::uint32_t offer, std::uint64_t call) {
+  header.call = call;
+  for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
+    const int peer = (c.rank + 1 + i) % c.ranks;
+    mailbox(c, peer, c.rank).headers[call % protocol::kRing] = header;
+    set_flag(c, Flag::begun, peer, call, offer);
   }
 }
 
 // After Flag::begun of `peer` was seen: does it make the same call?
 __device__ inline bool agrees(const Context& c, protocol::CallHeader header, int peer, Phase phase) {
   header.call = call_number(c);
-  const protocol::CallHeader theirs = mailbox(c, c.rank, peer).headers[header.call % protocol::kRing];
+  const protocol::CallHeader& box = mailbox(c, c.rank, peer).headers[header.call % protocol::kRing];
+  if (!wait_for_word(c, &box.call, header.call, peer, phase, header.call)) return false;
+  const protocol::CallHeader theirs = box;
   if (theirs == header) return true;
-  if (ptx::load_acquire(&mailbox(c, c.rank, peer).flags[static_cast<int>(Flag::begun)]) > header.call + 2) return true;  // long past
   protocol::ErrorRecord record;
   record.kind = static_cast<std::uint32_t>(FailureKind::mismatch);
   record.phase = static_cast<std::uint32_t>(phase);
@@ -200,7 +230,7 @@ __device__ inline bool settle(const Context& c) {
     if (last_pull != 0) good = wait_for_flag(c, Flag::reads, peer, Phase::combine_read, last_pull) && good;
   }
   good = __syncthreads_and(good) != 0;
-  if (threadIdx.x == 0 && good) c.state->unsettled = 0;
+  if (threadIdx.x == 0 && good && unsettled != 0) c.state->unsettled = 0;
   return good;
 }
 
@@ -210,23 +240,23 @@ __device__ inline bool is_last_block(const Context& c, int ticket) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence_system();
-    const std::uint32_t blocks = gridDim.x * gridDim.y;
-    last = atomicAdd(&c.tickets[ticket], 1U) == blocks - 1;
+    last = ptx::add_acquire_release(&c.tickets[ticket], 1U) == gridDim.x * gridDim.y - 1;
     if (last) c.tickets[ticket] = 0;
-    __threadfence_system();
   }
   __syncthreads();
   return last;
 }
 
 // Ends the call, in the last block of its last kernel. A call that has failed is left: peers may go on to the next one.
-__device__ inline void end_call(const Context& c) {
-  if (has_failed(c)) set_flag_everywhere(c, Flag::left);
-  if (c.state->failed != 0) {
-    for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) ptx::store_release(&mailbox(c, peer, c.rank).failed, c.state->failed);
+__device__ inline void end_call(const Context& c, bool failed) {
+  if (failed) {
+    set_flag_everywhere(c, Flag::left);
+    if (c.state->failed != 0) {
+      for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x)
+        ptx::store_release(&mailbox(c, peer, c.rank).failed, c.state->failed);
+    }
+    __syncthreads();
   }
-  __syncthreads();
   if (threadIdx.x == 0) c.state->call = c.state->call + 1;
 }
 

@@ -27,10 +27,8 @@ const Preloaded preloaded({{combine_fused_kernel<Dtype::float32, true>},
 }  // namespace
 
 void launch_combine_fused(const CombineArgs& args, Stream stream) {
-  const CombineLaunch launch(args, stream, true);
-  visit_combined(args, [&](auto dtype, auto is_aligned) {
-    cudaLaunchKernelEx(&launch.config, combine_fused_kernel<dtype.value, is_aligned.value>, args);
-  });
+  const CombineLaunch launch(args, stream, Resident::together);
+  visit_combined(args, [&](auto dtype, auto is_aligned) { launch(combine_fused_kernel<dtype.value, is_aligned.value>, args); });
 }
 
 }  // namespace tokenyard::cuda

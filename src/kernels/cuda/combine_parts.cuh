@@ -1,13 +1,12 @@
 #pragma once
 // What the kernels of a combine share: how they begin, the rows of y that belong to a received row, and their fold.
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
 #include "kernels/cuda/block.cuh"
 #include "kernels/cuda/combine_arithmetic.h"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/preload.h"
 
@@ -20,16 +19,12 @@ constexpr int kStepBytes = kLanes * kVectorBytes;  // what a warp reads of a row
 // Tickets of is_last_block.
 enum CombineTicket { kCombineEnd, kCombinePushed };
 
-// Neighbours run on different multiprocessors: a few pieces of work spread over all of them.
-__device__ __forceinline__ std::int64_t grid_warp() { return static_cast<std::int64_t>(warp_index()) * gridDim.x + blockIdx.x; }
-__device__ __forceinline__ std::int64_t grid_warps() { return static_cast<std::int64_t>(warps_of_block()) * gridDim.x; }
-
 // In every block of a call's first kernel: waits until all peers make the same call and their arenas may be written. Block-uniform.
 __device__ inline bool begin_combine(const CombineArgs& args) {
   const Context& c = args.context;
   if (block_has_failed(c)) return false;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
-  if (blockIdx.x == 0 && !begin_call(c, header, 0)) return false;
+  if (blockIdx.x == 0 && !begin_call(c, header, protocol::offer(protocol::kNoBuffer))) return false;
   return wait_for_peers(c, header, Phase::combine_credit);
 }
 
@@ -128,16 +123,17 @@ __device__ inline int list_leaves(const CombineArgs& args, std::int64_t i, const
   return count;
 }
 
-// Calls step(constant n, first) for [begin, end) in batches: of four, then one of what is left. Each size is code of its
-// own, without conditions between its loads.
-template <class Step>
+// Calls step(constant n, first) for [begin, end) in batches: of kMost, then one of what is left. Each size is code of its own,
+// without conditions between its loads.
+template <int kMost = 4, class Step>
 __device__ __forceinline__ void for_each_batch(int begin, int end, Step&& step) {
+  static_assert(kMost <= 4, "a case for each rest");
   int first = begin;
 #pragma unroll 1
-  for (; first + 4 <= end; first += 4) step(std::integral_constant<int, 4>(), first);
+  for (; first + kMost <= end; first += kMost) step(std::integral_constant<int, kMost>(), first);
   const int rest = end - first;
-  if (rest == 3) step(std::integral_constant<int, 3>(), first);
-  if (rest == 2) step(std::integral_constant<int, 2>(), first);
+  if (kMost > 3 && rest == 3) step(std::integral_constant<int, 3>(), first);
+  if (kMost > 2 && rest == 2) step(std::integral_constant<int, 2>(), first);
   if (rest == 1) step(std::integral_constant<int, 1>(), first);
 }
 
@@ -205,24 +201,10 @@ void visit_combined(const CombineArgs& args, Visitor&& visitor) {
   });
 }
 
-struct CombineLaunch {
-  cudaLaunchAttribute attribute = {};
-  cudaLaunchConfig_t config = {};
-
-  // cooperative: all blocks are resident at once, so they may wait for each other.
-  CombineLaunch(const CombineArgs& args, Stream stream, bool cooperative) {
-    const int threads = combine_threads(args);
-    config.gridDim = dim3(static_cast<unsigned>(args.blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<std::size_t>(threads / kLanes * list_bytes(args));
-    config.stream = stream;
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-    config.attrs = &attribute;
-    config.numAttrs = cooperative ? 1 : 0;
-  }
-  CombineLaunch(const CombineLaunch&) = delete;
-  CombineLaunch& operator=(const CombineLaunch&) = delete;
+struct CombineLaunch : Launch {
+  CombineLaunch(const CombineArgs& args, Stream stream, Resident resident)
+      : Launch(args.blocks, combine_threads(args), static_cast<std::size_t>(combine_threads(args) / kLanes * list_bytes(args)), stream,
+               resident) {}
 };
 
 }  // namespace tokenyard::cuda

@@ -21,10 +21,8 @@ const Preloaded preloaded({{combine_push_kernel<Dtype::float32, true>},
 }  // namespace
 
 void launch_combine_push(const CombineArgs& args, Stream stream) {
-  const CombineLaunch launch(args, stream, false);
-  visit_combined(args, [&](auto dtype, auto is_aligned) {
-    cudaLaunchKernelEx(&launch.config, combine_push_kernel<dtype.value, is_aligned.value>, args);
-  });
+  const CombineLaunch launch(args, stream, Resident::any);
+  visit_combined(args, [&](auto dtype, auto is_aligned) { launch(combine_push_kernel<dtype.value, is_aligned.value>, args); });
 }
 
 }  // namespace tokenyard::cuda

@@ -22,10 +22,8 @@ const Preloaded preloaded({{combine_sum_kernel<Dtype::float32, true>},
 }  // namespace
 
 void launch_combine_sum(const CombineArgs& args, Stream stream) {
-  const CombineLaunch launch(args, stream, false);
-  visit_combined(args, [&](auto dtype, auto is_aligned) {
-    cudaLaunchKernelEx(&launch.config, combine_sum_kernel<dtype.value, is_aligned.value>, args);
-  });
+  const CombineLaunch launch(args, stream, Resident::any);
+  visit_combined(args, [&](auto dtype, auto is_aligned) { launch(combine_sum_kernel<dtype.value, is_aligned.value>, args); });
 }
 
 }  // namespace tokenyard::cuda

@@ -142,7 +142,7 @@ __device__ __forceinline__ void sum_columns(const SumRow& row, const WarpLists& 
   if constexpr (kFolds) fold_columns<kDtype, kAligned, kColumns>(lists, 0, counts.y, vector, own);
   ColumnSums<kDtype, kColumns, kSum == Sum::grouped> sums;
   sums.begin(row, vector);
-  for_each_batch(0, counts.x, [&](auto size, int first) {
+  for_each_batch<kColumns == 4 ? 2 : 4>(0, counts.x, [&](auto size, int first) {
     int4 rows[size.value][kColumns];
 #pragma unroll
     for (int j = 0; j < size.value; ++j) {
@@ -162,6 +162,12 @@ __device__ __forceinline__ void sum_columns(const SumRow& row, const WarpLists& 
 template <Dtype kDtype, bool kAligned, Sum kSum>
 __device__ __forceinline__ void sum_vectors(SumRow row, WarpLists lists, int2 counts, int vector, int end) {
   constexpr int kMany = kSum == Sum::grouped ? 1 : 2;
+  if constexpr (kSum == Sum::pulled) {  // few terms: more columns at once instead
+#pragma unroll 1
+    for (; counts.x <= 2 && vector + 3 * kLanes < end; vector += 4 * kLanes) {
+      sum_columns<kDtype, kAligned, kSum, 4>(row, lists, counts, vector);
+    }
+  }
 #pragma unroll 1
   for (; vector + (kMany - 1) * kLanes < end; vector += kMany * kLanes) {
     sum_columns<kDtype, kAligned, kSum, kMany>(row, lists, counts, vector);

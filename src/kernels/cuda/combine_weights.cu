@@ -34,8 +34,8 @@ const Preloaded preloaded({{combine_weights_kernel}});
 }  // namespace
 
 void launch_combine_weights(const CombineArgs& args, Stream stream) {
-  const CombineLaunch launch(args, stream, false);
-  cudaLaunchKernelEx(&launch.config, combine_weights_kernel, args);
+  const CombineLaunch launch(args, stream, Resident::any);
+  launch(combine_weights_kernel, args);
 }
 
 }  // namespace tokenyard::cuda

@@ -19,9 +19,8 @@ __global__ void reject_call(const __grid_constant__ Context c, const char* reaso
   }
   __syncthreads();
   for (int peer = threadIdx.x; peer < c.ranks; peer += kControlThreads) {
-    __threadfence_system();
     ptx::store_release(&mailbox(c, peer, c.rank).aborted, call);  // release: publishes the reason
-    set_flag(c, Flag::left, peer);
+    set_flag(c, Flag::left, peer, call);
   }
   __syncthreads();
   if (threadIdx.x != 0) return;

@@ -18,7 +18,7 @@ struct Matrix {
   std::int64_t column_stride = 0;
 };
 
-// ---- dispatch, throughput mode: plan, move, land (throughput) or dispatch_slots (latency), then the layout's kernels ----
+// ---- dispatch: plan and move (throughput) or slots (latency), then the layout's kernels ----
 
 // Routing of this rank's tokens.
 struct RoutingArgs {
@@ -91,17 +91,8 @@ struct MoveArgs {
   HandleView handle;
   HostCounts* host = nullptr;  // latency mode, pinned
   bool cached = false;         // slots of the handle are final, no records travel
+  bool last = false;           // ends the call
   int blocks = 1;              // of the grid: at most what may be resident at once beside everything else on the device
-};
-
-// Throughput mode: waits for the rows of every source, then turns records into the handle's received rows [0, receive_rows).
-struct LandArgs {
-  Context context;
-  HandleView handle;
-  std::int32_t buffer = 0;
-  std::int32_t local_experts = 0;  // of this rank
-  bool cached = false;             // only waits
-  bool last = false;               // ends the call
 };
 
 // From received rows to the rows and metadata of a layout: what Received shows beyond the handle's own arrays.
@@ -180,11 +171,12 @@ void launch_wait_reads(const Context& context, Stream stream);
 // Within a combine, at_source: waits until every rank's weights are here.
 void launch_wait_weights(const Context& context, Stream stream);
 void launch_plan(const PlanArgs& args, Stream stream);
-void launch_move(const MoveArgs& args, Stream stream);  // throughput: every row once to each of its ranks, into its slot
-void launch_land(const LandArgs& args, Stream stream);
-void launch_slots(const MoveArgs& args, bool last, Stream stream);  // latency mode: moves, waits and lands in one kernel
-void launch_layout(const LayoutArgs& args, Stream stream);          // several kernels
-void launch_spread(const SpreadArgs& args, Stream stream);          // local, behind its call
+// Throughput: every row once to each of its ranks, into its slot; then waits for every source, and turns its records into the
+// handle's received rows [0, receive_rows).
+void launch_move(const MoveArgs& args, Stream stream);
+void launch_slots(const MoveArgs& args, Stream stream);     // latency mode: moves, waits and lands in slots that need no plan
+void launch_layout(const LayoutArgs& args, Stream stream);  // several kernels
+void launch_spread(const SpreadArgs& args, Stream stream);  // local, behind its call
 
 void launch_combine_weights(const CombineArgs& args, Stream stream);  // at_source: this rank's weights go to where its rows went
 void launch_combine_push(const CombineArgs& args, Stream stream);     // fold or copy, into the owners' staging

@@ -1,20 +1,9 @@
 // Which of the two ways rows are moved.
 
-#include <cuda_runtime_api.h>
-
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/move_job.h"
 
 namespace tokenyard::cuda {
-namespace {
-
-bool has_bulk_copies() {
-  constexpr int kHopper = 9;
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= kHopper;
-}
-
-}  // namespace
 
 void launch_move(const MoveArgs& args, Stream stream) {
   const MoveJob job = move_job(args);

@@ -1,13 +1,11 @@
 #pragma once
-// What both ways of moving rows share: where a token's rows go, the scales and records beside them, how a move begins and ends.
+// What both ways of moving rows share: how a move begins, where a token's rows go, and what is sent and lands beside them.
 
-#include "kernels/cuda/received.cuh"
+#include "kernels/cuda/land.cuh"
 #include "kernels/cuda/routing.cuh"
 #include "kernels/cuda/source.cuh"
 
 namespace tokenyard::cuda {
-
-enum MoveTicket { kMoveTicket };
 
 // Opens the call of a cached dispatch; behind a plan every rank is known to have begun. Block-uniform.
 __device__ inline bool begin_move(const MoveArgs& args) {
@@ -15,18 +13,8 @@ __device__ inline bool begin_move(const MoveArgs& args) {
   if (block_has_failed(c)) return false;
   if (!args.cached) return true;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
-  if (blockIdx.x == 0 && !begin_call(c, header, args.buffer)) return false;
+  if (blockIdx.x == 0 && !begin_call(c, header, protocol::offer(args.buffer))) return false;
   return wait_for_peers(c, header, Phase::dispatch_credit);
-}
-
-// The last block tells every rank that its rows are there. Each thread's stores are complete, or ordered by the fences of
-// is_last_block.
-__device__ inline void finish_move(const MoveJob& job) {
-  const Context& c = job.args.context;
-  if (!is_last_block(c, kMoveTicket)) return;
-  if (block_has_failed(c)) return;
-  set_flag_everywhere(c, Flag::rows);
-  add_link_bytes(c, job.args.handle.sent_counts, job.args.source.row_bytes + job.scales.row_bytes);
 }
 
 __device__ inline std::int32_t tokens_of(const MoveArgs& args) {
@@ -42,7 +30,7 @@ struct Targets {
   std::byte* record = nullptr;
 };
 
-__device__ inline Targets targets_of(const MoveJob& job, std::int32_t token, int first_rank, std::uint64_t call) {
+__device__ inline Targets targets_of(const MoveJob& job, std::int32_t token, int first_rank) {
   const Context& c = job.args.context;
   const int rank = first_rank + lane_index();
   const std::int32_t slot = rank < c.ranks ? job.args.handle.slots[static_cast<std::int64_t>(token) * c.ranks + rank] : -1;
@@ -50,7 +38,7 @@ __device__ inline Targets targets_of(const MoveJob& job, std::int32_t token, int
   targets.first_rank = first_rank;
   targets.present = __ballot_sync(kAllLanes, slot >= 0);
   if (slot < 0) return targets;
-  const int buffer = buffer_of(c, rank, call, job.args.buffer);
+  const int buffer = buffer_of(c, rank, job.args.buffer);
   targets.row = receive_rows(c, rank, buffer) + slot * job.args.source.row_bytes;
   targets.scales = receive_scales(c, rank, buffer) + slot * job.scales.row_bytes;
   targets.record = receive_records(c, rank, buffer) + slot * c.shape.record_bytes();
@@ -109,5 +97,50 @@ __device__ inline void write_records(const MoveArgs& args, std::int32_t token, c
     write_record(of_lane(targets.record, lane), head, choices, local_ids_at(args.routing, choices, rank), args.routing.top_k);
   });
 }
+
+// What a warp does beside its rows: sends scales and records of its share of the tokens, and lands its share of what arrives.
+class BesideRows {
+ public:
+  __device__ explicit BesideRows(const MoveJob& job) : job_(job) {}
+  // While a row is under way.
+  __device__ void go_on() {
+    if (!has_sent_) {
+      send();
+    } else if (!has_landed_ && !job_.args.cached && records_are_here(job_.args.context)) {
+      land();
+    }
+  }
+  __device__ void finish() {
+    if (!has_sent_) send();
+    if (!has_landed_ && !job_.args.cached && wait_for_records(job_.args.context)) land();
+  }
+
+ private:
+  __device__ void send() {
+    has_sent_ = true;
+    const Context& c = job_.args.context;
+    const std::int32_t tokens = tokens_of(job_.args);
+    if (job_.args.cached && job_.scales.units == 0) return;
+    for (auto token = static_cast<std::int32_t>(grid_warp()); token < tokens; token += static_cast<std::int32_t>(grid_warps())) {
+      TokenChoices choices;
+      if (!job_.args.cached) choices = choices_of(job_.args.routing, c.rank, token);
+      std::int32_t ordinal = 0;
+      for (int first = 0; first < c.ranks; first += kLanes) {
+        const Targets targets = targets_of(job_, token, first);
+        move_scales(job_, token, targets);
+        if (!job_.args.cached) write_records(job_.args, token, choices, targets, ordinal);
+      }
+    }
+    if (!job_.args.cached) publish_records(c);
+  }
+  __device__ void land() {
+    has_landed_ = true;
+    land_pairs(job_.args);
+  }
+
+  const MoveJob& job_;
+  bool has_sent_ = false;
+  bool has_landed_ = false;
+};
 
 }  // namespace tokenyard::cuda

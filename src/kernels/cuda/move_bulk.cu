@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/bulk.cuh"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/move.cuh"
 #include "kernels/cuda/preload.h"
 
@@ -46,11 +47,11 @@ __device__ void quantise_row(const MoveJob& job, std::int32_t token, const WarpM
 }
 
 // By the warp; lane 0 issues one store per rank.
-__device__ void store_row(const MoveJob& job, std::int32_t token, const std::byte* row, std::uint64_t call) {
+__device__ void store_row(const MoveJob& job, std::int32_t token, const std::byte* row) {
   const Context& c = job.args.context;
   const auto bytes = static_cast<std::uint32_t>(job.args.source.row_bytes);
   for (int first = 0; first < c.ranks; first += kLanes) {
-    const Targets targets = targets_of(job, token, first, call);
+    const Targets targets = targets_of(job, token, first);
     for_each_lane(targets.present, start_lane(c, token, first), [&](int lane) {
       std::byte* to = of_lane(targets.row, lane);
       if (lane_index() == 0) bulk::store(to, row, bytes);
@@ -59,56 +60,46 @@ __device__ void store_row(const MoveJob& job, std::int32_t token, const std::byt
   if (lane_index() == 0) bulk::commit();
 }
 
-// What goes beside the row, by ordinary stores.
-template <bool kQuantise>
-__device__ void store_metadata(const MoveJob& job, std::int32_t token, const TokenChoices& choices, const WarpMemory& memory,
-                               std::uint64_t call) {
-  const Context& c = job.args.context;
-  std::int32_t ordinal = 0;
-  for (int first = 0; first < c.ranks; first += kLanes) {
-    const Targets targets = targets_of(job, token, first, call);
-    if (targets.present == 0) continue;
-    if (kQuantise) {
-      move_staged_scales(targets, memory.scales, static_cast<int>(job.scales.row_bytes / 4), 0);
-    } else {
-      move_scales(job, token, targets);
-    }
-    if (!job.args.cached) write_records(job.args, token, choices, targets, ordinal);
+// The scales that were made with a row.
+__device__ void store_scales(const MoveJob& job, std::int32_t token, const std::byte* scales) {
+  for (int first = 0; first < job.args.context.ranks; first += kLanes) {
+    move_staged_scales(targets_of(job, token, first), scales, static_cast<int>(job.scales.row_bytes / 4), 0);
   }
 }
 
 template <bool kQuantise>
 __device__ void move_rows(const MoveJob& job, const WarpMemory& memory) {
   const MoveArgs& args = job.args;
-  const std::uint64_t call = call_number(args.context);
   const std::int32_t tokens = tokens_of(args);
-  const int step = static_cast<int>(gridDim.x) * warps_of_block();
-  std::int32_t token = warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  Pieces next(&args.context.tickets[kRowsTicket]);
+  BesideRows beside(job);
   int stage = 0;
   std::uint32_t parity = 0;
   if (!kQuantise && lane_index() == 0) {
     for (int i = 0; i < kStages; ++i) memory.barriers[i].init(1);
     bulk::publish_barriers();
-    if (token < tokens) prefetch(job, token, memory, stage);
+    if (next.current() < tokens) prefetch(job, static_cast<std::int32_t>(next.current()), memory, stage);
   }
   __syncwarp();
-  for (; token < tokens; token += step) {
-    TokenChoices choices;
-    if (!args.cached) choices = choices_of(args.routing, args.context.rank, token);
+  for (; next.current() < tokens; next.advance()) {
+    const auto token = static_cast<std::int32_t>(next.current());
     if constexpr (kQuantise) {
       quantise_row(job, token, memory, stage);
     } else {
       memory.barriers[stage].wait(parity);
     }
-    store_row(job, token, memory.stages + stage * args.source.row_bytes, call);
-    if (!kQuantise && lane_index() == 0 && token + step < tokens) {
+    store_row(job, token, memory.stages + stage * args.source.row_bytes);
+    if (kQuantise) store_scales(job, token, memory.scales);
+    if (const std::int64_t ahead = next.next(); !kQuantise && lane_index() == 0 && ahead < tokens) {
       bulk::wait_read<kStages - 1>();  // the other stage's stores have read it; this one's may go on
-      prefetch(job, token + step, memory, stage ^ 1);
+      prefetch(job, static_cast<std::int32_t>(ahead), memory, stage ^ 1);
     }
-    store_metadata<kQuantise>(job, token, choices, memory, call);
+    __syncwarp();
+    beside.go_on();
     stage ^= 1;
     if (stage == 0) parity ^= 1;
   }
+  beside.finish();
   if (lane_index() != 0) return;
   // This thread's bulk stores are complete, and ordered before the flag that is_last_block leads to.
   bulk::drain();
@@ -132,20 +123,12 @@ const Preloaded preloaded({{move_rows_bulk<false>, kAllSharedMemory}, {move_rows
 }  // namespace
 
 bool launch_move_bulk(const MoveJob& job, Stream stream) {
-  constexpr std::int64_t kStaticShared = 1024;  // at most: barriers, and what call.cuh and the system need
-  int device = 0, shared = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return false;
   const std::int64_t bytes = warp_bytes(job);
-  const std::int64_t warps = std::min<std::int64_t>(kMaxWarps, (shared - kStaticShared) / bytes);
+  const std::int64_t warps = std::min<std::int64_t>(kMaxWarps, most_shared_bytes() / bytes);
   if (warps < 1) return false;
-  const auto threads = static_cast<unsigned>(warps * kLanes);
-  const auto dynamic = static_cast<std::size_t>(warps * bytes);
-  if (job.args.source.quantise) {
-    move_rows_bulk<true><<<job.args.blocks, threads, dynamic, stream>>>(job);
-  } else {
-    move_rows_bulk<false><<<job.args.blocks, threads, dynamic, stream>>>(job);
-  }
+  const Launch launch(job.args.blocks, static_cast<int>(warps) * kLanes, static_cast<std::size_t>(warps * bytes), stream,
+                      Resident::together);
+  launch(job.args.source.quantise ? move_rows_bulk<true> : move_rows_bulk<false>, job);
   return true;
 }
 

@@ -1,5 +1,6 @@
 // Moves rows with register copies, one warp a row: any device, any alignment. A row is read once and stored once per rank.
 
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/move.cuh"
 #include "kernels/cuda/preload.h"
 
@@ -72,21 +73,16 @@ __global__ void __launch_bounds__(kVectorThreads, 1) move_rows_vector(const __gr
   const MoveArgs& args = job.args;
   if (begin_move(args)) {
     const Context& c = args.context;
-    const std::uint64_t call = call_number(c);
     const std::int32_t tokens = tokens_of(args);
-    const int step = static_cast<int>(gridDim.x) * warps_of_block();
-    for (std::int32_t token = warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); token < tokens; token += step) {
-      TokenChoices choices;
-      if (!args.cached) choices = choices_of(args.routing, c.rank, token);
-      std::int32_t ordinal = 0;
+    BesideRows beside(job);
+    for (Pieces next(&c.tickets[kRowsTicket]); next.current() < tokens; next.advance()) {
+      const auto token = static_cast<std::int32_t>(next.current());
       for (int first = 0; first < c.ranks; first += kLanes) {
-        const Targets targets = targets_of(job, token, first, call);
-        if (targets.present == 0) continue;
-        move_row<kQuantise>(job, token, targets, kQuantise ? &stages[warp_index()] : nullptr);
-        if (!kQuantise) move_scales(job, token, targets);
-        if (!args.cached) write_records(args, token, choices, targets, ordinal);
+        move_row<kQuantise>(job, token, targets_of(job, token, first), kQuantise ? &stages[warp_index()] : nullptr);
       }
+      beside.go_on();
     }
+    beside.finish();
   }
   finish_move(job);
 }
@@ -96,12 +92,10 @@ const Preloaded preloaded({{move_rows_vector<false>}, {move_rows_vector<true>, k
 }  // namespace
 
 void launch_move_vector(const MoveJob& job, Stream stream) {
-  if (job.args.source.quantise) {
-    constexpr int kShared = kVectorThreads / kLanes * static_cast<int>(sizeof(PieceStage));
-    move_rows_vector<true><<<job.args.blocks, kVectorThreads, kShared, stream>>>(job);
-  } else {
-    move_rows_vector<false><<<job.args.blocks, kVectorThreads, 0, stream>>>(job);
-  }
+  const bool quantise = job.args.source.quantise;
+  constexpr std::size_t kShared = kVectorThreads / kLanes * sizeof(PieceStage);
+  const Launch launch(job.args.blocks, kVectorThreads, quantise ? kShared : 0, stream, Resident::together);
+  launch(quantise ? move_rows_vector<true> : move_rows_vector<false>, job);
 }
 
 }  // namespace tokenyard::cuda

@@ -109,35 +109,35 @@ __device__ void count_chunk(const PlanArgs& args, ChunkMemory& memory) {
   }
 }
 
-// This rank's row of the count matrix, to everybody. release: the flag publishes it.
+// Tells everybody that this rank has begun, together with its row of the count matrix.
 __device__ void publish_counts(const PlanArgs& args, std::uint64_t call) {
   const Context& c = args.context;
   const int words = static_cast<int>(c.shape.count_words());
-  for (int i = 0; i < c.ranks; ++i) {
-    std::int32_t* row = count_row(c, (c.rank + 1 + i) % c.ranks, c.rank, call);
-    for (int word = threadIdx.x; word < words; word += kPlanThreads) row[word] = args.counts[word];
+  for (int word = threadIdx.x; word < words; word += kPlanThreads) {
+    const std::int32_t count = args.counts[word];
+    for (int i = 0; i < c.ranks; ++i) count_row(c, (c.rank + 1 + i) % c.ranks, c.rank, call)[word] = count;
   }
   __syncthreads();
-  set_flag_everywhere(c, Flag::counts, call);
+  announce_at_once(c, args.header, protocol::offer(args.buffer), call);
 }
 
-// args.counts becomes the sum over all ranks.
-__device__ void sum_counts(const PlanArgs& args, std::uint64_t call) {
+// sums becomes the sum over all ranks.
+__device__ void sum_counts(const PlanArgs& args, std::uint64_t call, std::int32_t* sums) {
   const Context& c = args.context;
   for (int word = threadIdx.x; word < c.shape.count_words(); word += kPlanThreads) {
     std::int32_t sum = 0;
 #pragma unroll 4
     for (int source = 0; source < c.ranks; ++source) sum += count_row(c, c.rank, source, call)[word];
-    args.counts[word] = sum;
+    sums[word] = sum;
   }
   __syncthreads();
 }
 
-__device__ ExpertTally tally_experts(const PlanArgs& args, const protocol::CountLimits& limits, int rank) {
+__device__ ExpertTally tally_experts(const PlanArgs& args, const protocol::CountLimits& limits, const std::int32_t* sums, int rank) {
   const Context& c = args.context;
   ExpertTally tally;
   for (int local = lane_index(); local < c.shape.max_local_experts; local += kLanes) {
-    tally.add(limits, local, args.counts[c.shape.instance_word(rank, local)]);
+    tally.add(limits, local, sums[c.shape.instance_word(rank, local)]);
   }
 #pragma unroll
   for (int distance = 1; distance < kLanes; distance *= 2) {
@@ -152,7 +152,7 @@ __device__ ExpertTally tally_experts(const PlanArgs& args, const protocol::Count
 }
 
 // From the sums, which every rank has: the same decision everywhere, so that all fail alike. One rank per warp. Block-uniform.
-__device__ bool everything_fits(const PlanArgs& args, LastMemory& memory) {
+__device__ bool everything_fits(const PlanArgs& args, const std::int32_t* sums, LastMemory& memory) {
   const Context& c = args.context;
   const protocol::CountLimits limits{.receive_rows = c.shape.receive_rows,
                                      .expert_capacity = args.limits.expert_capacity,
@@ -166,10 +166,10 @@ __device__ bool everything_fits(const PlanArgs& args, LastMemory& memory) {
   int mine_rank = -1;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     ExpertTally tally;
-    if (limits.expert_layout || rank == c.rank) tally = tally_experts(args, limits, rank);
-    const Overflow found = protocol::find_overflow(limits, args.counts[rank], tally);
+    if (limits.expert_layout || rank == c.rank) tally = tally_experts(args, limits, sums, rank);
+    const Overflow found = protocol::find_overflow(limits, sums[rank], tally);
     if (rank == c.rank && lane_index() == 0) {
-      memory.layout_rows = limits.expert_layout ? tally.layout_rows : args.counts[rank];
+      memory.layout_rows = limits.expert_layout ? tally.layout_rows : sums[rank];
       memory.pairs = tally.pairs;
     }
     if (found.excess == protocol::Excess::none || mine_rank >= 0) continue;
@@ -217,7 +217,7 @@ __device__ void place_rows(const PlanArgs& args, std::uint64_t call) {
 }
 
 // What the handle says of this rank's counts.
-__device__ void fill_handle(const PlanArgs& args, const LastMemory& memory, std::uint64_t call) {
+__device__ void fill_handle(const PlanArgs& args, const std::int32_t* sums, const LastMemory& memory, std::uint64_t call) {
   const Context& c = args.context;
   const HandleView& handle = args.handle;
   for (int rank = threadIdx.x; rank < c.ranks; rank += kPlanThreads) {
@@ -225,7 +225,7 @@ __device__ void fill_handle(const PlanArgs& args, const LastMemory& memory, std:
     handle.sent_counts[rank] = count_row(c, c.rank, c.rank, call)[rank];
   }
   for (int local = threadIdx.x; local < args.routing.local_experts; local += kPlanThreads) {
-    handle.expert_counts[local] = args.counts[c.shape.instance_word(c.rank, local)];
+    handle.expert_counts[local] = sums[c.shape.instance_word(c.rank, local)];
     handle.dropped[local] = 0;
   }
   if (warp_index() == 0) {
@@ -242,24 +242,21 @@ __device__ void fill_handle(const PlanArgs& args, const LastMemory& memory, std:
   if (threadIdx.x != 0) return;
   HandleView::Header header{.call = call,
                             .num_tokens = args.routing.num_tokens,
-                            .num_rows = args.counts[c.rank],
+                            .num_rows = sums[c.rank],
                             .layout_rows = static_cast<std::int32_t>(memory.layout_rows)};
   take_id_counts(c, header);
   *handle.header = header;
-  tell_host(args.host, call, header, static_cast<std::int32_t>(memory.pairs));
 }
 
 // By the last block. Block-uniform; false: the call has failed.
-__device__ bool exchange_and_place(const PlanArgs& args, LastMemory& memory) {
+__device__ bool exchange_and_place(const PlanArgs& args, std::uint64_t call, std::int32_t* sums, LastMemory& memory) {
   const Context& c = args.context;
-  if (block_has_failed(c)) return false;
-  const std::uint64_t call = call_number(c);
+  if (block_has_failed(c) || !settle(c)) return false;
   publish_counts(args, call);
-  if (!wait_until_begun(c, args.header, Phase::dispatch_credit)) return false;
-  if (!wait_for_all(c, Flag::counts, Phase::dispatch_counts, call)) return false;
-  sum_counts(args, call);
-  if (!everything_fits(args, memory)) return false;
-  fill_handle(args, memory, call);
+  if (!wait_until_begun(c, args.header, Phase::dispatch_counts)) return false;
+  sum_counts(args, call, sums);
+  if (!everything_fits(args, sums, memory)) return false;
+  fill_handle(args, sums, memory, call);
   place_rows(args, call);
   return true;
 }
@@ -268,20 +265,21 @@ __global__ void __launch_bounds__(kPlanThreads) plan_dispatch(const __grid_const
   __shared__ ChunkMemory chunk;
   __shared__ LastMemory last;
   const Context& c = args.context;
-  bool good = !block_has_failed(c);
-  if (good && blockIdx.x == 0) good = begin_call(c, args.header, args.buffer);
-  if (good) count_chunk(args, chunk);
+  if (!block_has_failed(c)) count_chunk(args, chunk);
   if (!is_last_block(c, kPlanTicket)) return;
-  if (!exchange_and_place(args, last)) {
+  const std::uint64_t call = call_number(c);
+  const int words = static_cast<int>(c.shape.count_words());
+  if (!exchange_and_place(args, call, words <= kHistogramWords ? chunk.counts : args.counts, last)) {
     __syncthreads();
     clear_counts(c, args.handle, args.routing.num_tokens, args.routing.local_experts);
     clear_sent(c, args.handle, args.routing.num_tokens);
-    __syncthreads();
-    if (threadIdx.x == 0) tell_host(args.host, call_number(c), *args.handle.header, 0);
+    last.pairs = 0;
   }
   __syncthreads();
-  for (int word = threadIdx.x; word < c.shape.count_words(); word += kPlanThreads) args.counts[word] = 0;
-  if (threadIdx.x == 0) reset_id_counts(c);
+  for (int word = threadIdx.x; word < words; word += kPlanThreads) args.counts[word] = 0;
+  if (threadIdx.x != 0) return;
+  reset_id_counts(c);
+  tell_host(args.host, call, *args.handle.header, static_cast<std::int32_t>(last.pairs));
 }
 
 const Preloaded preloaded({{plan_dispatch}});

@@ -1,8 +1,9 @@
-// Latency mode: one kernel announces the call, moves rows into slots that need no counts, tells the receivers, waits for what
-// others send, and lands it. Its blocks wait for each other and for peers, so all of them are resident at once.
+// Latency mode: one kernel announces the call, moves rows into slots that need no counts, flags every token by itself, and lands
+// what others send as it arrives. Its blocks wait for each other and for peers, so all of them are resident at once.
 
-#include <cuda_runtime_api.h>
+#include <algorithm>
 
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/preload.h"
 #include "kernels/cuda/received.cuh"
 #include "kernels/cuda/routing.cuh"
@@ -18,13 +19,15 @@ constexpr int kPieceBlocks = kPieceBytes / kQuantiseBlock;
 constexpr int kKnownPeers = 64;   // whose addresses are kept in shared memory
 constexpr int kMaxGroups = 2048;  // of 32 ranks
 
-enum Ticket { kSentTicket, kLandedTicket };
+enum Ticket { kLandedTicket };
 
 struct Peer {
   std::byte* arena;
   int buffer;
+  std::int32_t tokens;  // that it sends
 };
 struct SlotsMemory {
+  std::uint64_t call;
   Peer peers[kKnownPeers];
   std::uint32_t present[kMaxGroups];  // bit per rank: the current token goes there
 };
@@ -44,20 +47,25 @@ struct Token {
 
 __device__ bool goes_to(const SlotsMemory& memory, int rank) { return (memory.present[rank / kLanes] >> (rank % kLanes) & 1) != 0; }
 
-__device__ Peer peer_of(const MoveArgs& args, const SlotsMemory& memory, int rank, std::uint64_t call) {
-  if (rank < kKnownPeers) return memory.peers[rank];
-  return {arena(args.context, rank), buffer_of(args.context, rank, call, args.buffer)};
+__device__ Peer look_up_peer(const MoveArgs& args, int rank) {
+  const std::uint64_t begun = *flag_of(args.context, Flag::begun, rank);
+  return {arena(args.context, rank), protocol::offered_buffer(begun), protocol::offered_tokens(begun)};
+}
+__device__ Peer peer_of(const MoveArgs& args, const SlotsMemory& memory, int rank) {
+  return rank < kKnownPeers ? memory.peers[rank] : look_up_peer(args, rank);
 }
 
-// wait_for_peers that also remembers what peers offer. Block-uniform.
+// Waits until all have begun, and remembers what they offer and send. That they make the same call is checked behind the rows,
+// which harm nothing: what a peer offers is free to be written. Block-uniform; false: the call has failed.
 __device__ bool meet_peers(const MoveArgs& args, const protocol::CallHeader& header, SlotsMemory& memory, std::uint64_t call) {
   const Context& c = args.context;
   bool good = true;
   for (int peer = threadIdx.x; peer < c.ranks; peer += kSlotThreads) {
-    std::byte* at = arena(c, peer);
-    if (peer != c.rank) good = wait_for_flag(c, Flag::begun, peer, Phase::dispatch_credit, call) && good;
-    if (peer < kKnownPeers) memory.peers[peer] = {at, buffer_of(c, peer, call, args.buffer)};
-    if (peer != c.rank) good = good && agrees(c, header, peer, Phase::dispatch_credit);
+    const bool begun = peer == c.rank ? wait_for_own_begin(c, call) : wait_for_flag(c, Flag::begun, peer, Phase::dispatch_credit, call);
+    good = good && begun;
+    const Peer met = look_up_peer(args, peer);
+    if (begun && met.buffer == protocol::kNoBuffer) good = agrees(c, header, peer, Phase::dispatch_credit) && false;
+    if (peer < kKnownPeers) memory.peers[peer] = met;
   }
   return __syncthreads_and(good) != 0;
 }
@@ -118,7 +126,7 @@ __device__ void store_piece(const MoveJob& job, const Token& token, const int4 (
   for (int i = 0; i < c.ranks; ++i) {
     const int rank = start + i < c.ranks ? start + i : start + i - c.ranks;
     if (!goes_to(memory, rank)) continue;
-    const Peer peer = peer_of(job.args, memory, rank, token.call);
+    const Peer peer = peer_of(job.args, memory, rank);
     std::byte* to = peer.arena + c.layout.rows + peer.buffer * c.layout.rows_bytes + slot * job.args.source.row_bytes + piece;
 #pragma unroll
     for (int j = 0; j < kUnroll; ++j) {
@@ -136,7 +144,7 @@ __device__ void store_scales(const MoveJob& job, const Token& token, const Slots
   if (scales.units == 0) return;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     if (!goes_to(memory, rank)) continue;
-    const Peer peer = peer_of(job.args, memory, rank, token.call);
+    const Peer peer = peer_of(job.args, memory, rank);
     std::byte* to = peer.arena + c.layout.scales + peer.buffer * c.layout.scales_bytes + slot * scales.row_bytes;
     for (int unit = lane_index(); unit < scales.units; unit += kLanes) {
       const int4 value = unit < kLanes ? token.scales : load_scale_unit(job, token.index, unit);
@@ -155,7 +163,7 @@ __device__ void store_staged_scales(const MoveJob& job, const Token& token, int 
   const std::int64_t slot = c.rank * c.shape.max_tokens_per_rank + token.index;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     if (!goes_to(memory, rank)) continue;
-    const Peer peer = peer_of(job.args, memory, rank, token.call);
+    const Peer peer = peer_of(job.args, memory, rank);
     std::byte* to = peer.arena + c.layout.scales + peer.buffer * c.layout.scales_bytes + slot * job.scales.row_bytes;
     to += quantised_scale_bytes(source.format, first_block);
     for (int word = lane_index(); word < words; word += kLanes) {
@@ -196,123 +204,108 @@ __device__ void store_records(const MoveArgs& args, const Token& token, const Sl
       const std::int64_t first_partial = token.index * c.shape.partials_per_token();
       if (rank != c.rank) head.partial_slot = static_cast<std::int32_t>(first_partial + remote_ordinal(memory, c.rank, rank));
     }
-    const Peer peer = peer_of(args, memory, rank, token.call);
+    const Peer peer = peer_of(args, memory, rank);
     std::byte* to = peer.arena + c.layout.records + peer.buffer * c.layout.records_bytes + slot * c.shape.record_bytes();
     write_record(to, head, token.choices, local_ids_at(args.routing, token.choices, rank), args.routing.top_k);
+    if (head.source_token >= 0 && lane_index() == 0) atomicAdd(&args.handle.sent_counts[rank], 1);
   }
 }
 
-// Block-uniform; false: the call has failed.
+// The block has stored all of a token: every rank is told.
+__device__ void flag_token(const Context& c, const Token& token) {
+  __syncthreads();
+  for (int i = threadIdx.x; i < c.ranks; i += kSlotThreads) {
+    const int rank = (c.rank + 1 + i) % c.ranks;
+    ptx::store_release(arrival(c, rank, c.rank, token.index), protocol::flag_word(token.call));
+  }
+}
+
+// One token after the first wait for peers.
 template <bool kQuantise>
-__device__ bool send_tokens(const MoveJob& job, const protocol::CallHeader& header, SlotsMemory& memory, SlotsStage* stage) {
+__device__ void send_token(const MoveJob& job, Token& token, const SlotsMemory& memory, SlotsStage* stage) {
   const MoveArgs& args = job.args;
   const std::int64_t row_bytes = args.source.row_bytes;
+  store_piece(job, token, token.row, 0, memory);
+  if constexpr (kQuantise) {
+    store_staged_scales(job, token, 0, *stage, memory);
+  } else {
+    store_scales(job, token, memory);
+  }
+  if (!args.cached) store_records(args, token, memory);
+  for (std::int64_t piece = kPieceBytes; piece < row_bytes; piece += kPieceBytes) {
+    if constexpr (kQuantise) {
+      quantise_piece(job, token, piece, token.row, *stage);
+      store_staged_scales(job, token, static_cast<int>(piece) / kQuantiseBlock, *stage, memory);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kUnroll; ++j) {
+        const std::int64_t at = piece + (j * kSlotThreads + static_cast<int>(threadIdx.x)) * 16;
+        if (at < row_bytes) token.row[j] = load_16(row_at(args.source, token.index) + at, job.row_width);
+      }
+    }
+    store_piece(job, token, token.row, piece, memory);
+  }
+  flag_token(args.context, token);
+}
+
+// Block 0 announces; it sends only where there are fewer blocks than that and the tokens need. Block-uniform; false: failed.
+template <bool kQuantise>
+__device__ bool send_tokens(const MoveJob& job, const protocol::CallHeader& header, std::uint64_t call, SlotsMemory& memory,
+                            SlotsStage* stage) {
+  const MoveArgs& args = job.args;
   const std::int32_t tokens = args.cached ? args.handle.header->num_tokens : args.routing.num_tokens;
-  const std::uint64_t call = call_number(args.context);
+  const int step = static_cast<int>(gridDim.x);
   bool met = false;
-  for (std::int32_t index = static_cast<std::int32_t>(blockIdx.x); index < tokens; index += static_cast<std::int32_t>(gridDim.x)) {
+  for (std::int32_t index = static_cast<int>(blockIdx.x) - (step > tokens ? 1 : 0); index < tokens; index += step) {
+    if (index < 0) continue;
     Token token = look_at(job, index, call);
     if constexpr (kQuantise) quantise_piece(job, token, 0, token.row, *stage);
     find_destinations(args, token, memory);
     if (!met && !meet_peers(args, header, memory, call)) return false;
     met = true;
-    store_piece(job, token, token.row, 0, memory);
-    if constexpr (kQuantise) {
-      store_staged_scales(job, token, 0, *stage, memory);
-    } else {
-      store_scales(job, token, memory);
-    }
-    if (!args.cached) store_records(args, token, memory);
-    for (std::int64_t piece = kPieceBytes; piece < row_bytes; piece += kPieceBytes) {
-      if constexpr (kQuantise) {
-        quantise_piece(job, token, piece, token.row, *stage);
-        store_staged_scales(job, token, static_cast<int>(piece) / kQuantiseBlock, *stage, memory);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kUnroll; ++j) {
-          const std::int64_t at = piece + (j * kSlotThreads + static_cast<int>(threadIdx.x)) * 16;
-          if (at < row_bytes) token.row[j] = load_16(row_at(args.source, index) + at, job.row_width);
-        }
-      }
-      store_piece(job, token, token.row, piece, memory);
-    }
+    send_token<kQuantise>(job, token, memory, stage);
   }
-  return true;
+  return met || meet_peers(args, header, memory, call);
 }
 
-// By the last block that has sent: every rank may read what this rank's blocks wrote for it.
-__device__ void publish_rows(const MoveJob& job, const protocol::CallHeader& header) {
-  const MoveArgs& args = job.args;
-  const Context& c = args.context;
-  if (block_has_failed(c)) return;
-  const std::uint64_t call = call_number(c);
-  const std::int32_t tokens = args.cached ? args.handle.header->num_tokens : args.routing.num_tokens;
-  // Also without tokens: that a rank has sent says that it has seen everybody begin.
-  if (!wait_for_peers(c, header, Phase::dispatch_credit)) return;
-  for (int peer = threadIdx.x; peer < c.ranks; peer += kSlotThreads) {
-    mailbox(c, peer, c.rank).tokens[call % protocol::kRing] = static_cast<std::uint64_t>(tokens);
-  }
-  __syncthreads();
-  set_flag_everywhere(c, Flag::rows, call);
-  for (int rank = warp_index(); !args.cached && rank < c.ranks; rank += warps_of_block()) {
-    std::int32_t sent = 0;
-    for (std::int32_t token = lane_index(); token < tokens; token += kLanes) {
-      sent += args.handle.slots[static_cast<std::int64_t>(token) * c.ranks + rank] >= 0 ? 1 : 0;
-    }
-    sent = __reduce_add_sync(kAllLanes, sent);
-    if (lane_index() == 0) args.handle.sent_counts[rank] = sent;
-  }
-  __syncthreads();
-  add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
-}
-
-// A share of the slots of one source, by the block.
-__device__ void land_source(const MoveArgs& args, std::uint64_t call, int source, unsigned part, unsigned parts) {
-  const Context& c = args.context;
+// A (token, k) of a source: of what it does not send, no more than that it is absent.
+__device__ void land_pair(const MoveArgs& args, int source, std::int64_t row, int k, const std::byte* record) {
   const HandleView& handle = args.handle;
-  const std::uint64_t sent = mailbox(c, c.rank, source).tokens[call % protocol::kRing];
-  const auto top_k = static_cast<unsigned>(handle.top_k);
-  const std::int64_t first_row = source * c.shape.max_tokens_per_rank;
-  const std::int64_t record_bytes = c.shape.record_bytes();
-  const std::byte* records = receive_records(c, c.rank, args.buffer) + first_row * record_bytes;
-  const unsigned pairs = static_cast<unsigned>(c.shape.max_tokens_per_rank) * top_k;  // at most 2^31
-  std::int32_t present = 0;
-  for (unsigned at = part * kSlotThreads + threadIdx.x; at < pairs; at += parts * kSlotThreads) {
-    const std::int64_t token = at / top_k;
-    const int k = static_cast<int>(at % top_k);
-    ReceivedPair pair;
-    if (static_cast<std::uint64_t>(token) < sent) pair = read_pair(records + token * record_bytes, k, handle.top_k);
-    write_pair(handle, first_row + token, k, source, pair);
-    if (pair.local_id >= 0 && pair.local_id < args.routing.local_experts) atomicAdd(&handle.expert_counts[pair.local_id], 1);
-    if (k != 0) continue;
-    if (pair.source_token >= 0) ++present;
-    if (handle.present != nullptr) handle.present[first_row + token] = pair.source_token >= 0 ? 1 : 0;
-  }
-  present = __reduce_add_sync(kAllLanes, present);
-  if (lane_index() == 0 && present != 0) atomicAdd(&handle.rank_counts[source], present);
+  ReceivedPair pair;
+  if (record != nullptr) pair = read_pair(record, k, handle.top_k);
+  write_pair(handle, row, k, source, pair);
+  if (pair.local_id >= 0 && pair.local_id < args.routing.local_experts) atomicAdd(&handle.expert_counts[pair.local_id], 1);
+  if (k != 0) return;
+  if (pair.source_token >= 0) atomicAdd(&handle.rank_counts[source], 1);
+  if (handle.present != nullptr) handle.present[row] = pair.source_token >= 0 ? 1 : 0;
 }
 
-// Sources are shared out among blocks: with fewer blocks than ranks each takes several, else several take one.
-__device__ void land_slots(const MoveArgs& args) {
+// Every thread waits for what it lands. Blocks take part from the last one on: the first ones have more to send.
+__device__ void land_slots(const MoveArgs& args, std::uint64_t call, const SlotsMemory& memory) {
   const Context& c = args.context;
-  if (block_has_failed(c)) return;
-  const std::uint64_t call = call_number(c);
-  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  for (int source = block % c.ranks; source < c.ranks; source += blocks) {
-    const bool arrived = threadIdx.x != 0 || wait_for_flag(c, Flag::rows, source, Phase::dispatch_rows, call);
-    if (__syncthreads_and(arrived) == 0) return;
-    const int parts = max(1, (blocks - source + c.ranks - 1) / c.ranks);
-    land_source(args, call, source, static_cast<unsigned>(block / c.ranks), static_cast<unsigned>(parts));
+  const auto top_k = args.cached ? 1U : static_cast<unsigned>(args.handle.top_k);
+  const auto max_tokens = static_cast<unsigned>(c.shape.max_tokens_per_rank);
+  const unsigned pairs = static_cast<unsigned>(c.ranks) * max_tokens * top_k;  // at most 2^31
+  const std::byte* const records = receive_records(c, c.rank, args.buffer);
+  const std::int64_t record_bytes = c.shape.record_bytes();
+  for (unsigned at = (gridDim.x - 1 - blockIdx.x) * kSlotThreads + threadIdx.x; at < pairs; at += gridDim.x * kSlotThreads) {
+    const unsigned row = at / top_k;
+    const int source = static_cast<int>(row / max_tokens);
+    const unsigned token = row - static_cast<unsigned>(source) * max_tokens;
+    const bool is_sent = static_cast<std::int32_t>(token) < peer_of(args, memory, source).tokens;
+    const std::uint64_t* const word = arrival(c, c.rank, source, token);
+    if (is_sent && !wait_for_word(c, word, protocol::flag_word(call), source, Phase::dispatch_rows, call)) return;
+    if (args.cached) continue;
+    land_pair(args, source, row, static_cast<int>(at % top_k), is_sent ? records + row * record_bytes : nullptr);
   }
 }
 
 // By the last block of all.
-__device__ void finish_handle(const MoveArgs& args, bool last) {
+__device__ void finish_handle(const MoveArgs& args, std::uint64_t call, bool failed) {
   const Context& c = args.context;
   const HandleView& handle = args.handle;
-  const std::uint64_t call = call_number(c);
   const std::int32_t tokens = args.routing.num_tokens;
-  if (block_has_failed(c)) {
+  if (failed) {
     clear_counts(c, handle, tokens, args.routing.local_experts);
     clear_sent(c, handle, tokens);
     clear_received(handle, received_capacity(c, Mode::latency));
@@ -334,57 +327,66 @@ __device__ void finish_handle(const MoveArgs& args, bool last) {
   }
   if (threadIdx.x != 0) return;
   reset_id_counts(c);
-  if (last) tell_host(args.host, call, *handle.header, 0);
+  if (args.last) tell_host(args.host, call, *handle.header, 0);
+}
+
+// By block 0: counts are zero before anybody lands or sends.
+__device__ bool begin_slots(const MoveArgs& args, const protocol::CallHeader& header) {
+  const HandleView& handle = args.handle;
+  for (int rank = threadIdx.x; !args.cached && rank < args.context.ranks; rank += kSlotThreads) {
+    handle.rank_counts[rank] = 0;
+    handle.sent_counts[rank] = 0;
+  }
+  for (int local = threadIdx.x; !args.cached && local < args.routing.local_experts; local += kSlotThreads) {
+    handle.expert_counts[local] = 0;
+    handle.dropped[local] = 0;
+  }
+  const std::int32_t tokens = args.cached ? handle.header->num_tokens : args.routing.num_tokens;
+  return begin_call(args.context, header, protocol::offer(args.buffer, tokens));
+}
+
+// By one block, behind the rows: do all ranks make the same call?
+__device__ void check_peers(const Context& c, const protocol::CallHeader& header) {
+  for (int peer = threadIdx.x; peer < c.ranks; peer += kSlotThreads) {
+    if (peer != c.rank) agrees(c, header, peer, Phase::dispatch_credit);
+  }
 }
 
 template <bool kQuantise>
-__global__ void __launch_bounds__(kSlotThreads, 1) dispatch_slots(const __grid_constant__ MoveJob job, bool last) {
+__global__ void __launch_bounds__(kSlotThreads, 1) dispatch_slots(const __grid_constant__ MoveJob job) {
   extern __shared__ SlotsStage stage[];
   __shared__ SlotsMemory memory;
   const MoveArgs& args = job.args;
   const Context& c = args.context;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
+  if (threadIdx.x == 0) memory.call = call_number(c);
   bool good = !block_has_failed(c);
-  if (good && blockIdx.x == 0) {
-    // Zero before anybody lands here: sources send only after they have seen this rank begin.
-    for (int rank = threadIdx.x; !args.cached && rank < c.ranks; rank += kSlotThreads) args.handle.rank_counts[rank] = 0;
-    for (int local = threadIdx.x; !args.cached && local < args.routing.local_experts; local += kSlotThreads) {
-      args.handle.expert_counts[local] = 0;
-      args.handle.dropped[local] = 0;
-    }
-    good = begin_call(c, header, args.buffer);
+  const std::uint64_t call = memory.call;
+  if (good && blockIdx.x == 0) good = begin_slots(args, header);
+  if (good && send_tokens<kQuantise>(job, header, call, memory, stage)) {
+    land_slots(args, call, memory);
+    if (blockIdx.x == 0) check_peers(c, header);
   }
-  if (good) send_tokens<kQuantise>(job, header, memory, stage);
-  if (is_last_block(c, kSentTicket)) publish_rows(job, header);
-  if (!args.cached) land_slots(args);
   if (!is_last_block(c, kLandedTicket)) return;
-  if (!args.cached) finish_handle(args, last);
-  if (args.cached && !block_has_failed(c)) wait_for_all(c, Flag::rows, Phase::dispatch_rows);
-  if (last) end_call(c);
+  const bool failed = block_has_failed(c);
+  if (!failed) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
+  if (!args.cached) finish_handle(args, call, failed);
+  if (args.last) end_call(c, failed);
 }
 
 const Preloaded preloaded({{dispatch_slots<false>}, {dispatch_slots<true>}});
 
 }  // namespace
 
-void launch_slots(const MoveArgs& args, bool last, Stream stream) {
+void launch_slots(const MoveArgs& args, Stream stream) {
   const MoveJob job = move_job(args);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(args.blocks));
-  config.blockDim = dim3(kSlotThreads);
-  config.dynamicSmemBytes = args.source.quantise ? sizeof(SlotsStage) : 0;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  // A failed launch is the runtime's last error, which the caller asks for.
-  if (args.source.quantise) {
-    static_cast<void>(cudaLaunchKernelEx(&config, dispatch_slots<true>, job, last));
-  } else {
-    static_cast<void>(cudaLaunchKernelEx(&config, dispatch_slots<false>, job, last));
-  }
+  const std::size_t shared = args.source.quantise ? sizeof(SlotsStage) : 0;
+  // A block for each token and one that announces, or as many as share what may arrive.
+  const protocol::ArenaShape& shape = args.context.shape;
+  const std::int64_t pairs = shape.ranks * shape.max_tokens_per_rank * args.handle.top_k;
+  const std::int64_t useful = std::max<std::int64_t>(args.routing.num_tokens + 1, (pairs + kSlotThreads - 1) / kSlotThreads);
+  const Launch launch(static_cast<int>(std::min<std::int64_t>(args.blocks, useful)), kSlotThreads, shared, stream, Resident::together);
+  launch(args.source.quantise ? dispatch_slots<true> : dispatch_slots<false>, job);
 }
 
 }  // namespace tokenyard::cuda

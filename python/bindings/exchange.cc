@@ -1,0 +1,165 @@
+#include "tokenyard/exchange.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "arrays.h"
+#include "world.h"
+
+namespace tokenyard::python {
+namespace {
+
+using Held = WithoutGil<Exchange>;
+
+// Arrays of a result whose memory the exchange allocated, or that was given as `out`.
+nb::object owned(const TensorView& view, const std::shared_ptr<void>& memory, const Place& place) {
+  return export_array(view, memory, place);
+}
+
+// finish() of an operation that runs on another thread, or on a device: looks often at first, so that short ones stay short.
+template <class Result>
+Result finish(Pending<Result>& pending) {
+  return waiting([&] {
+    constexpr std::chrono::microseconds kLongest{500};
+    auto pause = std::chrono::microseconds(5);
+    auto ask_at = std::chrono::steady_clock::now() + kInterruptTick;
+    while (is_interruptible() && pending && !pending.ready()) {
+      if (std::chrono::steady_clock::now() >= ask_at) {
+        if (interrupted()) throw Error(kInterrupted);
+        ask_at += kInterruptTick;
+      }
+      std::this_thread::sleep_for(pause);
+      pause = std::min(kLongest, pause * 2);
+    }
+    return pending.finish();
+  });
+}
+
+template <class Result>
+void bind_pending(nb::module_& m, const char* class_name) {
+  nb::class_<Pending<Result>>(m, class_name).def("finish", finish<Result>).def("ready", [](const Pending<Result>& self) {
+    return self.ready();
+  });
+}
+
+void bind_results(nb::module_& m) {
+  bind_pending<Received>(m, "PendingDispatch");
+  bind_pending<Combined>(m, "PendingCombine");
+  nb::class_<Combined>(m, "Combined")
+      .def(
+          "out", [](const Combined& self, const Place& place) { return owned(self.out, self.memory, place); }, nb::arg("place"))
+      .def(
+          "combined_weights", [](const Combined& self, const Place& place) { return owned(self.combined_weights, self.memory, place); },
+          nb::arg("place"));
+  nb::class_<DispatchGradient>(m, "DispatchGradient")
+      .def(
+          "rows", [](const DispatchGradient& self, const Place& place) { return owned(self.rows, self.memory, place); }, nb::arg("place"))
+      .def(
+          "topk_weights", [](const DispatchGradient& self, const Place& place) { return owned(self.topk_weights, self.memory, place); },
+          nb::arg("place"));
+  nb::class_<CombineGradient>(m, "CombineGradient")
+      .def_ro("rows", &CombineGradient::rows)
+      .def(
+          "topk_weights", [](const CombineGradient& self, const Place& place) { return owned(self.topk_weights, self.memory, place); },
+          nb::arg("place"));
+  nb::class_<ExchangeStatus>(m, "ExchangeStatus", "What an exchange knows about its own health.")
+      .def_prop_ro(
+          "failure", [](const ExchangeStatus& self) { return self.failure ? std::optional(self.failure->message()) : std::nullopt; },
+          "The sticky failure as text, or None.")
+      .def_ro("invalid_ids", &ExchangeStatus::invalid_ids)
+      .def_ro("lost_ids", &ExchangeStatus::lost_ids);
+  nb::class_<MemoryItem>(m, "MemoryItem", "Bytes for one purpose, and the formula behind them.")
+      .def_ro("purpose", &MemoryItem::purpose)
+      .def_ro("bytes", &MemoryItem::bytes)
+      .def_ro("formula", &MemoryItem::formula)
+      .def("__repr__",
+           [](const MemoryItem& self) { return self.purpose + ": " + std::to_string(self.bytes) + " bytes (" + self.formula + ")"; });
+  nb::class_<PhaseSpan>(m, "PhaseSpan", "One phase of one call; nanoseconds of the steady clock.")
+      .def_ro("phase", &PhaseSpan::phase)
+      .def_ro("call", &PhaseSpan::call)
+      .def_ro("begin_ns", &PhaseSpan::begin_ns)
+      .def_ro("end_ns", &PhaseSpan::end_ns);
+}
+
+Received dispatch(Held& self, const DispatchInput& input, const DispatchOptions& options, const Handle* handle) {
+  return waiting([&] { return handle != nullptr ? self->dispatch(input, *handle, options) : self->dispatch(input, options); });
+}
+
+Pending<Received> start_dispatch(Held& self, const DispatchInput& input, const DispatchOptions& options, const Handle* handle) {
+  return waiting([&] { return handle != nullptr ? self->start_dispatch(input, *handle, options) : self->start_dispatch(input, options); });
+}
+
+Combined combine(Held& self, const Tensor& y, const Handle& handle, const CombineOptions& options) {
+  return waiting([&] { return self->combine(y.view(), handle, options); });
+}
+
+Pending<Combined> start_combine(Held& self, const Tensor& y, const Handle& handle, const CombineOptions& options) {
+  return waiting([&] { return self->start_combine(y.view(), handle, options); });
+}
+
+DispatchGradient dispatch_backward(Held& self, const Handle& handle, const Tensor& grad_rows, const Tensor* grad_row_weights) {
+  return waiting([&] {
+    return self->dispatch_backward(handle, grad_rows.view(), grad_row_weights != nullptr ? grad_row_weights->view() : ConstTensorView{});
+  });
+}
+
+CombineGradient combine_backward(Held& self, const Handle& handle, const Tensor& grad_out, const Tensor* y, const CombineOptions& options) {
+  return waiting([&] { return self->combine_backward(handle, grad_out.view(), y != nullptr ? y->view() : ConstTensorView{}, options); });
+}
+
+// Rows of the exchange's own memory: they live as long as it does, which the array sees to.
+nb::object expert_rows(const nb::object& self, const Handle& handle, const std::string& dtype, std::int64_t hidden_size,
+                       const Place& place) {
+  auto& held = nb::cast<Held&>(self);
+  const TensorView rows = waiting([&] { return held->expert_rows(handle, parse_dtype(dtype), hidden_size); });
+  auto* exchange = new nb::object(self);
+  return export_array(rows, std::shared_ptr<void>(exchange, [](void* owner) { delete static_cast<nb::object*>(owner); }), place);
+}
+
+std::vector<MemoryItem> memory_plan(const ExchangeOptions& options, int ranks) { return Exchange::memory_plan(options, ranks).items; }
+
+void bind_calls(nb::class_<Held>& exchange) {
+  exchange.def("dispatch", dispatch, nb::arg("input"), nb::arg("options"), nb::arg("handle").none())
+      .def("start_dispatch", start_dispatch, nb::arg("input"), nb::arg("options"), nb::arg("handle").none())
+      .def("combine", combine, nb::arg("y"), nb::arg("handle"), nb::arg("options"))
+      .def("start_combine", start_combine, nb::arg("y"), nb::arg("handle"), nb::arg("options"))
+      .def("dispatch_backward", dispatch_backward, nb::arg("handle"), nb::arg("grad_rows"), nb::arg("grad_row_weights").none())
+      .def("combine_backward", combine_backward, nb::arg("handle"), nb::arg("grad_out"), nb::arg("y").none(), nb::arg("options"))
+      .def("expert_rows", expert_rows, nb::arg("handle"), nb::arg("dtype"), nb::arg("hidden_size"), nb::arg("place"));
+}
+
+}  // namespace
+
+void bind_exchange(nb::module_& m) {
+  bind_results(m);
+  m.def("memory_plan", memory_plan, nb::arg("options"), nb::arg("ranks"));
+  nb::class_<Held> exchange(m, "Exchange");
+  exchange
+      .def(
+          "__init__",
+          [](Held* self, const RankWorld& world, const ExchangeOptions& options) {
+            const World mine = world.world();
+            new (self) Held(waiting([&] { return std::make_unique<Exchange>(mine, options); }));
+          },
+          nb::arg("world"), nb::arg("options"))
+      .def(
+          "add", [](Held& self, const Placement& placement) { return waiting([&] { return self->add(placement); }); }, nb::arg("placement"))
+      .def("check", [](const Held& self) { self->check(); })
+      .def("status", [](const Held& self) { return self->status(); })
+      .def("clear", [](Held& self) { waiting([&] { self->clear(); }); })
+      .def("recover", [](Held& self) { return waiting([&] { return self->recover(); }); })
+      .def("world", [](const Held& self) { return RankWorld(self->world()); })
+      .def("options", [](const Held& self) { return self->options(); })
+      .def("transport", [](const Held& self) { return name(self->transport()); })
+      .def("link_bytes", [](const Held& self) { return self->link_bytes(); })
+      .def("take_spans", [](Held& self) { return self->take_spans(); });
+  bind_calls(exchange);
+}
+
+}  // namespace tokenyard::python

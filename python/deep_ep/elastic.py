@@ -1,0 +1,233 @@
+"""DeepEP's ElasticBuffer (V2): one buffer for plain and expanded dispatch, with or without the CPU knowing the counts."""
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokenyard import UsageError
+
+from .buffer import align
+from .events import EventHandle, Lane
+from .groups import world_of
+from .room import Room, padded_columns, rows_and_scales, stretched
+
+
+@dataclass
+class EPHandle:
+    """What a dispatch learned. Attributes as DeepEP's; exchange_handle is ours."""
+
+    do_expand: bool
+    num_experts: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int
+    num_sms: int
+    topk_idx: torch.Tensor
+    psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
+    psum_num_recv_tokens_per_expert: torch.Tensor
+    num_unaligned_recv_tokens_per_expert: torch.Tensor
+    num_recv_tokens_per_expert_list: list
+    recv_src_metadata: torch.Tensor
+    dst_buffer_slot_idx: torch.Tensor
+    num_recv_tokens: int
+    num_expanded_tokens: int
+    token_metadata_at_forward: Any = None
+    channel_linked_list: Any = None
+    exchange_handle: Any = None
+    recv_topk_idx: Any = None
+    source_k: Any = None  # of every expanded row, -1 on padding
+    room_generation: int = 0
+
+
+class ElasticBuffer:
+    """As DeepEP's. Numbers of SMs and queue pairs, num_bytes and num_cpu_bytes change nothing: memory is made by need. Results are
+    always deterministic: rows are sorted by (source rank, token)."""
+
+    def __init__(self, group, num_bytes=None, num_cpu_bytes=0, num_max_tokens_per_rank=0, hidden=0, num_topk=0, use_fp8_dispatch=False,
+                 deterministic=False, allow_hybrid_mode=True, allow_multiple_reduction=True, prefer_overlap_with_compute=True, sl_idx=3,
+                 num_allocated_qps=0, num_cpu_timeout_secs=300, num_gpu_timeout_secs=100, explicitly_destroy=False):
+        timeout_ms = 1000 * (num_gpu_timeout_secs or 100)
+        self.world = world_of(group, None, timeout_ms)
+        self.group, self.num_ranks, self.rank_idx = group, self.world.size, self.world.rank
+        self.num_bytes = num_bytes if num_bytes is not None else self.get_buffer_size_hint(group, num_max_tokens_per_rank, hidden, num_topk)
+        self.num_max_tokens_per_rank, self.num_allocated_qps = num_max_tokens_per_rank, num_allocated_qps
+        self.num_scaleout_ranks, self.num_scaleup_ranks = self.get_logical_domain_size()
+        self.scaleout_rank_idx, self.scaleup_rank_idx = divmod(self.rank_idx, self.num_scaleup_ranks)
+        self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
+        self.allow_hybrid_mode, self.allow_multiple_reduction = bool(allow_hybrid_mode), bool(allow_multiple_reduction)
+        self.prefer_overlap_with_compute, self.deterministic, self.explicitly_destroy = prefer_overlap_with_compute, deterministic, explicitly_destroy
+        self._lane = Lane()
+        self._room = Room(self.world, unfolded=not allow_multiple_reduction, timeout_ms=timeout_ms)
+
+    @staticmethod
+    def get_buffer_size_hint(group, num_max_tokens_per_rank, hidden, num_topk=0, use_fp8_dispatch=False, allow_hybrid_mode=True,
+                             allow_multiple_reduction=True) -> int:
+        """What a caller may pass as num_bytes; memory is allocated by need."""
+        return 2 * group.size() * num_max_tokens_per_rank * hidden * 2
+
+    def get_theoretical_num_sms(self, num_experts, num_topk, num_scaleout_topk=0, rdma_gbs=0, nvlink_gbs=0, sm_read_gbs=200, sm_write_gbs=50) -> int:
+        return 24
+
+    def get_theoretical_num_qps(self, num_sms) -> int:
+        return num_sms
+
+    def get_logical_domain_size(self) -> tuple[int, int]:
+        return 1, self.num_ranks
+
+    def get_physical_domain_size(self) -> tuple[int, int]:
+        return 1, self.num_ranks
+
+    def get_comm_stream(self):
+        """The stream of asynchronous calls; None on CPUs."""
+        return self._lane.stream
+
+    @staticmethod
+    def capture() -> EventHandle:
+        return EventHandle()
+
+    def barrier(self, use_comm_stream=True, with_cpu_sync=False, sequential=True) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.world.barrier()
+
+    def destroy(self) -> None:
+        if not self.explicitly_destroy:
+            raise UsageError("destroy() of a buffer made without explicitly_destroy=True; it goes with its last reference")
+        self._room = self.world = None
+
+    def _check(self, rows, topk_idx, num_experts, num_max):
+        if num_experts is None or num_experts % self.num_ranks:
+            raise UsageError(f"num_experts = {num_experts} on {self.num_ranks} ranks; expected a multiple")
+        if num_max < 1 or rows.shape[0] > num_max:
+            raise UsageError(f"{rows.shape[0]} tokens, num_max_tokens_per_rank = {num_max}; expected at most that many")
+        if topk_idx.shape[0] != rows.shape[0]:
+            raise UsageError(f"topk_idx has {topk_idx.shape[0]} tokens, x has {rows.shape[0]}")
+
+    def dispatch(self, x, topk_idx=None, topk_weights=None, cumulative_local_expert_recv_stats=None, num_experts=None,
+                 num_max_tokens_per_rank=None, expert_alignment=None, num_sms=0, num_qps=0, previous_event=None,
+                 previous_event_before_epilogue=None, async_with_compute_stream=False, allocate_on_comm_stream=False, handle=None,
+                 do_handle_copy=True, do_cpu_sync=None, do_expand=False, do_zero_padding=False, use_tma_aligned_col_major_sf=False):
+        """(recv_x, recv_topk_idx or None when expanded, recv_topk_weights or None, handle, event)."""
+        rows, scales = rows_and_scales(x)
+        if handle is not None and (do_cpu_sync or topk_idx is not None):
+            raise UsageError("a cached dispatch (handle) takes no topk_idx and no do_cpu_sync; its counts are known")
+        num_max = num_max_tokens_per_rank or self.num_max_tokens_per_rank
+
+        def task():
+            made = handle if handle is not None else self._new(rows, scales, topk_idx, topk_weights, num_experts, num_max, expert_alignment or 1,
+                                                               bool(do_expand), bool(do_handle_copy), do_cpu_sync is None or bool(do_cpu_sync))
+            if handle is None:
+                made, received = made
+                recv_x, weights = received.rows, received.row_weights.clone() if topk_weights is not None else None
+                recv_scales = received.scales
+            else:
+                received = self._exchange(rows, scales, made).dispatch(rows, handle=made.exchange_handle, scales=scales, copy_out=True)
+                recv_x, recv_scales, weights = received.rows, received.scales, self._weights_again(made, topk_weights)
+            if cumulative_local_expert_recv_stats is not None:
+                cumulative_local_expert_recv_stats.add_(made.num_unaligned_recv_tokens_per_expert)
+            if made.do_expand and do_zero_padding:
+                gaps = made.source_k < 0
+                for one in (recv_x.view(torch.uint8), recv_scales, weights):
+                    if one is not None:
+                        one[gaps] = 0
+            return (*self._shaped(made, recv_x, recv_scales, weights, use_tma_aligned_col_major_sf), made)
+
+        result, event = self._lane.run(task, previous_event=previous_event, asynchronous=bool(async_with_compute_stream), like=rows)
+        return *result, event
+
+    def _exchange(self, rows, scales, handle=None, **needs):
+        exchange = self._room.exchange_for(
+            rows.device, max_row_bytes=max(rows.shape[1] * max(rows.element_size(), 2), 4 * align(needs.get("top_k", 1), 4)),
+            max_scale_bytes=0 if scales is None else scales.shape[1] * scales.element_size(), **needs)
+        if handle is not None and handle.room_generation != self._room.generation:
+            raise UsageError("the handle is of calls with smaller rows; dispatch again without it")
+        return exchange
+
+    def _new(self, rows, scales, topk_idx, topk_weights, num_experts, num_max, alignment, expand, copy, cpu_sync):
+        """(EPHandle, Received) of a dispatch that routes anew."""
+        self._check(rows, topk_idx, num_experts, num_max)
+        exchange = self._exchange(rows, scales, max_tokens_per_rank=num_max, top_k=topk_idx.shape[1], max_local_experts=num_experts // self.num_ranks)
+        options = {"layout": "expert_major", "alignment": alignment} if expand else {"layout": "token_major"}
+        received = exchange.dispatch(rows, topk_idx, topk_weights, scales=scales, placement=self._room.placement(num_experts), copy_out=True, **options)
+        counts = received.expert_counts.clone()
+        aligned = (counts + alignment - 1) // alignment * alignment
+        psum = received.expert_offsets[:-1] + counts if expand else aligned.cumsum(0, dtype=torch.int32)
+        metadata, source_k = _metadata(received, topk_idx.shape[1], num_max, expand)
+        per_rank = torch.bincount(metadata[:, 0].long() // num_max, minlength=self.num_ranks)
+        return EPHandle(
+            do_expand=expand, num_experts=num_experts, expert_alignment=alignment, num_max_tokens_per_rank=num_max, num_sms=0,
+            topk_idx=topk_idx.clone() if copy else topk_idx, psum_num_recv_tokens_per_scaleup_rank=per_rank.cumsum(0).int(),
+            psum_num_recv_tokens_per_expert=psum.int(), num_unaligned_recv_tokens_per_expert=counts,
+            num_recv_tokens_per_expert_list=aligned.tolist() if cpu_sync else [], recv_src_metadata=self._bound(metadata, num_max, cpu_sync),
+            dst_buffer_slot_idx=self._slots(topk_idx, num_experts), num_recv_tokens=metadata.shape[0],
+            num_expanded_tokens=received.rows.shape[0] if expand else 0, exchange_handle=received.handle, source_k=source_k,
+            recv_topk_idx=None if expand else received.local_ids.to(topk_idx.dtype), room_generation=self._room.generation), received
+
+    def _bound(self, metadata, num_max, cpu_sync):
+        """Without CPU sync shapes are bounds; what is not used is -1."""
+        return metadata if cpu_sync else stretched(metadata, num_max * self.num_ranks, -1)
+
+    def _slots(self, topk_idx, num_experts):
+        """[T,K]: the how-manieth token for its rank each choice belongs to, -1 without one."""
+        owner = torch.where(topk_idx < 0, self.num_ranks, topk_idx.long() // (num_experts // self.num_ranks))
+        goes = torch.zeros(topk_idx.shape[0], self.num_ranks + 1, dtype=torch.int64, device=topk_idx.device).scatter_(1, owner, 1)
+        slots = (goes.cumsum(0) - 1).gather(1, owner)
+        return torch.where(topk_idx < 0, -1, slots).int()
+
+    def _shaped(self, handle, rows, scales, weights, col_major_scales):
+        """Results in the shapes that DeepEP promises."""
+        ids = handle.recv_topk_idx
+        count = rows.shape[0]
+        if not handle.num_recv_tokens_per_expert_list:  # made without CPU sync, or there are no local experts
+            bound, local = handle.num_max_tokens_per_rank * self.num_ranks, handle.num_experts // self.num_ranks
+            if handle.do_expand:
+                width = min(handle.topk_idx.shape[1], local)
+                bound = align(bound * width + (handle.expert_alignment - 1) * local, handle.expert_alignment)
+            rows, scales, weights, ids, count = stretched(rows, bound), stretched(scales, bound), stretched(weights, bound), stretched(ids, bound, -1), bound
+        if scales is not None:
+            if col_major_scales:
+                columns = scales.new_empty(scales.shape[1], align(count, 4)).T[:count]
+                scales = columns.copy_(scales)
+            rows = (rows, scales)
+        return rows, ids, weights
+
+    def _weights_again(self, handle, topk_weights):
+        """New weights along a known routing: they travel as rows."""
+        if topk_weights is None:
+            return None
+        exchange = self._room.exchange
+        rows = exchange.dispatch(padded_columns(topk_weights), handle=handle.exchange_handle, copy_out=True).rows
+        if not handle.do_expand:
+            return rows[:, :topk_weights.shape[1]].contiguous()
+        return rows.gather(1, handle.source_k.clamp(min=0).long()[:, None])[:, 0]
+
+    def combine(self, x, handle, topk_weights=None, bias=None, num_sms=0, num_qps=0, previous_event=None, previous_event_before_epilogue=None,
+                async_with_compute_stream=False, allocate_on_comm_stream=False):
+        """(sums [T,H], weights [T,K] or None, event): biases first, then ranks by their last top-k position."""
+        def task():
+            fold = not handle.do_expand or self.allow_multiple_reduction
+            if topk_weights is not None and not fold:
+                raise UsageError("topk_weights of an expanded combine need allow_multiple_reduction=True")
+            count = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
+            weights = None if topk_weights is None else topk_weights[:count].contiguous()
+            result = self._room.exchange.combine(x[:count].contiguous(), handle.exchange_handle, order="topk", fold=fold, bias=bias,
+                                                 row_weights=weights)
+            return (result, None) if weights is None else result
+
+        result, event = self._lane.run(task, previous_event=previous_event, asynchronous=bool(async_with_compute_stream), like=x)
+        return *result, event
+
+
+def _metadata(received, top_k, num_max, expand):
+    """([N,2+K] int32: source rank * M + token, -1, and when expanded the rows of each choice; source_k of expanded rows)."""
+    source = received.source_rank.long() * num_max + received.source_token
+    if not expand:
+        metadata = torch.full((source.shape[0], 2 + top_k), -1, dtype=torch.int32, device=source.device)
+        metadata[:, 0] = source
+        return metadata, None
+    source_k = received.source_k.clone()
+    row = (source_k >= 0).nonzero()[:, 0]
+    tokens, index = torch.unique(source[row], return_inverse=True)
+    metadata = torch.full((tokens.shape[0], 2 + top_k), -1, dtype=torch.int32, device=source.device)
+    metadata[:, 0] = tokens
+    metadata[index, 2 + source_k[row].long()] = row.int()
+    return metadata, source_k

@@ -1,0 +1,136 @@
+"""The low-latency half of Buffer: fixed slots, one step, two results alive."""
+import torch
+
+from tokenyard import UsageError
+
+from .events import EventOverlap
+from .room import Room
+
+
+class LowLatencyHandle(tuple):
+    """DeepEP's (src_info, layout_range, M, H, E), with the exchange's handle."""
+
+    exchange_handle = None
+
+
+class LowLatency:
+    def _init_low_latency(self):
+        self._low_latency_room = Room(self.world, mode="latency")
+        self._combine_buffer = None
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts) -> int:
+        """What a caller may pass as num_rdma_bytes; memory is allocated by need."""
+        return 2 * num_experts * num_max_dispatch_tokens_per_rank * hidden * 2
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts) -> None:
+        """Nothing has to be cleaned: slots carry the number of their call."""
+
+    def _exchange_for(self, x, topk_idx, num_max, num_experts):
+        if num_experts % self.group_size:
+            raise UsageError(f"num_experts = {num_experts} on {self.group_size} ranks; expected a multiple")
+        return self._low_latency_room.exchange_for(
+            x.device, max_tokens_per_rank=num_max, max_row_bytes=2 * x.shape[-1], max_scale_bytes=4 * (-(-x.shape[-1] // 128)),
+            top_k=topk_idx.shape[1], max_local_experts=num_experts // self.group_size)
+
+    def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, cumulative_local_expert_recv_stats=None,
+                             dispatch_wait_recv_cost_stats=None, use_fp8=True, round_scale=False, use_ue8m0=False, async_finish=False,
+                             return_recv_hook=False):
+        """(recv_x [L,R*M,H] or (fp8, scales), recv_count [L], handle, event, hook)."""
+        if async_finish and return_recv_hook:
+            raise UsageError("async_finish and return_recv_hook: choose one")
+        if use_ue8m0 and not round_scale:
+            raise UsageError("use_ue8m0 without round_scale; exponents have only powers of two: pass round_scale=True")
+        if x.shape[0] > num_max_dispatch_tokens_per_rank:
+            raise UsageError(f"{x.shape[0]} tokens; num_max_dispatch_tokens_per_rank is {num_max_dispatch_tokens_per_rank}")
+        scale_format = None if not use_fp8 else "ue8m0" if use_ue8m0 else "float32_pow2" if round_scale else "float32"
+        exchange = self._exchange_for(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
+        placement = self._low_latency_room.placement(num_experts)
+        results = _Results(self, x, num_max_dispatch_tokens_per_rank, num_experts, scale_format)
+
+        def start(call):
+            return call(x, topk_idx, placement=placement, layout="expert_padded", expert_capacity=results.slots, quantise=scale_format,
+                        copy_out=True, out_rows=results.flat_rows, out_scales=results.flat_scales)
+
+        def fill(received):
+            results.fill(received)
+            if cumulative_local_expert_recv_stats is not None:
+                cumulative_local_expert_recv_stats.add_(results.counts)
+
+        event, hook = self._go(exchange.dispatch, exchange.start_dispatch, start, fill, async_finish, return_recv_hook, x)
+        return results.shown(), results.counts, results.handle, event, hook
+
+    def _go(self, call, start_call, start, fill, async_finish, return_recv_hook, like):
+        """Runs a call now, or starts it and leaves its end to the hook: (event, hook)."""
+        if return_recv_hook:
+            pending = start(start_call)
+            return EventOverlap(None), lambda: fill(pending.finish())
+        _, event = self._lane.run(lambda: fill(start(call)), asynchronous=async_finish, like=like)
+        return event, None
+
+    def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False, async_finish=False,
+                            return_recv_hook=False, out=None, combine_wait_recv_cost_stats=None):
+        """(weighted sums [T,H], event, hook). use_logfmt is a hint: rows travel in their own dtype."""
+        if async_finish and return_recv_hook:
+            raise UsageError("async_finish and return_recv_hook: choose one")
+        if zero_copy and use_logfmt:
+            raise UsageError("zero_copy and use_logfmt: choose one")
+        if not isinstance(handle, LowLatencyHandle):
+            raise UsageError("the handle is not the one that low_latency_dispatch returned")
+        rows = self._combine_buffer if zero_copy else x
+        exchange = self._low_latency_room.exchange
+        sums = torch.empty((topk_idx.shape[0], rows.shape[-1]), dtype=rows.dtype, device=rows.device) if out is None else out
+
+        def start(call):
+            return call(rows.contiguous(), handle.exchange_handle, weighting="at_source", source_weights=topk_weights, out=sums)
+
+        event, hook = self._go(exchange.combine, exchange.start_combine, start, lambda result: None, async_finish, return_recv_hook, rows)
+        return sums, event, hook
+
+    def get_next_low_latency_combine_buffer(self, handle):
+        """[L,R*M,H] bfloat16 that low_latency_combine(zero_copy=True) reads."""
+        shape = (handle[0].shape[0], handle[0].shape[1], handle[3])
+        if self._combine_buffer is None or self._combine_buffer.shape != shape:
+            self._combine_buffer = torch.empty(shape, dtype=torch.bfloat16, device=handle[0].device)
+        return self._combine_buffer
+
+    def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
+        raise UsageError("ranks cannot be masked in this version; the buffer was made without enable_shrink")
+
+    def low_latency_query_mask_buffer(self, mask_status):
+        mask_status.zero_()
+
+    def low_latency_clean_mask_buffer(self):
+        """No rank is masked."""
+
+
+class _Results:
+    """Tensors that are there before their contents are."""
+
+    def __init__(self, buffer, x, num_max, num_experts, scale_format):
+        hidden, device = x.shape[1], x.device
+        local, self.slots = num_experts // buffer.group_size, buffer.group_size * num_max
+        dtype = x.dtype if scale_format is None else torch.float8_e4m3fn
+        self.rows = torch.empty((local, self.slots, hidden), dtype=dtype, device=device)
+        self.flat_rows = self.rows.view(-1, hidden)
+        self.flat_scales = self.scales = None
+        if scale_format is not None:
+            columns = -(-hidden // 128) if scale_format != "ue8m0" else -(-hidden // 512)
+            self.flat_scales = torch.empty((local * self.slots, columns), dtype=torch.int32 if scale_format == "ue8m0" else torch.float32, device=device)
+            self.scales = torch.empty((local, columns, self.slots), dtype=self.flat_scales.dtype, device=device).transpose(1, 2)
+        self.counts = torch.empty(local, dtype=torch.int32, device=device)
+        source = torch.empty((local, self.slots), dtype=torch.int32, device=device)
+        ranges = torch.empty((local, buffer.group_size), dtype=torch.int64, device=device)
+        self.handle = LowLatencyHandle((source, ranges, num_max, hidden, num_experts))
+
+    def fill(self, received):
+        if self.scales is not None:
+            self.scales.copy_(self.flat_scales.view(self.scales.shape))
+        self.counts.copy_(received.expert_counts)
+        self.handle[0].copy_(received.source_token)
+        begin, count = received.ranges.long().unbind(2)
+        self.handle[1].copy_((begin << 32) | count)
+        self.handle.exchange_handle = received.handle
+
+    def shown(self):
+        return self.rows if self.scales is None else (self.rows, self.scales)

@@ -1,0 +1,57 @@
+"""The exchange behind a buffer: made at the first call, and anew when a call needs more."""
+from tokenyard import Exchange, Placement
+from tokenyard.world import World
+
+_NEEDS = ("max_tokens_per_rank", "max_row_bytes", "max_scale_bytes", "top_k", "max_local_experts")
+
+
+class Room:
+    """Grows by what calls ask for; every rank asks for the same, so that all of them make their exchange anew together."""
+
+    def __init__(self, world: World, **options):
+        self.world, self._options = world, options
+        self._shape = dict.fromkeys(_NEEDS, 1)
+        self._placements = {}
+        self.exchange = None
+        self.generation = 0  # handles of an earlier one are of no use
+
+    def exchange_for(self, device, **needs) -> Exchange:
+        shape = {name: max(self._shape[name], needs.get(name, 1)) for name in _NEEDS}
+        shape["max_row_bytes"] += -shape["max_row_bytes"] % 16
+        if self.exchange is None or shape != self._shape:
+            self.exchange = None  # frees its memory first
+            self._shape, self._placements = shape, {}
+            place = {"device": "cuda", "device_index": device.index} if device.type == "cuda" else {"device": "cpu"}
+            self.exchange = Exchange(self.world, hidden_size=0, dtype="uint8", **place, **shape, **self._options)
+            self.generation += 1
+        return self.exchange
+
+    def placement(self, num_experts: int) -> Placement:
+        """Contiguous windows of experts, registered with the exchange."""
+        if num_experts not in self._placements:
+            self._placements[num_experts] = Placement.uniform(num_experts, self.world.size)
+            self.exchange.add(self._placements[num_experts])
+        return self._placements[num_experts]
+
+
+def rows_and_scales(x):
+    """(rows, scales or None) of a tensor or of a pair (fp8, scales)."""
+    return x if isinstance(x, (tuple, list)) else (x, None)
+
+
+def padded_columns(weights):
+    """Weights [N,K] as rows of a multiple of 16 bytes."""
+    rows = weights.new_zeros(weights.shape[0], weights.shape[1] + -weights.shape[1] % 4)
+    rows[:, :weights.shape[1]] = weights
+    return rows
+
+
+def stretched(tensor, rows, fill=None):
+    """The tensor with more rows; what is new holds `fill`, or anything."""
+    if tensor is None or tensor.shape[0] == rows:
+        return tensor
+    longer = tensor.new_empty(rows, *tensor.shape[1:])
+    longer[:tensor.shape[0]] = tensor
+    if fill is not None:
+        longer[tensor.shape[0]:] = fill
+    return longer

@@ -1,0 +1,23 @@
+"""Expert-parallel dispatch and combine: tokens of a Mixture-of-Experts model to the ranks of their experts, and back.
+
+    import tokenyard as ty
+
+World, Placement, Exchange, Gate and route() follow the C++ library; tokenyard.torch has autograd functions and a dispatcher.
+"""
+from ._core import Gate, Instance, ModelPreset, Move, Placement, Replica, model_preset, model_presets, moves
+from .collectives import Collectives
+from .errors import Error, TransportError, UsageError
+from .exchange import Exchange, plan_memory
+from .launch import run_ranks
+from .received import Pending, Received
+from .routing import Routing, dequantise, quantise, route
+from .topology import Topo, topo
+from .world import World
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Collectives", "Error", "Exchange", "Gate", "Instance", "ModelPreset", "Move", "Pending", "Placement", "Received", "Replica", "Routing", "Topo",
+    "TransportError", "UsageError", "World", "dequantise", "model_preset", "model_presets", "moves", "plan_memory", "quantise", "route",
+    "run_ranks", "topo",
+]

@@ -1,0 +1,115 @@
+"""NumPy and torch arrays on their way in and out. What NumPy lacks, bfloat16 and fp8, is uint16 and uint8 there."""
+import sys
+
+import numpy
+
+from . import _core
+from .errors import UsageError
+
+_numpy_names = {}  # what a view of an element type means; dtypes hash faster than their names are made
+_torch_names = {}
+for _name in ("float64", "float32", "float16", "int64", "int32", "uint8"):
+    _numpy_names[numpy.dtype(_name)] = _name
+_numpy_names[numpy.dtype("uint16")] = "bfloat16"
+
+
+def torch_if_used():
+    """torch when somebody has imported it: nobody else can have handed us a tensor."""
+    return sys.modules.get("torch")
+
+
+def is_torch(array) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def _names_of_torch():
+    if not _torch_names:
+        torch = torch_if_used()
+        for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8"):
+            _torch_names[getattr(torch, name)] = name
+        _torch_names[torch.bool], _torch_names[torch.float8_e4m3fn] = "uint8", "float8_e4m3"
+    return _torch_names
+
+
+def as_array(value, what):
+    """The array itself, or a NumPy array of what else there is (a list, an array of another library)."""
+    if isinstance(value, numpy.ndarray) or is_torch(value):
+        return value
+    try:
+        array = numpy.from_dlpack(value) if hasattr(value, "__dlpack__") else numpy.asarray(value)
+    except (TypeError, ValueError, BufferError):
+        array = None
+    if array is None or array.dtype.hasobject:
+        raise UsageError(f"{what} is a {type(value).__name__}; expected a NumPy array, a torch tensor, or what DLPack can turn into one")
+    return array
+
+
+def _view(array, dtype):
+    if is_torch(array):  # without DLPack, which takes torch longer than a small exchange
+        name = dtype or _names_of_torch().get(array.dtype)
+        return None if name is None else _core.Tensor(array, name, array.data_ptr(), array.element_size(), array.shape, array.stride())
+    if name := dtype or _numpy_names.get(array.dtype):
+        return _core.Tensor(array, name)
+    # bool, and the types of ml_dtypes, are shown as integers
+    name = {"bool": "uint8", "bfloat16": "bfloat16", "float8_e4m3fn": "float8_e4m3"}.get(array.dtype.name)
+    return None if name is None else _core.Tensor(array.view(f"uint{8 * array.dtype.itemsize}"), name)
+
+
+def tensor(array, what, dtype=None):
+    """The _core.Tensor of an array, which it keeps alive. dtype says what the elements mean where the array cannot."""
+    try:
+        view = _view(array, dtype)
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from None
+    if view is None:
+        raise UsageError(f"{what} is of dtype {array.dtype}; expected float64, float32, float16, bfloat16 (in NumPy uint16), int64, int32 or uint8")
+    return view
+
+
+def opaque(array, what, dtype=None):
+    """As tensor(), for elements that only travel: a type that the library does not know goes as bytes."""
+    if dtype is None and array.dtype not in (_names_of_torch() if is_torch(array) else _numpy_names):
+        array = array.view(torch_if_used().uint8 if is_torch(array) else numpy.uint8)
+    return tensor(array, what, dtype)
+
+
+def writable(array, what, dtype=None):
+    """As tensor(), for memory that results are written to."""
+    if not is_torch(array) and not (isinstance(array, numpy.ndarray) and array.flags.writeable):
+        raise UsageError(f"{what} is a {type(array).__name__} that cannot be written; expected a writable NumPy array or a torch tensor")
+    return tensor(array, what, dtype)
+
+
+def shown_as(array, dtype):
+    """The result with the element type that went in."""
+    return array if array is None or dtype is None or array.dtype == dtype else array.view(dtype)
+
+
+class Frame:
+    """Where results go: the framework and device of what came in."""
+
+    _all = {}
+
+    @staticmethod
+    def of(array, device="cpu", device_index=0):
+        key = is_torch(array), device, device_index
+        if key not in Frame._all:
+            Frame._all[key] = Frame(*key)
+        return Frame._all[key]
+
+    def __init__(self, is_torch, device, device_index):
+        self.is_torch = is_torch
+        self.place = _core.Place(_core.Framework.torch if is_torch else _core.Framework.numpy, device, device_index)
+
+    @property
+    def float8(self):
+        """How fp8 rows are shown: torch has a type for them."""
+        return torch_if_used().float8_e4m3fn if self.is_torch else None
+
+    def empty(self, shape, dtype):
+        """Memory of the framework on the CPU; dtype is one of ours."""
+        if self.is_torch:
+            torch = torch_if_used()
+            return torch.empty(shape, dtype=getattr(torch, {"float8_e4m3": "float8_e4m3fn"}.get(dtype, dtype)))
+        return numpy.empty(shape, {"bfloat16": "uint16", "float8_e4m3": "uint8"}.get(dtype, dtype))

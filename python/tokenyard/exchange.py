@@ -1,0 +1,285 @@
+"""The exchange: dispatch sends rows to the ranks of their experts, combine brings sums back."""
+from . import _core
+from .arrays import Frame, as_array, is_torch, opaque, shown_as, tensor, torch_if_used, writable
+from .errors import UsageError
+from .received import Pending, Received
+from .world import World
+
+
+def _options(fields):
+    options = _core.ExchangeOptions()
+    for name, value in fields.items():
+        if not hasattr(options, name):
+            raise UsageError(f"an exchange has no option {name!r}; expected one of {', '.join(n for n in dir(options) if n[0] != '_')}")
+        setattr(options, name, value)
+    return options
+
+
+def _shape_options(placements, hidden_size, dtype, combine_dtype, options):
+    """Options in bytes and counts, from hidden_size, dtypes and placements."""
+    element = max(_core.size_of(dtype), _core.size_of(combine_dtype or dtype))
+    options.setdefault("max_row_bytes", hidden_size * element)
+    options.setdefault("max_local_experts", max((p.max_local_experts for p in placements), default=1))
+    options.setdefault("max_fanout", max((p.max_fanout for p in placements), default=1))
+    return options
+
+
+def plan_memory(ranks, placement=None, *, hidden_size, top_k, max_tokens_per_rank, dtype="bfloat16", combine_dtype=None, **options):
+    """What an exchange with these arguments allocates on each of `ranks` ranks: a list of MemoryItem, without allocating."""
+    options.update(top_k=top_k, max_tokens_per_rank=max_tokens_per_rank)
+    return _core.memory_plan(_options(_shape_options(_as_list(placement), hidden_size, dtype, combine_dtype, options)), ranks)
+
+
+def _as_list(placement):
+    return [] if placement is None else [placement] if isinstance(placement, _core.Placement) else list(placement)
+
+
+class Exchange:
+    """Owns buffers, epochs and links for a maximum shape; one serves all layers of a model.
+
+    Collective: all ranks make it with the same arguments (TransportError "mismatch" otherwise). Calls on one exchange are made one
+    after the other, in the same order by all ranks. UsageError: this call was rejected, the peers' same call fails with the reason,
+    and the next call is fine. TransportError: sticky until clear(), or recover() after ranks were lost.
+
+    placement: the default one, or a list whose first is the default; add() registers more. dtype: the widest element of rows;
+    combine_dtype: of what experts return, when it is wider. mode: the default of dispatch, "throughput" or "latency".
+    Further options are those of the C++ ExchangeOptions: max_scale_bytes, max_local_experts, max_fanout, receive_rows,
+    max_expert_rows, depth, expert_rows, unfolded, reduction_groups, transport, device_index, sm_budget, num_threads, validate, trace.
+
+    Letters in shapes: T tokens of this rank, H hidden size, K top_k. Arrays are NumPy's or torch's, results come in the framework
+    of the input; bfloat16 and fp8 are uint16 and uint8 in NumPy. With device="cuda" work is ordered on torch's current stream.
+    """
+
+    def __init__(self, world, placement=None, *, hidden_size, top_k, max_tokens_per_rank, dtype="bfloat16", combine_dtype=None,
+                 device="cpu", mode="throughput", timeout_ms=0, **options):
+        placements = _as_list(placement)
+        options.update(top_k=top_k, max_tokens_per_rank=max_tokens_per_rank, device=device, mode=mode, timeout_ms=timeout_ms)
+        self._core = _core.Exchange(world._core, _options(_shape_options(placements, hidden_size, dtype, combine_dtype, options)))
+        self._world = world
+        self._in_flight = []  # started calls whose inputs may still be read
+        self._device = device
+        self._mode = mode
+        self._numbers = {}
+        self._known_options = {}  # made once for every combination of words and numbers that is used
+        self.hidden_size, self.top_k, self.dtype = hidden_size, top_k, dtype
+        for one in placements:
+            self.add(one)
+
+    def add(self, placement) -> int:
+        """Collective: registers a placement (agreed by hash) and returns its number."""
+        number = self._core.add(placement)
+        self._numbers.setdefault(placement.hash, number)
+        return number
+
+    def _number_of(self, placement):
+        if isinstance(placement, int):
+            return placement
+        if placement.hash not in self._numbers:
+            raise UsageError(f"{placement!r} is not registered with this exchange; call add(placement) on all ranks first")
+        return self._numbers[placement.hash]
+
+    def _frame(self, array):
+        if self._device == "cpu":
+            if is_torch(array) and array.device.type != "cpu":
+                raise UsageError(f"a tensor on {array.device} for an exchange with device='cpu'; move it, or make the exchange with device='cuda'")
+            return Frame.of(array)
+        if not is_torch(array) or array.device.type != "cuda":
+            raise UsageError("an exchange with device='cuda' takes torch tensors on its GPU")
+        return Frame.of(array, "cuda", array.device.index)
+
+    def _use_stream(self, options):
+        if self._device == "cuda":
+            options.stream = torch_if_used().cuda.current_stream().cuda_stream
+
+    def _dispatch_call(self, x, topk_ids, topk_weights, *, handle=None, scales=None, dtype=None, **options):
+        """(what must stay alive, arguments of the core, how its result is shown)"""
+        if topk_ids is None and handle is None:
+            raise UsageError("dispatch without topk_ids; give them, or the handle of an earlier dispatch whose routing is to be used again")
+        x = as_array(x, "x")
+        frame = self._frame(x)
+        given = _core.DispatchInput()
+        keep = [view := opaque(x, "x", dtype)]
+        given.rows = view
+        for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights), ("scales", scales)):
+            if value is not None:
+                self._frame(array := as_array(value, name))
+                keep.append(view := (opaque if name == "scales" else tensor)(array, name))
+                setattr(given, name, view)
+        rows_dtype = frame.float8 if options.get("quantise") else x.dtype
+        scales_dtype = None if scales is None else array.dtype  # the last of the loop
+        arguments = given, self._dispatch_options(keep, options), handle
+        return keep, arguments, lambda core: Received(core, frame, rows_dtype, scales_dtype)
+
+    def _dispatch_options(self, keep, given):
+        out_rows, out_scales, placement = (given.pop(name, None) for name in ("out_rows", "out_scales", "placement"))
+        key = tuple(given.items())
+        if (options := self._known_options.get(key)) is None:
+            options = self._known_options[key] = self._new_dispatch_options(given)
+        if out_rows is not None or out_scales is not None:
+            options = self._new_dispatch_options(given)
+            for name, value in (("out_rows", out_rows), ("out_scales", out_scales)):
+                if value is not None:
+                    keep.append(view := writable(value, name))
+                    setattr(options, name, view)
+        options.placement = None if placement is None else self._number_of(placement)
+        self._use_stream(options)
+        return options
+
+    def _new_dispatch_options(self, given):
+        options = _core.DispatchOptions()
+        options.sizing = given.get("sizing") or ("capacity" if (given.get("mode") or self._mode) == "latency" else "exact")
+        for name, value in given.items():
+            if not hasattr(options, name):
+                raise TypeError(f"dispatch has no argument {name!r}")
+            if value is not None:
+                setattr(options, name, value)
+        return options
+
+    def dispatch(self, x, topk_ids=None, topk_weights=None, *, handle=None, scales=None, placement=None, layout="token_major", sizing=None,
+                 mode=None, gather_map=False, alignment=1, zero_padding=False, expert_capacity=0, drop=False, copy_out=False, out_rows=None,
+                 out_scales=None, token_base=0, quantise=None, dtype=None) -> Received:
+        """Sends every row of x to the ranks of its experts. Collective.
+
+        x [T,H], any element type, rows of a multiple of 16 bytes; topk_ids [T,K] int64 or int32, negative: no expert; topk_weights
+        [T,K] float32 travel along (absent: 1); scales [T,S] travel along. With `handle` of an earlier dispatch instead of topk_ids,
+        x [T,H] follows that one's routing (cached dispatch).
+        layout: token_major, expert_major, expert_padded, rank_slots (latency mode). sizing: "exact" waits for the number of rows,
+        "capacity" does not and shapes results for receive_rows; default: exact in throughput mode. gather_map: token_major, also
+        expert_rows and expert_offsets. alignment: expert_major, groups start at multiples. expert_capacity, drop: limits per expert.
+        copy_out: rows in memory of their own (or in out_rows, out_scales) instead of a lease. token_base shifts the choice of
+        replicas. quantise: "float32", "float32_pow2" or "ue8m0" scales, rows become fp8. dtype: what x means where the array cannot say.
+        """
+        keep, arguments, shown = self._dispatch_call(
+            x, topk_ids, topk_weights, handle=handle, scales=scales, dtype=dtype, placement=placement, layout=layout, sizing=sizing,
+            mode=mode, gather_map=gather_map, alignment=alignment, zero_padding=zero_padding, expert_capacity=expert_capacity, drop=drop,
+            copy_out=copy_out, out_rows=out_rows, out_scales=out_scales, token_base=token_base, quantise=quantise)
+        return self._run(self._core.dispatch, keep, arguments, shown)
+
+    def start_dispatch(self, x, topk_ids=None, topk_weights=None, **options) -> Pending:
+        """The first half of dispatch, with its arguments: never waits. x and the others stay untouched until finish()."""
+        keep, arguments, shown = self._dispatch_call(x, topk_ids, topk_weights, **options)
+        return self._start(self._core.start_dispatch, keep, arguments, shown)
+
+    @staticmethod
+    def _run(call, keep, arguments, shown):
+        result = shown(call(*arguments))
+        del keep  # inputs lived until here
+        return result
+
+    def _start(self, call, keep, arguments, shown):
+        pending = Pending(call(*arguments), (self, keep), shown)
+        self._in_flight = [other for other in self._in_flight if not other.is_over()] + [pending]
+        return pending
+
+    def _combine_call(self, rows, handle, *, weighting="none", order="rank_ascending", fold=True, source_weights=None, row_weights=None,
+                      bias=None, out=None, dtype=None):
+        rows = as_array(rows, "rows")
+        frame = self._frame(rows)
+        keep = [y := tensor(rows, "rows", dtype)]
+        options = _core.CombineOptions()
+        options.weighting, options.order, options.fold = weighting, order, fold
+        biases = () if bias is None else bias if isinstance(bias, (tuple, list)) else (bias,)
+        if len(biases) > 2:
+            raise UsageError(f"{len(biases)} biases; combine adds at most two")
+        for name, value, kind in (("source_weights", source_weights, None), ("row_weights", row_weights, None), ("out", out, None),
+                                  *((f"bias{i}", one, dtype) for i, one in enumerate(biases))):
+            if value is not None:
+                self._frame(array := as_array(value, name))
+                keep.append(view := writable(value, name, kind) if name == "out" else tensor(array, name, kind))
+                setattr(options, name, view)
+        self._use_stream(options)
+
+        def shown(core):
+            sums = out if out is not None else shown_as(core.out(frame.place), rows.dtype)
+            return sums if row_weights is None else (sums, core.combined_weights(frame.place))
+
+        return keep, (y, handle, options), shown
+
+    def combine(self, rows, handle, *, weighting="none", order="rank_ascending", fold=True, source_weights=None, row_weights=None, bias=None,
+                out=None, dtype=None):
+        """Sums what the experts made of every token: [T,H]. Collective.
+
+        rows: in the shape of the dispatch's rows, float64 (cpu), float32, bfloat16 or float16. weighting: "none", "at_input" (rows were
+        weighted before the expert), "at_expert" (by the weights that travelled) or "at_source" (by source_weights [T,K] float32, given
+        now); the last two for the expert layouts. order of the ranks' partial sums: "rank_ascending" or "topk". fold=False: every
+        (token, k) row travels on its own. bias: one or two [T,H] in the dtype of rows, added first. out [T,H]: where sums go, and their
+        dtype. row_weights float32, in the shape of Received.row_weights: the result is then (sums, combined weights [T,K]).
+        Sums are taken in float32 in a defined order: the same bits on every backend.
+        """
+        keep, arguments, shown = self._combine_call(rows, handle, weighting=weighting, order=order, fold=fold, source_weights=source_weights,
+                                                    row_weights=row_weights, bias=bias, out=out, dtype=dtype)
+        return self._run(self._core.combine, keep, arguments, shown)
+
+    def start_combine(self, rows, handle, **options) -> Pending:
+        """The first half of combine, with its arguments: never waits. rows and the others stay untouched until finish()."""
+        keep, arguments, shown = self._combine_call(rows, handle, **options)
+        return self._start(self._core.start_combine, keep, arguments, shown)
+
+    def dispatch_backward(self, handle, grad_rows, grad_row_weights=None, *, dtype=None) -> tuple:
+        """(gradient of x [T,H], gradient of topk_weights [T,K] float32 or None), from those of rows and row_weights. Collective."""
+        grad_rows = as_array(grad_rows, "grad_rows")
+        frame = self._frame(grad_rows)
+        weights = None if grad_row_weights is None else tensor(as_array(grad_row_weights, "grad_row_weights"), "grad_row_weights")
+        gradient = self._core.dispatch_backward(handle, tensor(grad_rows, "grad_rows", dtype), weights)
+        return shown_as(gradient.rows(frame.place), grad_rows.dtype), gradient.topk_weights(frame.place)
+
+    def combine_backward(self, handle, grad_out, rows=None, *, weighting="none", source_weights=None, dtype=None) -> tuple:
+        """(Received with the gradient of rows in the layout of the dispatch, gradient of the weights [T,K] float32 or None), from that
+        of the sums; rows as they were combined, for at_expert and at_source. Collective."""
+        grad_out = as_array(grad_out, "grad_out")
+        frame = self._frame(grad_out)
+        _, (view, _, options), _ = self._combine_call(grad_out, handle, weighting=weighting, source_weights=source_weights, dtype=dtype)
+        saved = None if rows is None else tensor(as_array(rows, "rows"), "rows", dtype)
+        gradient = self._core.combine_backward(handle, view, saved, options)
+        return Received(gradient.rows, frame, grad_out.dtype), gradient.topk_weights(frame.place)
+
+    def expert_rows(self, handle, like, dtype=None):
+        """Memory [N,H] (or [R,M,H]) for rows from which combine needs no copy, in the framework of the array `like`; dtype: default
+        that of the exchange. UsageError without the option expert_rows=True."""
+        frame = self._frame(as_array(like, "like"))
+        return self._core.expert_rows(handle, dtype or self.dtype, self.hidden_size, frame.place)
+
+    def check(self) -> None:
+        """Raises the sticky error, if any."""
+        self._core.check()
+
+    def status(self):
+        """failure (text of the sticky error, or None), invalid_ids, lost_ids."""
+        return self._core.status()
+
+    def clear(self) -> None:
+        """Collective: ends an error on all ranks, none of which may be lost."""
+        self._core.clear()
+
+    def recover(self) -> list[int]:
+        """Collective over the ranks that are left after some were lost: go on as a smaller world (see .world), with what is left of
+        every placement. Returns the former rank of each rank. Earlier handles are refused; leases stay valid."""
+        former = self._core.recover()
+        self._world = World(self._core.world(), parent=self._world)
+        return former
+
+    @property
+    def world(self) -> World:
+        """The world of this exchange; after recover() the smaller one."""
+        return self._world
+
+    @property
+    def options(self):
+        """The C++ options, with defaults filled in."""
+        return self._core.options()
+
+    @property
+    def transport(self) -> str:
+        """What moves rows: "inproc", "shm", "mpi" or "cuda_peer"."""
+        return self._core.transport()
+
+    def link_bytes(self) -> list[int]:
+        """Bytes of rows and scales sent to each rank so far."""
+        return self._core.link_bytes()
+
+    def take_spans(self) -> list:
+        """PhaseSpans since the last call; empty without the option trace=True."""
+        return self._core.take_spans()
+
+    def __del__(self):
+        self._core = None  # ends what is in flight, so that nobody reads its inputs any more

@@ -1,0 +1,62 @@
+#pragma once
+// NCCL's interface, as far as this project uses it, and where it comes from: the library is looked for when it is first asked
+// for, so that nothing of it is needed to build or to start. Types and numbers are those of its nccl.h since 2.14.
+
+#include <climits>
+#include <cstddef>
+#include <string>
+#include <tl/expected.hpp>
+
+#include "tokenyard/topo.h"
+
+struct CUstream_st;
+
+namespace tokenyard::nccl {
+
+using Comm = void*;
+enum class Result : int { success = 0, in_progress = 7 };
+constexpr int kBytes = 0;  // ncclInt8
+constexpr int kOldest = 21400;
+
+struct UniqueId {
+  char bytes[128];
+};
+
+// The head of ncclConfig_t: what lies behind it has defaults, as the version says.
+struct Config {
+  std::size_t size = sizeof(Config);
+  unsigned int magic = 0xcafebeef;
+  unsigned int version = kOldest;
+  int blocking = 1;
+  int cga_cluster_size = INT_MIN;
+};
+
+struct Library {
+  int version = 0;
+  Result (*get_version)(int*) = nullptr;
+  Result (*get_unique_id)(UniqueId*) = nullptr;
+  Result (*comm_init_rank_config)(Comm*, int ranks, UniqueId, int rank, Config*) = nullptr;
+  Result (*comm_abort)(Comm) = nullptr;
+  Result (*comm_get_async_error)(Comm, Result*) = nullptr;
+  const char* (*get_error_string)(Result) = nullptr;
+  const char* (*get_last_error)(Comm) = nullptr;
+  Result (*group_start)() = nullptr;
+  Result (*group_end)() = nullptr;
+  Result (*send)(const void*, std::size_t, int type, int peer, Comm, CUstream_st*) = nullptr;
+  Result (*recv)(void*, std::size_t, int type, int peer, Comm, CUstream_st*) = nullptr;
+  Result (*all_gather)(const void*, void*, std::size_t, int type, Comm, CUstream_st*) = nullptr;
+};
+
+struct Missing {
+  std::string reason;
+  std::string remedy;
+};
+
+// Loaded once: TOKENYARD_NCCL, a file or a name, else libnccl.so.2.
+tl::expected<const Library*, Missing> library();
+std::string version_text(int version);  // "2.28.9"
+
+// For topo: the collectives, and whether this build, this machine and its GPUs have them.
+Backend backend();
+
+}  // namespace tokenyard::nccl

@@ -1,0 +1,15 @@
+// Built instead of nccl.cc without TY_NCCL.
+
+#include "world/nccl.h"
+
+namespace tokenyard::nccl {
+
+Backend backend() {
+  return {.name = "nccl",
+          .kind = "collective",
+          .availability = Availability::not_built,
+          .reason = "configured without TY_NCCL",
+          .remedy = "configure with -DTY_CUDA=ON -DTY_NCCL=ON, which needs nothing of NCCL; on CPUs use direct or mpi"};
+}
+
+}  // namespace tokenyard::nccl

@@ -1,0 +1,128 @@
+"""CUDA tensors through the package: the same bits as on the CPU, in the order of torch's current stream, and with gradients."""
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+import tokenyard as ty  # noqa: E402
+import tokenyard.torch as tyt  # noqa: E402
+
+RANKS, TOKENS, HIDDEN, EXPERTS, TOP_K = 2, 13, 512, 8, 3
+FIELDS = ["local_ids", "row_weights", "source_rank", "source_token", "expert_counts", "expert_offsets", "rank_counts", "present"]
+
+
+def gpu_of(world):
+    torch.cuda.set_device(world.rank % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def inputs(rank, dtype=torch.bfloat16):
+    rng = torch.Generator().manual_seed(rank + 1)
+    x = torch.randn(TOKENS - rank, HIDDEN, generator=rng).to(dtype)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=rng)[:TOP_K] for _ in range(len(x))])
+    return x, ids, torch.rand(len(x), TOP_K, generator=rng)
+
+
+def make_exchange(world, device, dtype="bfloat16", **options):
+    sms = {"sm_budget": 16} if device == "cuda" else {}
+    return ty.Exchange(world, ty.Placement.uniform(EXPERTS, world.size), hidden_size=HIDDEN, top_k=TOP_K, max_tokens_per_rank=TOKENS,
+                       dtype=dtype, device=device, timeout_ms=20_000, **sms, **options)
+
+
+def equal(ours, theirs):
+    return (ours is None) == (theirs is None) and (ours is None or torch.equal(ours.cpu(), theirs))
+
+
+@pytest.mark.parametrize("layout", ["token_major", "expert_major", "expert_padded", "rank_slots"])
+@pytest.mark.parametrize("mode", ["throughput", "latency"])
+def test_as_on_the_cpu(layout, mode):
+    if layout == "rank_slots" and mode == "throughput":
+        pytest.skip("rank_slots belong to latency mode")
+
+    def rank_main(world):
+        device = gpu_of(world)
+        x, ids, weights = inputs(world.rank)
+        results = []
+        for place in ("cpu", "cuda"):
+            exchange = make_exchange(world, place, mode=mode)
+            there = [t.to(device if place == "cuda" else "cpu") for t in (x, ids, weights)]
+            options = {"expert_capacity": 40} if layout == "expert_padded" else {}
+            out = exchange.dispatch(*there, layout=layout, sizing="exact", zero_padding=True, **options)
+            assert out.rows.device.type == place
+            weighting = "at_expert" if layout.startswith("expert") else "none"
+            y = exchange.combine(out.rows.clone(), out.handle, weighting=weighting)
+            results.append((out.rows.clone(), [getattr(out, name) for name in FIELDS], y, out.num_rows))
+        (rows, fields, y, count), (gpu_rows, gpu_fields, gpu_y, gpu_count) = results
+        torch.cuda.synchronize()
+        assert count == gpu_count and torch.equal(gpu_y.cpu(), y)
+        for name, ours, theirs in zip(FIELDS, gpu_fields, fields):
+            assert equal(ours, theirs), name
+        if layout == "rank_slots":  # slots without a row hold anything
+            there = fields[FIELDS.index("present")].bool()
+            assert torch.equal(gpu_rows.cpu()[there], rows[there])
+        else:
+            assert torch.equal(gpu_rows.cpu(), rows)
+
+    ty.run_ranks(rank_main, RANKS, processes=False, timeout_ms=60_000)
+
+
+def test_work_is_ordered_on_the_current_stream():
+    def rank_main(world):
+        device = gpu_of(world)
+        x, ids, weights = (t.to(device) for t in inputs(world.rank))
+        exchange = make_exchange(world, "cuda")
+        expected = exchange.dispatch(x, ids, weights, copy_out=True).rows.clone()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            late = torch.zeros_like(x)
+            torch.cuda._sleep(20_000_000)  # what is written behind this is read in time only if dispatch waits for the stream
+            late.copy_(x)
+            found = exchange.dispatch(late, ids, weights, copy_out=True).rows
+            torch.cuda.current_stream().synchronize()
+        assert torch.equal(found, expected)
+
+    ty.run_ranks(rank_main, RANKS, processes=False, timeout_ms=60_000)
+
+
+def test_leases_come_back_with_their_last_tensor():
+    def rank_main(world):
+        device = gpu_of(world)
+        given = [t.to(device) for t in inputs(world.rank)]
+        exchange = make_exchange(world, "cuda", depth=2)
+        for _ in range(20):  # with two buffers, the third dispatch would fail if rows were kept
+            rows = exchange.dispatch(*given).rows
+            rows.sum()
+            del rows
+        torch.cuda.synchronize()
+
+    ty.run_ranks(rank_main, RANKS, processes=False, timeout_ms=60_000)
+
+
+def test_gradients_are_those_of_the_cpu():
+    def gradients(world, place):
+        device = gpu_of(world) if place == "cuda" else torch.device("cpu")
+        x, ids, weights = (t.to(device) for t in inputs(world.rank, torch.float32))
+        x.requires_grad_(), weights.requires_grad_()
+        exchange = make_exchange(world, place, "float32")
+        dispatched = tyt.dispatch(exchange, x, ids, weights, layout="expert_major")
+        y = tyt.combine(exchange, torch.tanh(dispatched.rows) * dispatched.row_weights[:, None], dispatched)
+        (y * torch.arange(HIDDEN, device=device)).sum().backward()
+        return [t.detach().cpu() for t in (y, x.grad, weights.grad)]
+
+    def rank_main(world):
+        for ours, theirs in zip(gradients(world, "cuda"), gradients(world, "cpu")):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+    ty.run_ranks(rank_main, RANKS, processes=False, timeout_ms=60_000)
+
+
+def test_host_memory_is_refused():
+    def rank_main(world):
+        x, ids, weights = inputs(world.rank)
+        device = gpu_of(world)
+        exchange = make_exchange(world, "cuda")
+        with pytest.raises(ty.UsageError, match="takes torch tensors on its GPU"):
+            exchange.dispatch(x.to(device), ids, weights.to(device))
+
+    ty.run_ranks(rank_main, RANKS, processes=False, timeout_ms=60_000)

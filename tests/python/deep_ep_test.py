@@ -1,0 +1,289 @@
+"""The deep_ep drop-in on CPU ranks with a gloo group, against plain loops. DeepEP's own test programs are run by hand: docs/deep_ep.md."""
+import io
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import tokenyard as ty  # noqa: E402
+
+RANKS, TOKENS, HIDDEN, EXPERTS, TOP_K = 3, [4, 0, 6], 256, 6, 2
+WINDOW = EXPERTS // RANKS
+
+
+def on_group(fn, tmp_path, ranks=RANKS):
+    """fn(group, rank) in processes with a gloo group."""
+    def rank_main(world):
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=world.rank, world_size=world.size)
+        try:
+            return fn(dist.group.WORLD, world.rank)
+        finally:
+            dist.destroy_process_group()
+
+    return ty.run_ranks(rank_main, ranks, timeout_ms=30_000)
+
+
+def given(seed=1):
+    """Of all ranks: x of small whole numbers, ids with masked ones, weights of quarters."""
+    rng = torch.Generator().manual_seed(seed)
+    x = [torch.randint(-3, 4, (t, HIDDEN), generator=rng).bfloat16() for t in TOKENS]
+    ids = [torch.stack([torch.randperm(EXPERTS, generator=rng)[:TOP_K] for _ in range(t)]) if t else torch.zeros(0, TOP_K).long() for t in TOKENS]
+    ids = [torch.where(torch.rand(i.shape, generator=rng) < 0.2, -1, i) for i in ids]
+    weights = [torch.randint(1, 5, (t, TOP_K), generator=rng) / 4 for t in TOKENS]
+    return x, ids, weights
+
+
+def received_by(rank, ids):
+    """(source, token) of the rows of a rank, in order."""
+    return [(s, t) for s in range(RANKS) for t in range(TOKENS[s]) if any(e >= 0 and e // WINDOW == rank for e in ids[s][t].tolist())]
+
+
+def stack(rows, like):
+    return torch.stack(rows) if rows else like[:0]
+
+
+def check_v1(group, rank, with_topk, fp8):
+    import deep_ep
+
+    x, ids, weights = given()
+    buffer = deep_ep.Buffer(group, int(1e6))
+    per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids[rank], EXPERTS)
+    assert per_rank.tolist() == [sum((s, t) in received_by(to, ids) for s, t in [(rank, t) for t in range(TOKENS[rank])]) for to in range(RANKS)]
+    assert per_node is None and per_expert.tolist() == [(ids[rank] == e).sum().item() for e in range(EXPERTS)]
+    assert in_rank.shape == (TOKENS[rank], RANKS) and in_rank.sum(0).tolist() == per_rank.tolist()
+    rows = received_by(rank, ids)
+    payload = (x[rank].to(torch.float8_e4m3fn), torch.arange(2.0 * TOKENS[rank]).view(2, -1).T) if fp8 else x[rank]
+    topk = {"topk_idx": ids[rank], "topk_weights": weights[rank]} if with_topk else {}
+    args = dict(num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, expert_alignment=4, **topk)
+    recv_x, recv_ids, recv_weights, counts, handle, event = buffer.dispatch(payload, **args, async_finish=True, previous_event=buffer.capture())
+    event.current_stream_wait()
+    expected = stack([x[s][t] for s, t in rows], x[rank])
+    assert torch.equal((recv_x[0] if fp8 else recv_x).bfloat16(), expected)
+    if fp8:
+        assert torch.equal(recv_x[1], stack([torch.tensor([t, TOKENS[s] + t]).float() for s, t in rows], recv_x[1]))
+    true_counts = [sum((i == rank * WINDOW + e).sum().item() for i in ids) for e in range(WINDOW)]
+    assert counts == [(c + 3) // 4 * 4 for c in true_counts]
+    prefix = handle[0]
+    assert prefix.shape == (RANKS, RANKS) and prefix[-1, rank] == len(rows) and all(isinstance(t, torch.Tensor) for t in handle)
+    assert handle[3].tolist() == [t for s, t in rows]
+    if with_topk:
+        local = [[e - rank * WINDOW if e >= 0 and e // WINDOW == rank else -1 for e in ids[s][t].tolist()] for s, t in rows]
+        assert recv_ids.tolist() == local and recv_ids.dtype == torch.int64
+        assert torch.equal(recv_weights, stack([torch.where(torch.tensor(l) >= 0, weights[s][t], 0.0) for l, (s, t) in zip(local, rows)], recv_weights))
+        worst = buffer.dispatch(payload, **args, num_worst_tokens=20)
+        assert worst[1].shape == (20, TOP_K) and worst[3] == [] and (worst[1][len(rows):] == -1).all()
+        assert torch.equal(worst[1][:len(rows)], recv_ids)
+    else:
+        assert recv_ids is None and recv_weights is None
+    check_v1_back(buffer, x[rank], weights[rank], in_rank, expected, handle)
+    return len(rows)
+
+
+def check_v1_back(buffer, x, weights, in_rank, recv_x, handle):
+    """Cached dispatch and combine, also when all that is left of the handle is copies of its tensors."""
+    times = in_rank.sum(1, keepdim=True)
+    stored = io.BytesIO()
+    torch.save(handle, stored)
+    stored.seek(0)
+    copies = torch.load(stored)
+    for known in (handle, tuple(t.clone() for t in handle), copies):
+        again, none, _, _, no_handle, _ = buffer.dispatch(x, handle=known)
+        assert torch.equal(again, recv_x) and none is None and no_handle is None
+        bias = torch.ones_like(x)
+        factors = torch.ones(recv_x.shape[0], 2) / 2
+        sums, summed, _ = buffer.combine(recv_x, known, topk_weights=factors, bias=(bias, bias))
+        assert torch.equal(sums, x * times + 2) and torch.equal(summed, times.expand(-1, 2) / 2)
+        buffer._handles.clear()  # what is remembered may be gone: tensors are enough
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("with_topk", [False, True])
+def test_buffer(with_topk, fp8, tmp_path):
+    _, ids, _ = given()
+    assert on_group(lambda group, rank: check_v1(group, rank, with_topk, fp8), tmp_path) == [len(received_by(rank, ids)) for rank in range(RANKS)]
+
+
+def test_buffer_grows_and_old_handles_stay_good(tmp_path):
+    def main(group, rank):
+        import deep_ep
+
+        buffer = deep_ep.Buffer(group)
+        handles = []
+        for tokens in (2, 30):
+            x = torch.full((tokens, 32), float(rank + 1)).bfloat16()
+            ids = torch.arange(tokens * TOP_K).view(tokens, TOP_K) % EXPERTS
+            layout = buffer.get_dispatch_layout(ids, EXPERTS)
+            out = buffer.dispatch(x, None, layout[0], None, layout[3], layout[2], ids, torch.ones(tokens, TOP_K))
+            handles.append((x, layout[3], out[0], out[4]))
+        for x, in_rank, recv_x, handle in handles:
+            assert torch.equal(buffer.combine(recv_x, handle)[0], x * in_rank.sum(1, keepdim=True))
+
+    on_group(main, tmp_path)
+
+
+def check_low_latency(group, rank, hook, fp8, scale_kind):
+    import deep_ep
+    from deep_ep.utils.math import per_token_cast_back
+
+    x, ids, weights = given(2)
+    slots = 8
+    buffer = deep_ep.Buffer(group, 0, deep_ep.Buffer.get_low_latency_rdma_size_hint(slots, HIDDEN, RANKS, EXPERTS), low_latency_mode=True,
+                            explicitly_destroy=True)
+    stats = torch.zeros(WINDOW, dtype=torch.int32)
+    live = []
+    for _ in range(4):  # more than two: results are the caller's
+        recv, counts, handle, event, finish = buffer.low_latency_dispatch(
+            x[rank], ids[rank], slots, EXPERTS, stats, use_fp8=fp8, round_scale=scale_kind != "float32", use_ue8m0=scale_kind == "ue8m0",
+            return_recv_hook=hook, async_finish=not hook)
+        finish() if hook else event.current_stream_wait()
+        assert (event.event is None) == hook
+        live.append(recv)
+    source, ranges, *shape = handle
+    assert shape == [slots, HIDDEN, EXPERTS] and stats.tolist() == (4 * counts).tolist()
+    rows = recv
+    if fp8:
+        assert recv[1].shape[:2] == (WINDOW, RANKS * slots) and recv[1].stride(1) == 1
+        rows = torch.stack([per_token_cast_back(recv[0][e], recv[1][e]) for e in range(WINDOW)])
+    for e in range(WINDOW):
+        expected = [(s, t) for s in range(RANKS) for t in range(TOKENS[s]) if rank * WINDOW + e in ids[s][t].tolist()]
+        assert counts[e] == len(expected) and source[e, :len(expected)].tolist() == [t for s, t in expected]
+        begins = [(int(r) >> 32, int(r) & 0xFFFFFFFF) for r in ranges[e]]
+        assert [c for _, c in begins] == [sum(s == r for s, t in expected) for r in range(RANKS)]
+        assert all(begin == sum(c for _, c in begins[:r]) for r, (begin, count) in enumerate(begins) if count)
+        want = stack([x[s][t] for s, t in expected], x[rank])
+        torch.testing.assert_close(rows[e, :len(expected)], want, rtol=0.07, atol=0.02)
+    exact = torch.zeros_like(rows)
+    for e in range(WINDOW):
+        for i, (s, t) in enumerate([(s, t) for s in range(RANKS) for t in range(TOKENS[s]) if rank * WINDOW + e in ids[s][t].tolist()]):
+            exact[e, i] = x[s][t]
+    wanted = x[rank] * torch.where(ids[rank] >= 0, weights[rank], 0.0).sum(1, keepdim=True)
+    for zero_copy in (False, True):
+        if zero_copy:
+            buffer.get_next_low_latency_combine_buffer(handle)[:] = exact
+        out = torch.empty_like(x[rank])
+        sums, event, finish = buffer.low_latency_combine(exact, ids[rank], weights[rank], handle, zero_copy=zero_copy, return_recv_hook=hook, out=out)
+        finish() if hook else None
+        assert sums is out
+        torch.testing.assert_close(sums, wanted.bfloat16(), rtol=0.01, atol=0.01)
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("fp8, scale_kind", [(False, "float32"), (True, "float32"), (True, "pow2"), (True, "ue8m0")])
+def test_low_latency(hook, fp8, scale_kind, tmp_path):
+    on_group(lambda group, rank: check_low_latency(group, rank, hook, fp8, scale_kind), tmp_path)
+
+
+def check_elastic(group, rank, expand, cpu_sync, alignment, multiple):
+    import deep_ep
+    from deep_ep.utils.refs import dispatch as reference
+
+    x, ids, weights = given(3)
+    most = 7
+    buffer = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=most, hidden=HIDDEN, allow_multiple_reduction=multiple, explicitly_destroy=True)
+    stats = torch.zeros(WINDOW, dtype=torch.int32)
+    recv_x, recv_ids, recv_weights, handle, event = buffer.dispatch(
+        x[rank], ids[rank], weights[rank], stats, num_experts=EXPERTS, expert_alignment=alignment, do_expand=expand, do_cpu_sync=int(cpu_sync),
+        async_with_compute_stream=1, previous_event=buffer.capture(), do_zero_padding=True)
+    event.current_stream_wait()
+    want_x, want_ids, want_weights, want_source, want_counts = reference(x[rank], ids[rank], weights[rank], most, EXPERTS)
+    count = len(want_source)
+    assert handle.psum_num_recv_tokens_per_scaleup_rank.tolist() == want_counts.cumsum(0).tolist()
+    assert handle.recv_src_metadata[:count, 0].tolist() == want_source.tolist()
+    true_counts = [(want_ids == e).sum().item() for e in range(WINDOW)]
+    assert stats.tolist() == true_counts == handle.num_unaligned_recv_tokens_per_expert.tolist()
+    assert handle.num_recv_tokens_per_expert_list == ([(c + alignment - 1) // alignment * alignment for c in true_counts] if cpu_sync else [])
+    assert handle.dst_buffer_slot_idx.shape == ids[rank].shape
+    if expand:
+        at = handle.recv_src_metadata[:count, 2:].long()
+        assert recv_ids is None and torch.equal(at >= 0, want_ids >= 0)
+        token, k = (at >= 0).nonzero().T
+        assert torch.equal(recv_x[at[token, k]], want_x[token]) and torch.equal(recv_weights[at[token, k]], want_weights[token, k])
+        end = handle.psum_num_recv_tokens_per_expert.tolist()
+        for e in range(WINDOW):
+            assert (at[want_ids == e].sort().values == torch.arange(end[e] - true_counts[e], end[e])).all()
+            assert (recv_x[end[e]:(end[e] + alignment - 1) // alignment * alignment] == 0).all()
+        y = recv_x
+    else:
+        assert torch.equal(recv_x[:count], want_x) and torch.equal(recv_ids[:count], want_ids) and torch.equal(recv_weights[:count], want_weights)
+        assert recv_x.shape[0] == (count if cpu_sync else most * RANKS)
+        y = recv_x.clone()
+        y[:count] *= (want_ids >= 0).sum(1, keepdim=True)
+    sums, back, _ = buffer.combine(y, handle, topk_weights=recv_weights if multiple or not expand else None)
+    assert torch.equal(sums, x[rank] * (ids[rank] >= 0).sum(1, keepdim=True))
+    if back is not None:
+        assert torch.equal(back, torch.where(ids[rank] >= 0, weights[rank], 0.0))
+    again = buffer.dispatch(x[rank] * 2, topk_weights=weights[rank] * 2, handle=handle, do_expand=expand, do_zero_padding=True)
+    rows = recv_x.shape[0] if cpu_sync else handle.num_expanded_tokens or count
+    assert again[3] is handle and torch.equal(again[0][:rows], 2 * recv_x[:rows]) and torch.equal(again[2][:rows], 2 * recv_weights[:rows])
+    buffer.barrier()
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("expand, multiple", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("cpu_sync", [True, False])
+@pytest.mark.parametrize("alignment", [1, 16])
+def test_elastic_buffer(expand, multiple, cpu_sync, alignment, tmp_path):
+    on_group(lambda group, rank: check_elastic(group, rank, expand, cpu_sync, alignment, multiple), tmp_path)
+
+
+def test_errors_name_the_value(tmp_path):
+    def main(group, rank):
+        import deep_ep
+
+        buffer = deep_ep.Buffer(group)
+        x, ids = torch.ones(2, 32).bfloat16(), torch.tensor([[0], [1]])
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, 2)
+        wrong = in_rank.clone()
+        wrong[1] = ~wrong[1]
+        for call, text in [
+            (lambda: buffer.dispatch(x, is_token_in_rank=wrong, num_tokens_per_expert=per_expert, topk_idx=ids), r"is_token_in_rank\[1\]"),
+            (lambda: buffer.dispatch(x), "without is_token_in_rank"),
+            (lambda: buffer.dispatch(x, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, num_worst_tokens=9), "num_worst_tokens = 9"),
+            (lambda: buffer.get_dispatch_layout(ids, 3), "num_experts = 3 on 2 ranks"),
+            (lambda: buffer.destroy(), "without explicitly_destroy"),
+            (lambda: buffer.low_latency_dispatch(x, ids, 1, 2), "2 tokens; num_max_dispatch_tokens_per_rank is 1"),
+            (lambda: buffer.low_latency_dispatch(x, ids, 2, 2, use_ue8m0=True), "use_ue8m0 without round_scale"),
+            (lambda: buffer.low_latency_dispatch(x, ids, 2, 2, async_finish=True, return_recv_hook=True), "choose one"),
+            (lambda: deep_ep.Buffer(group, enable_shrink=True), "enable_shrink = True"),
+            (lambda: deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=1).dispatch(x, ids, num_experts=2), "2 tokens, num_max_tokens_per_rank = 1"),
+        ]:
+            with pytest.raises(ty.UsageError, match=text):
+                call()
+        with pytest.raises(RuntimeError, match="nothing to wait for"):
+            deep_ep.EventOverlap().current_stream_wait()
+
+    on_group(main, tmp_path, 2)
+
+
+def test_names_that_callers_import():
+    import deep_ep
+    import deep_ep_cpp
+    from deep_ep.utils import EventHandle, EventOverlap
+
+    assert deep_ep.EventHandle is EventHandle and deep_ep.EventOverlap is EventOverlap and deep_ep_cpp.Config is deep_ep.Config
+    assert deep_ep.topk_idx_t == torch.int64 and not hasattr(deep_ep, "HybridEPBuffer")
+    with EventOverlap(EventHandle())() as event:
+        assert event.extra_tensors is None
+    assert deep_ep.Buffer.get_dispatch_config(4).get_nvl_buffer_size_hint(1024, 4) > 0
+
+
+def test_helpers_of_the_test_programs():
+    from deep_ep.utils import gate, math, refs
+
+    assert (math.align(5, 4), math.ceil_div(5, 4), math.safe_div(0, 0), math.count_bytes((torch.zeros(3), None), torch.zeros(2))) == (8, 2, 0, 20)
+    x = torch.randn(5, 200).bfloat16()
+    q, scales = math.per_token_cast_to_fp8(x)
+    assert q.shape == (5, 200) and scales.shape == (5, 2) and math.calc_diff(math.per_token_cast_back(q, scales), x) < 1e-3
+    rows = torch.tensor([[2, 2, 0], [-1, 1, -1]])
+    math.inplace_unique(rows, 3)
+    assert rows.tolist() == [[2, 0, -1], [1, -1, -1]]
+    assert math.create_grouped_scores(torch.ones(1, 4), torch.tensor([[1]]), 2).tolist() == [[0, 0, 1, 1]]
+    for precise in (0, 1):
+        chosen = gate.get_unbalanced_scores(2000, 16, 4, 2, 2.0, precise).topk(2).indices // 4
+        per_rank = torch.nn.functional.one_hot(chosen, 4).amax(1).sum(0).float()
+        assert abs(per_rank[0] / per_rank[1:].mean() - 2) < 0.2
+    data = torch.tensor([[[1.0], [2.0]]])
+    assert refs.ordered_accumulate(data, torch.tensor([[0.5]])).item() == 3.5

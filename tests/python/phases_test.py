@@ -1,0 +1,144 @@
+"""Leases, copies, cached dispatch, started calls."""
+import gc
+
+import numpy as np
+import pytest
+
+import tokenyard as ty
+from dispatch_test import inputs
+from support import FRAMEWORKS, HIDDEN, make, make_exchange, numbers, on_ranks, scenario
+
+
+def test_a_lease_goes_back_with_its_last_array():
+    reference, placement = scenario(40)
+
+    def rank_main(world):
+        exchange = make_exchange(world, placement, depth=1)
+        given = inputs(reference, world.rank, "float32", "numpy")
+        rows = exchange.dispatch(*given).rows
+        view = rows[:1]
+        del rows
+        world.barrier()
+        with pytest.raises(ty.UsageError, match=r"all 1 receive buffers are held .*release a Received, or raise depth"):
+            exchange.dispatch(*given)
+        world.barrier()
+        del view
+        gc.collect()
+        with exchange.dispatch(*given) as out:
+            assert out.num_rows == len(reference.token_rows(world.rank))
+        with pytest.raises(ValueError, match="the rows were released"):
+            out.rows
+        assert exchange.combine(exchange.dispatch(*given).rows, out.handle).shape == given[0].shape
+
+    on_ranks(rank_main)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("layout", ["token_major", "expert_major"])
+def test_copy_out_takes_no_lease(layout, framework):
+    reference, placement = scenario(41)
+
+    def rank_main(world):
+        exchange = make_exchange(world, placement, depth=1)
+        given = inputs(reference, world.rank, "float32", framework)
+        first = exchange.dispatch(*given, layout=layout, copy_out=True)
+        into = make(np.full((80, HIDDEN), 7.0), "float32", framework)
+        second = exchange.dispatch(*given, layout=layout, copy_out=True, out_rows=into)
+        count = second.num_rows
+        np.testing.assert_array_equal(numbers(into)[:count], numbers(first.rows))
+        assert (numbers(into)[count:] == 7).all()
+        slots = reference.token_rows(world.rank) if layout == "token_major" else reference.expert_major(world.rank)["slots"]
+        np.testing.assert_array_equal(numbers(first.rows), np.reshape([reference.x[s][t] for s, t, *_ in slots], (-1, HIDDEN)))
+
+    on_ranks(rank_main)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("layout", ["token_major", "expert_major"])
+def test_cached_dispatch_follows_the_handle(layout, framework):
+    reference, placement = scenario(42)
+
+    def rank_main(world):
+        exchange = make_exchange(world, placement)
+        x, ids, weights = inputs(reference, world.rank, "float32", framework)
+        with exchange.dispatch(x, ids, weights, layout=layout) as out:
+            before = numbers(out.rows).copy()
+        again = exchange.dispatch(x * 2, handle=out.handle, layout=layout)
+        np.testing.assert_array_equal(numbers(again.rows), before * 2)
+        with pytest.raises(ty.UsageError, match="a cached dispatch follows the handle's routing"):
+            exchange.dispatch(x, ids, handle=out.handle)
+
+    on_ranks(rank_main)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_started_calls_overlap_and_finish_in_any_order(framework):
+    reference, placement = scenario(43)
+    expected = reference.combine(lambda rank, local, row: row)
+
+    def rank_main(world):
+        exchange = make_exchange(world, placement)
+        x, ids, weights = inputs(reference, world.rank, "float32", framework)
+        one = exchange.start_dispatch(x, ids, weights, layout="expert_major")
+        two = exchange.start_dispatch(x * 2, ids, layout="expert_major")  # x * 2 is alive in `two` alone
+        second, first = two.finish(), one.finish()
+        np.testing.assert_array_equal(numbers(second.rows), numbers(first.rows) * 2)
+        pending = exchange.start_combine(first.rows, first.handle)
+        np.testing.assert_array_equal(numbers(pending.finish()), expected[world.rank])
+        with pytest.raises(ty.UsageError, match="finished already"):
+            pending.finish()
+
+    on_ranks(rank_main)
+
+
+def test_abandoned_calls_keep_their_inputs_and_ranks_in_step():
+    reference, placement = scenario(44)
+
+    def rank_main(world):
+        exchange = make_exchange(world, placement, depth=2)
+        given = inputs(reference, world.rank, "float32", "numpy")
+        for _ in range(5):
+            exchange.start_dispatch(given[0].copy(), *given[1:])
+            gc.collect()
+            world.barrier()
+            exchange.dispatch(*given).release()
+        assert len(exchange._in_flight) <= 2
+        exchange.start_dispatch(*given)
+        del exchange  # while a call is under way
+
+    on_ranks(rank_main)
+
+
+def test_ready_says_whether_finish_would_wait():
+    placement = ty.Placement.uniform(2, 2)
+
+    def rank_main(world):
+        exchange = make_exchange(world, placement, max_tokens_per_rank=4, top_k=1)
+        if world.rank == 0:
+            pending = exchange.start_dispatch(np.ones((4, HIDDEN), np.float32), np.ones((4, 1), np.int64))
+            assert not pending.ready()  # rank 1 has not started
+            world.barrier()
+            out = pending.finish()
+        else:
+            world.barrier()
+            out = exchange.dispatch(np.ones((4, HIDDEN), np.float32), np.ones((4, 1), np.int64))
+        assert out.num_rows == 8 * world.rank
+
+    on_ranks(rank_main, 2)
+
+
+def test_spans_link_bytes_and_options():
+    reference, placement = scenario(45)
+
+    def rank_main(world):
+        exchange = make_exchange(world, placement, trace=True)
+        out = exchange.dispatch(*inputs(reference, world.rank, "float32", "numpy"))
+        sent = [int(count) * HIDDEN * 4 for count in out.sent_counts]
+        assert exchange.link_bytes() == sent
+        spans = exchange.take_spans()
+        assert spans and all(span.end_ns >= span.begin_ns and span.call == 1 for span in spans)
+        assert exchange.take_spans() == []
+        assert exchange.options.receive_rows == 27 and exchange.options.depth == 2
+        assert exchange.transport == "inproc"
+
+    on_ranks(rank_main)
