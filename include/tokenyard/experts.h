@@ -51,10 +51,10 @@ struct FoldInput {
   ConstTensorView row_weights{};  // of the same shape, float32; none for 1
 };
 // out[n] = sum over k ascending of row_weights[n,k] * places[place of (n,k)], fused multiply-adds from +0 in float32, rounded once:
-// the fold of combine. out [N,H]; rows without a local expert become +0.
+// the fold of combine, bit for bit. out [N,H], of the dtype of places; rows without a local expert become +0.
 void unpermute(const FoldInput& input, const RowGroups& groups, const TensorView& out);
 // d_places[p] = row_weight * d_out[row], rounded once; d_row_weights [N,K] float32, optional: <d_out[row], places[p]>, 0 without a
-// local expert. d_out [N,H], d_places [P,H]. Without d_row_weights, input.places is not looked at.
+// local expert. d_out [N,H], d_places [P,H] and places are of one dtype. Without d_row_weights, input.places is not looked at.
 void unpermute_backward(const FoldInput& input, const RowGroups& groups, const ConstTensorView& d_out, const TensorView& d_places,
                         const TensorView& d_row_weights);
 

@@ -1,9 +1,9 @@
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "core/usage.h"
 #include "experts/row_block.h"
+#include "kernels/cpu/kernels.h"
 
 namespace tokenyard {
 
@@ -42,6 +42,10 @@ std::int64_t check_fold(const FoldInput& input, const RowGroups& groups) {
   return top_k;
 }
 
+void check_same_dtype(const char* a_name, const ConstTensorView& a, const char* b_name, const ConstTensorView& b) {
+  if (a.dtype != b.dtype) usage_error("{} is {} and {} {}; use one dtype", a_name, describe(a), b_name, describe(b));
+}
+
 // fn(row, index of (row, k), place) in the order of rows and k: places of a group are in that order, too.
 template <class Fn>
 void for_each_pair(const FoldInput& input, const RowGroups& groups, std::int64_t top_k, Fn&& fn) {
@@ -65,20 +69,26 @@ void unpermute(const FoldInput& input, const RowGroups& groups, const TensorView
   const std::int64_t columns = out.ndim == 2 ? out.shape[1] : 0;
   check_rows("out", out, num_rows, columns);
   check_rows("places", input.places, groups.places, columns);
-  const float* weights = input.row_weights ? input.row_weights.as<float>() : nullptr;
-  std::vector<float> sum(static_cast<std::size_t>(columns), 0.0F);
-  std::vector<float> scratch;
+  check_same_dtype("places", input.places, "out", out);
+  std::vector<const void*> rows;  // of one token
+  std::vector<float> weights;
   std::int64_t row = 0;  // rows before it are written
   const auto finish_rows = [&](std::int64_t end) {
     for (; row < end; ++row) {
-      write_places(sum, {row, 1}, out);
-      std::fill(sum.begin(), sum.end(), 0.0F);
+      cpu::fold({.rows = rows.data(),
+                 .weights = input.row_weights ? weights.data() : nullptr,
+                 .count = static_cast<int>(rows.size()),
+                 .dtype = out.dtype,
+                 .elements = columns,
+                 .out = out.row(row)});
+      rows.clear();
+      weights.clear();
     }
   };
   for_each_pair(input, groups, top_k, [&](std::int64_t of_row, std::int64_t at, std::int64_t place) {
     finish_rows(of_row);
-    const float* values = read_places(input.places, {place, 1}, scratch);
-    for (std::int64_t c = 0; c < columns; ++c) sum[c] = weights == nullptr ? sum[c] + values[c] : std::fma(weights[at], values[c], sum[c]);
+    rows.push_back(input.places.row(place));
+    if (input.row_weights) weights.push_back(input.row_weights.as<float>()[at]);
   });
   finish_rows(num_rows);
 }
@@ -90,8 +100,10 @@ void unpermute_backward(const FoldInput& input, const RowGroups& groups, const C
   const std::int64_t columns = d_out.ndim == 2 ? d_out.shape[1] : 0;
   check_rows("d_out", d_out, num_rows, columns);
   check_rows("d_places", d_places, groups.places, columns);
+  check_same_dtype("d_out", d_out, "d_places", d_places);
   if (d_row_weights) {
     check_rows("places", input.places, groups.places, columns);
+    check_same_dtype("d_out", d_out, "places", input.places);
     const bool fits = d_row_weights.dtype == Dtype::float32 && d_row_weights.num_elements() == input.local_ids.num_elements();
     if (!fits || !d_row_weights.rows_contiguous()) {
       usage_error("d_row_weights is {}; expected {} float32, as many as local_ids", describe(d_row_weights),
@@ -99,19 +111,10 @@ void unpermute_backward(const FoldInput& input, const RowGroups& groups, const C
     }
     std::fill_n(d_row_weights.as<float>(), d_row_weights.num_elements(), 0.0F);
   }
-  std::vector<float> scratch;
-  std::vector<float> place_scratch;
-  std::vector<float> scaled(static_cast<std::size_t>(columns));
   for_each_pair(input, groups, top_k, [&](std::int64_t row, std::int64_t at, std::int64_t place) {
-    const float* d = read_places(d_out, {row, 1}, scratch);
     const float weight = input.row_weights ? input.row_weights.as<float>()[at] : 1.0F;
-    for (std::int64_t c = 0; c < columns; ++c) scaled[c] = weight * d[c];
-    write_places(scaled, {place, 1}, d_places);
-    if (!d_row_weights) return;
-    const float* values = read_places(input.places, {place, 1}, place_scratch);
-    float dot = 0;
-    for (std::int64_t c = 0; c < columns; ++c) dot = std::fma(d[c], values[c], dot);
-    d_row_weights.as<float>()[at] = dot;
+    cpu::scale_row(d_places.row(place), d_out.row(row), weight, d_out.dtype, columns);
+    if (d_row_weights) d_row_weights.as<float>()[at] = cpu::dot(d_out.row(row), input.places.row(place), d_out.dtype, columns);
   });
 }
 
