@@ -7,6 +7,7 @@
 #include <CLI/Formatter.hpp>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <span>
 
 #include "bench_report.h"
 #include "command.h"
@@ -33,13 +34,17 @@ constexpr BarOf kBars[] = {{"dispatch", "ratio_to_plain", "dispatch / plain"},
                            {"combine", "ratio_to_plain", "combine / plain"},
                            {"dispatch_and_combine", "ratio_to_plain", "dispatch + combine / plain"},
                            {"dispatch_and_combine", "ratio_to_baseline", "dispatch + combine / tuned"}};
+constexpr BarOf kGpuBars[] = {{"dispatch", "ratio_to_baseline", "dispatch"},
+                              {"combine", "ratio_to_baseline", "combine from expert_rows()"},
+                              {"combine_copy", "ratio_to_baseline", "combine, rows of the caller"},
+                              {"dispatch_and_combine", "ratio_to_baseline", "dispatch + combine"}};
 
 BarGroup group_of(const json& run) {
   const Settings settings = settings_from_json(run["settings"]);
   BarGroup group;
   group.label = fmt::format("{} ranks, {} tokens x {} {}, top-{} of {}, {}, {}", settings.ranks, settings.tokens, settings.hidden_size,
                             settings.dtype, settings.top_k, settings.experts, settings.mode, settings.layout);
-  for (const auto& [name, key, label] : kBars) {
+  for (const auto& [name, key, label] : settings.device == "cuda" ? std::span<const BarOf>(kGpuBars) : std::span<const BarOf>(kBars)) {
     if (!run["figures"].contains(name) || !run["figures"][name].contains(key)) continue;
     const json& figure = run["figures"][name];
     const double ratio = figure[key];
@@ -48,20 +53,30 @@ BarGroup group_of(const json& run) {
   return group;
 }
 
+void name_axes(BarChart& chart, const std::string& baseline, const std::string& limit) {
+  chart.title = fmt::format("Direct exchange against the collective exchange over {}, same run", baseline);
+  chart.axis_label =
+      fmt::format("times faster than {} (bench says what it is); in brackets: of the speed of {} for the same bytes (medians)",
+                  baseline == "MPI" ? "plain or tuned MPI" : baseline, limit == "link" ? "the link" : limit);
+  chart.reference = 1;
+  chart.reference_label = baseline;
+}
+
 void run_chart(const ChartCommand& command) {
   require_writable("--svg", command.svg_path);
   BarChart chart;
-  chart.title = "Direct exchange against the collective exchange over MPI, same run";
-  chart.axis_label =
-      "times faster than plain or tuned MPI (bench says what they are); in brackets: of the speed of memcpy of the same bytes (medians)";
-  chart.reference = 1;
-  chart.reference_label = "MPI";
   for (const std::string& path : command.files) {
     for (const json& run : read_runs(path)) {
       if (!run["baseline"]["measured"].get<bool>()) {
-        usage_error("{}: has no MPI baseline ({}); the chart shows ratios to it", path, run["baseline"]["why_not"].get<std::string>());
+        usage_error("{}: has no {} baseline ({}); the chart shows ratios to it", path, baseline_name(run),
+                    run["baseline"]["why_not"].get<std::string>());
       }
       chart.subtitle = fmt::format("{}, {} cores", run["machine"]["cpu"].get<std::string>(), run["machine"]["cores"].get<int>());
+      if (chart.groups.empty()) name_axes(chart, baseline_name(run), limit_name(run));
+      if (chart.reference_label != baseline_name(run)) {
+        usage_error("{}: was measured against {}, the first run against {}; draw them apart", path, baseline_name(run),
+                    chart.reference_label);
+      }
       chart.groups.push_back(group_of(run));
     }
   }

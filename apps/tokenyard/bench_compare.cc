@@ -53,11 +53,11 @@ void compare_runs(const json& before, const json& after, double tolerance) {
     const double time_ratio = second["median_us"].get<double>() / first["median_us"].get<double>();
     table.add({label + ", median", time_text(first["median_us"]), time_text(second["median_us"]), fmt::format("{:.3f}", time_ratio),
                verdict(1 / time_ratio, tolerance)});
-    for (const auto& [key, text] : {std::pair{"ratio_to_limit", ", memcpy / time"}, std::pair{"ratio_to_baseline", ", MPI / time"}}) {
+    for (const auto& [key, what] : {std::pair{"ratio_to_limit", limit_name(after)}, std::pair{"ratio_to_baseline", baseline_name(after)}}) {
       if (!first.contains(key) || !second.contains(key)) continue;
       const double ratio = second[key].get<double>() / first[key].get<double>();
-      table.add({label + text, fmt::format("{:.3f}", first[key].get<double>()), fmt::format("{:.3f}", second[key].get<double>()),
-                 fmt::format("{:.3f}", ratio), verdict(ratio, tolerance)});
+      table.add({fmt::format("{}, {} / time", label, what), fmt::format("{:.3f}", first[key].get<double>()),
+                 fmt::format("{:.3f}", second[key].get<double>()), fmt::format("{:.3f}", ratio), verdict(ratio, tolerance)});
     }
   }
   fmt::print("{}", table.text());

@@ -186,6 +186,9 @@ json bench_report(const Settings& settings, Runner runner, const std::string& no
           {"samples_us", measured["samples"]}};
 }
 
+std::string baseline_name(const json& run) { return run.value("gpu", json()).is_null() ? "MPI" : "NCCL"; }
+std::string limit_name(const json& run) { return run.value("gpu", json()).is_null() ? "memcpy" : "link"; }
+
 std::string bench_table(const json& report) {
   const json& machine = report["machine"];
   std::string text = fmt::format("{}\n{} over {} on {} ({} cores), {} thread(s) per rank, {} iterations; results checked\n\n",
@@ -195,7 +198,7 @@ std::string bench_table(const json& report) {
   const bool baseline = report["baseline"]["measured"];
   const bool on_gpus = !report["gpu"].is_null();
   std::vector<std::string> header = {"", "min", "median", "max", "bytes", "GB/s"};
-  header.insert(header.end(), {on_gpus ? "link" : "memcpy", on_gpus ? "of link" : "of memcpy"});
+  header.insert(header.end(), {limit_name(report), "of " + limit_name(report)});
   const bool plain = report["baseline"].contains("plain");
   if (plain) header.insert(header.end(), {"plain MPI", "vs plain"});
   if (baseline) header.insert(header.end(), {on_gpus ? "NCCL" : "tuned MPI", on_gpus ? "vs NCCL" : "vs tuned"});

@@ -13,6 +13,9 @@ inline constexpr char kBenchFormat[] = "tokenyard-bench-1";
 // {"format", "kind": "run", "settings", "machine", "versions", "baseline", "definitions", "figures": {name: {...}}, "samples_us"}.
 // Times are microseconds; no_baseline is the reason why there is none, or empty.
 nlohmann::json bench_report(const Settings& settings, Runner runner, const std::string& no_baseline, const nlohmann::json& measured);
+// What a run, as bench_report gives it, is compared with, and its limit: "MPI" and "memcpy", on GPUs "NCCL" and "link".
+std::string baseline_name(const nlohmann::json& run);
+std::string limit_name(const nlohmann::json& run);
 // What people read.
 std::string bench_table(const nlohmann::json& report);
 

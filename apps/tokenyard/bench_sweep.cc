@@ -47,7 +47,7 @@ LinePlot plot_of(const json& runs) {
     if (plot.series.empty() || plot.series.back().label != label) {
       const int color = static_cast<int>(plot.series.size());
       plot.series.push_back({label, color, false, {}});
-      baselines.push_back({fmt::format("{} ranks, MPI", ranks), color, true, {}});
+      baselines.push_back({fmt::format("{} ranks, {}", ranks, baseline_name(run)), color, true, {}});
     }
     const double tokens = run["settings"]["tokens"];
     const json& figure = run["figures"]["dispatch_and_combine"];
@@ -82,7 +82,8 @@ void run_sweep(CLI::App& app, SweepCommand& command) {
   if (!command.json_path.empty()) require_writable("--json", command.json_path);
   if (!command.svg_path.empty()) require_writable("--svg", command.svg_path);
   json runs = json::array();
-  Table table({"ranks", "tokens", "dispatch", "combine", "sum", "of memcpy", "vs MPI"});
+  const bool on_gpus = command.settings.device == "cuda";
+  Table table({"ranks", "tokens", "dispatch", "combine", "sum", on_gpus ? "of link" : "of memcpy", on_gpus ? "vs NCCL" : "vs MPI"});
   for (const Settings& settings : points) {
     runs.push_back(measure(settings, fmt::format("sweep {}/{}", runs.size() + 1, points.size())));
     const json& figures = runs.back()["figures"];
@@ -93,7 +94,9 @@ void run_sweep(CLI::App& app, SweepCommand& command) {
                sum.contains("ratio_to_baseline") ? fmt::format("{:.2f} x", sum["ratio_to_baseline"].get<double>()) : "-"});
   }
   fmt::print("{}\n{}", describe(points.front()), table.text());
-  if (!runs[0]["baseline"]["measured"].get<bool>()) fmt::print("no MPI baseline: {}\n", runs[0]["baseline"]["why_not"].get<std::string>());
+  if (!runs[0]["baseline"]["measured"].get<bool>()) {
+    fmt::print("no {} baseline: {}\n", baseline_name(runs[0]), runs[0]["baseline"]["why_not"].get<std::string>());
+  }
   if (!command.json_path.empty()) {
     write_file(command.json_path, json{{"format", kBenchFormat}, {"kind", "sweep"}, {"runs", runs}}.dump(1) + "\n");
     fmt::print("written: {}\n", command.json_path);

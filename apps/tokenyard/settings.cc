@@ -18,9 +18,9 @@
 
 namespace tokenyard::cli {
 
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Settings, ranks, tokens, hidden_size, experts, top_k, dtype, mode, layout, sizing, placement, preset,
-                                   transport, device, sm_budget, skew, threads, depth, iterations, warmup, seed, timeout_ms, baseline,
-                                   trace)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Settings, ranks, tokens, hidden_size, experts, top_k, dtype, mode, layout, sizing,
+                                                placement, preset, transport, device, sm_budget, skew, threads, depth, iterations, warmup,
+                                                seed, timeout_ms, baseline, trace)
 
 namespace {
 

@@ -87,14 +87,12 @@ void CudaEngine::bring_to_expert_rows(cuda::CombineArgs& args, const DeviceHandl
   }
   args.y = to;
   args.y_pitch = row_bytes;
-  reads_outstanding_ = true;
 }
 
+// Only the device knows whether there is anything to wait for: replayed graphs combine, too.
 void CudaEngine::wait_for_reads(cudaStream_t stream) {
-  if (!reads_outstanding_) return;
   cuda::launch_wait_reads(arena_->context(), stream);
   cuda_check(cudaGetLastError(), "waiting for peers to have read expert rows");
-  reads_outstanding_ = false;
 }
 
 void CudaEngine::push_and_sum(const cuda::CombineArgs& args, cudaStream_t stream) {
@@ -124,7 +122,7 @@ Combined CudaEngine::enqueue_combine(cuda::CombineArgs args, const Handle& handl
     args.combined_weights = result.combined_weights.as<float>();
   }
   result.memory = std::move(memory);
-  args.blocks = state.mode == Mode::latency ? latency_blocks_ : budget_.multiprocessors;
+  args.blocks = budget_.multiprocessors;
   if (args.pull) {
     bring_to_expert_rows(args, state, stream);
     phase("combine pull", stream, [&] { cuda::launch_combine_pull(args, stream); });
@@ -216,7 +214,7 @@ CombineGradient CudaEngine::enqueue_weight_gradient(const Handle& handle, Combin
   auto memory = blocks_->take(state.tokens * state.top_k() * 4, stream);
   gradient.topk_weights = TensorView(memory.get(), Dtype::float32, {state.tokens, state.top_k()});
   args.combined_weights = gradient.topk_weights.as<float>();
-  args.blocks = state.mode == Mode::latency ? latency_blocks_ : budget_.multiprocessors;
+  args.blocks = budget_.multiprocessors;
   push_and_sum(args, stream);
   cuda_check(cudaGetLastError(), "enqueueing the gradient of weights");
   order_.leave(stream);

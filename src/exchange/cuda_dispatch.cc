@@ -142,7 +142,7 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
                       .host = host,
                       .cached = job.cached,
                       .last = !lays_out,
-                      .blocks = latency ? latency_blocks_ : budget_.multiprocessors};
+                      .blocks = budget_.multiprocessors};
   if (!job.cached) job.handle->counts->call = 0;
   if (latency) {
     phase("dispatch slots", stream, [&] { cuda::launch_slots(move, stream); });
@@ -187,7 +187,6 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
     phase("dispatch layout", stream, [&] { cuda::launch_layout(layout, stream); });
   }
   cuda_check(cudaGetLastError(), "enqueueing a dispatch");
-  reads_outstanding_ = false;
 }
 
 cuda::HostCounts CudaEngine::await_counts(const DeviceHandle& handle) {
@@ -206,12 +205,14 @@ cuda::HostCounts CudaEngine::await_counts(const DeviceHandle& handle) {
                           .detail = "the kernels of this dispatch have not run; is the GPU busy with kernels that wait for each other?"});
   }
   std::atomic_thread_fence(std::memory_order_acquire);
+  check();  // a call that has failed tells counts as well, behind its failure
   return {.call = counts.call, .num_rows = counts.num_rows, .layout_rows = counts.layout_rows, .map_rows = counts.map_rows};
 }
 
 Received CudaEngine::finish_dispatch(CudaDispatch& job, cudaStream_t stream) {
   if (!job.cached && job.options.sizing == Sizing::exact) job.handle->set_counts(await_counts(*job.handle));
   const std::vector<std::int64_t>& rows = job.handle->rows_shape();
+  leave_buffers(job, stream);
   auto state = std::make_shared<ReceivedState>();
   state->handle = Handle(job.handle);
   const RowSource& source = *job.source;
@@ -263,13 +264,37 @@ void CudaEngine::place_output(const CudaDispatch& job, cudaStream_t stream, Rece
     data = block.get();
     state.lease = std::move(block);
   } else {
-    ExpertMemory& kept = expert_memory_[job.expert_buffer];
-    if (kept.bytes < bytes) kept = {blocks_->take(bytes, stream), bytes};
-    data = kept.data.get();
+    data = expert_memory(job.expert_buffer, bytes, stream);
     state.lease = job.expert_lease;
   }
   state.rows.data = data;
   if (state.scales) state.scales.data = data + row_part;
+}
+
+// All free buffers grow at once: calls that are captured later must find theirs.
+std::byte* CudaEngine::expert_memory(int buffer, std::int64_t bytes, cudaStream_t stream) {
+  if (expert_memory_[buffer].bytes < bytes) {
+    std::vector<int> growing = expert_board_->free_buffers();
+    growing.push_back(buffer);
+    for (const int each : growing) {
+      if (expert_memory_[each].bytes < bytes) expert_memory_[each] = {blocks_->take(bytes, stream), bytes};
+    }
+  }
+  return expert_memory_[buffer].data.get();
+}
+
+void CudaEngine::enter_buffers(const CudaDispatch& job, cudaStream_t stream) {
+  const auto wait_for = [&](cudaStream_t user) {
+    const bool together = user != stream && capture_id(user) == capture_id(stream);  // a capture waits for nothing outside of it
+    if (together) order_streams(user, stream, value_or_throw(make_cuda_event()));
+  };
+  wait_for(receive_streams_[job.buffer]);
+  if (job.expert_lease != nullptr) wait_for(expert_streams_[job.expert_buffer]);
+}
+
+void CudaEngine::leave_buffers(const CudaDispatch& job, cudaStream_t stream) {
+  receive_streams_[job.buffer] = stream;
+  if (job.expert_lease != nullptr) expert_streams_[job.expert_buffer] = stream;
 }
 
 Received CudaEngine::dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) {
@@ -277,10 +302,10 @@ Received CudaEngine::dispatch(const DispatchInput& input, const DispatchOptions&
   const auto stream = static_cast<cudaStream_t>(options.stream);
   CudaDispatch job = admit(stream, [&] { return make_dispatch(input, options, cached); });
   order_.enter(stream);
+  enter_buffers(job, stream);
   enqueue_dispatch(job, stream);
-  Received received = finish_dispatch(job, stream);
   order_.leave(stream);
-  return received;
+  return finish_dispatch(job, stream);
 }
 
 Pending<Received> CudaEngine::start_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) {
@@ -289,6 +314,7 @@ Pending<Received> CudaEngine::start_dispatch(const DispatchInput& input, const D
   auto job = std::make_shared<CudaDispatch>(admit(caller, [&] { return make_dispatch(input, options, cached); }));
   order_streams(caller, stream_.get(), entered_);
   order_.enter(stream_.get());
+  enter_buffers(*job, stream_.get());
   enqueue_dispatch(*job, stream_.get());
   order_.leave(stream_.get());
   auto pending = std::make_shared<PendingState<Received>>();

@@ -13,10 +13,12 @@
 namespace tokenyard::exchange_internal {
 namespace {
 
-// Multiprocessors of kernels that wait for peers, unless the caller says: where the links are nearly full (docs/kernels.md). Rows
-// that stay on their GPU are moved by the same ones: with few ranks they are many.
-int usual_budget(int ranks) {
+// Multiprocessors of kernels that wait for peers, unless the caller says: in throughput mode where the links are nearly full
+// (docs/kernels.md); rows that stay on their GPU are moved by the same ones, and with few ranks they are many. In latency mode a
+// block for each token, as far as there are multiprocessors.
+int usual_budget(const ExchangeOptions& options, int ranks) {
   constexpr int kForLinks = 32;
+  if (options.mode == Mode::latency) return static_cast<int>(std::min<std::int64_t>(options.max_tokens_per_rank + 1, 1 << 10));
   return ranks == 1 ? kForLinks : kForLinks * ranks / (ranks - 1);
 }
 
@@ -64,9 +66,8 @@ CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
   cuda_check(scope.status(), "cudaSetDevice");
   const int sharing = ranks_on_device(world_, device_);
   const int share = std::max(1, multiprocessors_of(device_) / sharing);
-  budget_ = take_sm_budget(device_, options_.sm_budget, std::min(usual_budget(world_.size()), share));
+  budget_ = take_sm_budget(device_, options_.sm_budget, std::min(usual_budget(options_, world_.size()), share));
   options_.sm_budget = budget_.multiprocessors;
-  latency_blocks_ = sharing > 1 ? budget_.multiprocessors : share;
   cuda::preload_kernels();
   blocks_ = std::make_shared<BlockPool>(device_);
   counts_pool_ = std::make_shared<CountsPool>();
@@ -83,6 +84,8 @@ CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
   receive_board_ = std::make_shared<LeaseBoard>(options_.depth, [](int) {});
   expert_board_ = std::make_shared<LeaseBoard>(options_.depth, [](int) {});
   expert_memory_.resize(options_.depth);
+  receive_streams_.assign(options_.depth, stream_.get());
+  expert_streams_.assign(options_.depth, stream_.get());
   world_.barrier();  // nobody waits in a kernel while another rank still allocates
 }
 
@@ -198,7 +201,6 @@ void CudaEngine::clear() {
     agreed = std::max(agreed, theirs);
   }
   arena_->reset(agreed);
-  reads_outstanding_ = false;
   world_.barrier();  // nobody goes on while another's memory still says that it failed
 }
 
@@ -214,7 +216,6 @@ std::vector<int> CudaEngine::recover() {
   watch_ = std::make_unique<LostWatch>(left.world, [now = arena_.get()](int rank) { now->stop().lost_peer = rank + 1; });
   shrink_to(left, options);
   make_scratch();
-  reads_outstanding_ = false;
   world_.barrier();  // nobody waits in a kernel while another rank still allocates
   return std::move(left.ranks);
 }

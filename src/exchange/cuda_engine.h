@@ -98,6 +98,10 @@ class CudaEngine final : public ExchangeEngine {
   void enqueue_dispatch(CudaDispatch& job, cudaStream_t stream);
   Received finish_dispatch(CudaDispatch& job, cudaStream_t stream);
   void place_output(const CudaDispatch& job, cudaStream_t stream, ReceivedState& state);
+  std::byte* expert_memory(int buffer, std::int64_t bytes, cudaStream_t stream);
+  // Behind whatever still reads the buffers that the dispatch is about to fill, and before whoever fills them next.
+  void enter_buffers(const CudaDispatch& job, cudaStream_t stream);
+  void leave_buffers(const CudaDispatch& job, cudaStream_t stream);
   cuda::RoutingArgs routing_args(const CudaDispatch& job) const;
   cuda::SourceArgs source_args(const CudaDispatch& job) const;
   LayoutOptions layout_options(const DispatchOptions& options, int placement) const;
@@ -118,7 +122,6 @@ class CudaEngine final : public ExchangeEngine {
 
   int device_ = 0;
   SmBudget budget_;
-  int latency_blocks_ = 1;
   std::unique_ptr<DeviceArena> arena_;
   std::vector<std::unique_ptr<DeviceArena>> lost_arenas_;  // late stores of a lost rank end there
   std::unique_ptr<LostWatch> watch_;
@@ -131,6 +134,8 @@ class CudaEngine final : public ExchangeEngine {
     std::int64_t bytes = 0;
   };
   std::vector<ExpertMemory> expert_memory_;  // [depth], of the expert layouts
+  // [depth]: where the last rows of a buffer were used; its next user waits for what is there.
+  std::vector<cudaStream_t> receive_streams_, expert_streams_;
   DeviceBuffer scratch_;
   std::int32_t* plan_chunks_ = nullptr;
   std::int32_t* counts_ = nullptr;
@@ -141,8 +146,7 @@ class CudaEngine final : public ExchangeEngine {
   CudaEvent entered_;
   CallOrder order_;
   CudaTrace trace_;
-  std::uint64_t last_call_ = 0;     // for texts; the device has its own count
-  bool reads_outstanding_ = false;  // a combine by pull, and no dispatch after it
+  std::uint64_t last_call_ = 0;  // for texts; the device has its own count
 };
 
 }  // namespace tokenyard::exchange_internal

@@ -15,23 +15,29 @@ void order_streams(cudaStream_t before, cudaStream_t after, const CudaEvent& eve
   cuda_check(cudaStreamWaitEvent(after, event.get()), "cudaStreamWaitEvent");
 }
 
-CallOrder::CallOrder() : tail_(value_or_throw(make_cuda_event())) {}
+CallOrder::CallOrder() {
+  eager_.event = value_or_throw(make_cuda_event());
+  captured_.event = value_or_throw(make_cuda_event());
+}
 
 void CallOrder::enter(cudaStream_t stream) {
-  if (any_ && stream != last_ && capture_id(stream) == last_capture_) {
-    cuda_check(cudaStreamWaitEvent(stream, tail_.get()), "cudaStreamWaitEvent");
-  }
+  const unsigned long long capture = capture_id(stream);
+  const Tail& tail = tail_of(capture);
+  if (tail.any && stream != tail.stream && capture == tail.capture)
+    cuda_check(cudaStreamWaitEvent(stream, tail.event.get()), "cudaStreamWaitEvent");
 }
 
 void CallOrder::leave(cudaStream_t stream) {
-  cuda_check(cudaEventRecord(tail_.get(), stream), "cudaEventRecord");
-  last_ = stream;
-  last_capture_ = capture_id(stream);
-  any_ = true;
+  const unsigned long long capture = capture_id(stream);
+  Tail& tail = tail_of(capture);
+  cuda_check(cudaEventRecord(tail.event.get(), stream), "cudaEventRecord");
+  tail.stream = stream;
+  tail.capture = capture;
+  tail.any = true;
 }
 
 void CallOrder::wait() const {
-  if (any_ && last_capture_ == 0) cuda_check(cudaEventSynchronize(tail_.get()), "waiting for the last call");
+  if (eager_.any) cuda_check(cudaEventSynchronize(eager_.event.get()), "waiting for the last call");
 }
 
 }  // namespace tokenyard::exchange_internal

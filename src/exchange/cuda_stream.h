@@ -23,14 +23,19 @@ class CallOrder {
   void enter(cudaStream_t stream);
   // The call is enqueued.
   void leave(cudaStream_t stream);
-  // Blocks until the last call has run.
+  // Blocks until the last call that was not captured has run.
   void wait() const;
 
  private:
-  CudaEvent tail_;
-  cudaStream_t last_ = nullptr;
-  unsigned long long last_capture_ = 0;
-  bool any_ = false;
+  // The last call, of those that run at once and of those that are captured.
+  struct Tail {
+    CudaEvent event;
+    cudaStream_t stream = nullptr;
+    unsigned long long capture = 0;
+    bool any = false;
+  };
+  Tail& tail_of(unsigned long long capture) { return capture == 0 ? eager_ : captured_; }
+  Tail eager_, captured_;
 };
 
 }  // namespace tokenyard::exchange_internal

@@ -38,7 +38,13 @@ std::shared_ptr<void> LeaseBoard::lease(std::string holder) {
   free_.pop_front();
   --reserved_;
   holders_[buffer] = std::move(holder);
-  return {nullptr, [board = shared_from_this(), buffer](void*) { board->give_back(buffer); }};
+  // Points to something, so that it is not taken for no lease.
+  return {static_cast<void*>(this), [board = shared_from_this(), buffer](void*) { board->give_back(buffer); }};
+}
+
+std::vector<int> LeaseBoard::free_buffers() const {
+  const std::lock_guard lock(mutex_);
+  return {free_.begin(), free_.end()};
 }
 
 void LeaseBoard::restart(const std::function<void()>& begin, const std::function<void(int)>& announce) const {

@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 namespace tokenyard::exchange_internal {
 
@@ -24,6 +25,7 @@ class LeaseBoard : public std::enable_shared_from_this<LeaseBoard> {
   int front() const;
   // Takes front(); `holder` describes the lease for error texts.
   std::shared_ptr<void> lease(std::string holder);
+  std::vector<int> free_buffers() const;
   // Under the lock, so that no lease comes back in between: begin(), then announce(buffer) for every free one in order.
   void restart(const std::function<void()>& begin, const std::function<void(int)>& announce) const;
 

@@ -28,6 +28,7 @@ SmBudget take_sm_budget(int device, int wanted, int usual) {
   const std::lock_guard lock(budget_mutex);
   int& taken = taken_by_device[device];
   const int left = all - taken;
+  if (wanted < 0) usage_error("sm_budget = {}; choose 1 to {}, or 0 for the usual", wanted, all);
   const int granted = wanted != 0 ? wanted : std::clamp(usual, 1, std::max(left, 1));
   if (granted > left) {
     usage_error("sm_budget = {} on GPU {}: {} of its {} multiprocessors are taken by other exchanges of this process; choose at most {}",

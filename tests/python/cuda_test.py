@@ -48,7 +48,7 @@ def test_as_on_the_cpu(layout, mode):
             exchange = make_exchange(world, place, mode=mode)
             there = [t.to(device if place == "cuda" else "cpu") for t in (x, ids, weights)]
             options = {"expert_capacity": 40} if layout == "expert_padded" else {}
-            out = exchange.dispatch(*there, layout=layout, sizing="exact", zero_padding=True, **options)
+            out = exchange.dispatch(*there, layout=layout, sizing="exact" if mode == "throughput" else None, zero_padding=True, **options)
             assert out.rows.device.type == place
             weighting = "at_expert" if layout.startswith("expert") else "none"
             y = exchange.combine(out.rows.clone(), out.handle, weighting=weighting)

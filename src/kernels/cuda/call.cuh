@@ -83,27 +83,30 @@ __device__ inline void fail(const Context& c, FailureKind kind, Phase phase, int
   fail(c, kind, phase, peer, static_cast<std::int64_t>(call_number(c)), seen);
 }
 
-// Whether `peer` will never set the flag: it rejected the call, ended, or another block has failed.
-__device__ inline bool is_hopeless(const Context& c, int peer, Phase phase, std::uint64_t seen) {
-  const std::uint64_t call = call_number(c);
-  if (has_failed(c)) return true;
+// Why `peer` may never set a flag: it rejected the call, ended, or this rank has failed already.
+struct Trouble {
+  bool any = false;
+  bool is_told = false;  // by another thread
+  FailureKind kind = FailureKind::aborted;
+  Phase phase = Phase::none;
+  int peer = -1;
+};
+__device__ inline Trouble trouble_with(const Context& c, int peer, Phase phase, std::uint64_t call) {
+  if (has_failed(c)) return {.any = true, .is_told = true};
   if (ptx::load_acquire(&mailbox(c, c.rank, peer).aborted) >= call) {
-    fail(c, FailureKind::aborted, phase, peer, static_cast<std::int64_t>(seen));
-    return true;
+    return {.any = true, .kind = FailureKind::aborted, .phase = phase, .peer = peer};
   }
   const std::uint64_t theirs = ptx::load_acquire(&mailbox(c, c.rank, peer).failed);
   if (theirs != 0) {  // it blames somebody, or nobody but itself
     const int blamed = protocol::failure_peer(theirs);
-    fail(c, static_cast<FailureKind>(protocol::failure_kind(theirs)), static_cast<Phase>(protocol::failure_phase(theirs)),
-         blamed < 0 ? peer : blamed, static_cast<std::int64_t>(seen));
-    return true;
+    return {.any = true,
+            .kind = static_cast<FailureKind>(protocol::failure_kind(theirs)),
+            .phase = static_cast<Phase>(protocol::failure_phase(theirs)),
+            .peer = blamed < 0 ? peer : blamed};
   }
   const std::uint32_t lost = ptx::load_relaxed(&c.stop->lost_peer);
-  if (lost != 0) {
-    fail(c, FailureKind::peer_lost, phase, static_cast<int>(lost) - 1, static_cast<std::int64_t>(seen));
-    return true;
-  }
-  return false;
+  if (lost != 0) return {.any = true, .kind = FailureKind::peer_lost, .phase = phase, .peer = static_cast<int>(lost) - 1};
+  return {};
 }
 
 // Waits in this thread until `peer` has set the word to `least` or more, for call `call`. False: the call has failed.
@@ -126,7 +129,11 @@ __device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word
     mine.call = call;
     mine.phase = static_cast<std::uint32_t>(phase);
     mine.waiting_on = static_cast<std::uint32_t>(peer) + 1;
-    if (is_hopeless(c, peer, phase, last)) return is_set() && !has_failed(c);
+    if (const Trouble trouble = trouble_with(c, peer, phase, call); trouble.any) {
+      if (is_set()) return !has_failed(c);  // it did so before it came into trouble
+      if (!trouble.is_told) fail(c, trouble.kind, trouble.phase, trouble.peer, static_cast<std::int64_t>(last));
+      return false;
+    }
     if (ptx::global_timer_ns() - begin > c.timeout_ns) {
       fail(c, FailureKind::timeout, phase, peer, static_cast<std::int64_t>(last));
       return false;
