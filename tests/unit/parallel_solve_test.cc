@@ -70,6 +70,7 @@ TEST(ParallelSolve, EachInvariantHasItsText) {
   expect_usage_error([] { solve_parallel({.mlp_tp = -2}); }, {"mlp_tp = -2"});
   expect_usage_error([] { solve_parallel({.nnodes = 65536}); }, {"nnodes = 65536"});
   expect_usage_error([] { solve_parallel({.dp = 65535, .tp = 65535, .ep = 65535}); }, {"more than 65535 devices"});
+  expect_usage_error([] { solve_parallel({.dp = 65535, .ep = 4, .cp = 2}); }, {"dp = 65535 * cp = 2", "more than 65535 devices"});
   for (const Transport transport : {Transport::inproc, Transport::shm, Transport::cuda_peer}) {
     expect_usage_error([&] { solve_parallel({.nnodes = 2, .tp = 8, .transport = transport}); },
                        {"transport " + std::string(name(transport)), "nnodes = 2"});
