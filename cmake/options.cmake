@@ -1,5 +1,6 @@
 # Every option of the build. One whose code is not in this version stops the configuration: it must not look as if it worked.
 option(TY_MPI "MPI collectives: the collective exchange, the benchmark's baseline" OFF)
+option(TY_ONEDNN "Matrix products on CPUs, which the experts are made of (needs oneDNN)" OFF)
 set(TY_TESTS ON CACHE STRING "Tests: ON, OFF, or 'device' for those that need a GPU and what they share with the others")
 option(TY_WERROR "Warnings are errors" OFF)
 option(TY_FUZZ "Fuzz targets with libFuzzer (needs clang); without it they run with the driver of tests/fuzz" OFF)

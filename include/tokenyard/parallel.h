@@ -74,7 +74,7 @@ struct ParallelConfig {
   int mlp_tp = 1;
   bool operator==(const ParallelConfig&) const = default;
 
-  // UsageError unless the configuration passes check() and rank is in 0..device_count - 1.
+  // UsageError unless the configuration passes check_parallel() and rank is in 0..device_count - 1.
   RankCoordinates coordinates(int rank) const;
   SplitArguments split_arguments(SubWorld kind, int rank) const;
   int sub_world_size(SubWorld kind) const;  // ranks of one world of this kind
@@ -90,6 +90,6 @@ struct ParallelConfig {
 ParallelConfig solve_parallel(const ParallelRequest& request);
 
 // UsageError, naming the first invariant that does not hold and its numbers.
-void check(const ParallelConfig& config);
+void check_parallel(const ParallelConfig& config);
 
 }  // namespace tokenyard

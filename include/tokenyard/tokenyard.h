@@ -5,6 +5,7 @@
 #include "tokenyard/dtype.h"
 #include "tokenyard/error.h"
 #include "tokenyard/exchange.h"
+#include "tokenyard/experts.h"
 #include "tokenyard/launch.h"
 #include "tokenyard/options.h"
 #include "tokenyard/parallel.h"

@@ -131,10 +131,10 @@ GateSource gate_source(ModelFamily family, int layer);
 // The dtype of a source's tensors. UsageError naming file and tensor when one is missing, or has another shape or type than expected.
 Dtype source_dtype(const Checkpoint& checkpoint, const ExpertSource& source);
 // Reads the runs of `map`, and nothing else, into out [map.local_elements()] of the source's dtype.
-void load(const Checkpoint& checkpoint, const ExpertSource& source, const ShardMap& map, const TensorView& out);
+void load_shard(const Checkpoint& checkpoint, const ExpertSource& source, const ShardMap& map, const TensorView& out);
 // What a file with these tensors has to plan for, in the order of their blocks.
-std::vector<TensorPlan> plans(const ExpertSource& source, Dtype dtype);
+std::vector<TensorPlan> tensor_plans(const ExpertSource& source, Dtype dtype);
 // Writes the full tensor (dense) in the form of the checkpoint, one of its tensors after the other.
-void save(SafetensorsWriter& writer, const ExpertSource& source, const ConstTensorView& full);
+void save_full(SafetensorsWriter& writer, const ExpertSource& source, const ConstTensorView& full);
 
 }  // namespace tokenyard

@@ -99,7 +99,7 @@ std::optional<Broken> first_broken(const ParallelConfig& config) {
 
 }  // namespace parallel_internal
 
-void check(const ParallelConfig& config) {
+void check_parallel(const ParallelConfig& config) {
   if (const auto broken = parallel_internal::first_broken(config)) usage_error("{}", broken->text);
 }
 

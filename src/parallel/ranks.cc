@@ -14,7 +14,7 @@ constexpr NamedValue<SubWorld> kSubWorlds[] = {
 std::string_view name(SubWorld kind) { return name_in(kSubWorlds, kind); }
 
 RankCoordinates ParallelConfig::coordinates(int rank) const {
-  check(*this);
+  check_parallel(*this);
   if (rank < 0 || rank >= device_count) usage_error("rank = {}; this configuration has ranks 0..{}", rank, device_count - 1);
   const int inner = rank % (ep * mlp_tp);  // within its outer replica
   return {.rank = rank,

@@ -62,7 +62,10 @@ class Search {
         }
       }
     }
-    if (!closest_) usage_error("dp = {} with tp = {} needs more than {} devices; lower one", base_.dp, *request_.tp, kMaxSize);
+    if (!closest_) {
+      usage_error("dp = {} * cp = {} with tp = {} and ep = {} needs more than {} devices; lower one", base_.dp, base_.cp,
+                  request_.tp.value_or(1), base_.ep, kMaxSize);
+    }
     const char* derived = request_.device_count ? "" : " (device_count was left out: it divides dp * tp * gcd(cp, ep))";
     usage_error("{}{}", closest_->text, derived);
   }

@@ -123,7 +123,7 @@ ShardMap expert_shard(ExpertTensor tensor, const ExpertShape& shape, const Place
       append_block(ranges, block, (std::int64_t{expert} * block.blocks_per_expert + b) * elements, piece);
     }
   }
-  return ShardMap::of_ranges(shape.num_experts * block.blocks_per_expert * elements, ranges);
+  return ShardMap::of_ranges(std::int64_t{shape.num_experts} * block.blocks_per_expert * elements, ranges);
 }
 
 }  // namespace tokenyard

@@ -36,7 +36,7 @@ double normal(std::uint64_t key, std::int64_t index) {
   for (int number = 0; number < 3; ++number) {
     for (std::uint64_t bits = word(key, index, number), i = 0; i < 4; ++i, bits >>= 16) sum += static_cast<std::int64_t>(bits & 0xffffU);
   }
-  return static_cast<double>(2 * sum + 12 - 12 * 65536) * 0x1p-17;
+  return static_cast<double>(2 * sum + 12 - 786432) * 0x1p-17;
 }
 
 // float32 from the one rounding that all dtypes but float64 begin with.

@@ -97,7 +97,7 @@ Dtype source_dtype(const Checkpoint& checkpoint, const ExpertSource& source) {
   return dtype;
 }
 
-void load(const Checkpoint& checkpoint, const ExpertSource& source, const ShardMap& map, const TensorView& out) {
+void load_shard(const Checkpoint& checkpoint, const ExpertSource& source, const ShardMap& map, const TensorView& out) {
   if (map.global_elements() != elements_of(source)) {
     usage_error("{}: the shard is of {} elements, the tensor has {}; use the shard map of this tensor", name(source.tensor),
                 map.global_elements(), elements_of(source));
@@ -123,7 +123,7 @@ void load(const Checkpoint& checkpoint, const ExpertSource& source, const ShardM
   }
 }
 
-std::vector<TensorPlan> plans(const ExpertSource& source, Dtype dtype) {
+std::vector<TensorPlan> tensor_plans(const ExpertSource& source, Dtype dtype) {
   std::vector<TensorPlan> result;
   for (const SourceBlock& block : source.blocks) {
     if (result.empty() || result.back().name != block.name) result.push_back({block.name, dtype, block.shape});
@@ -131,7 +131,7 @@ std::vector<TensorPlan> plans(const ExpertSource& source, Dtype dtype) {
   return result;
 }
 
-void save(SafetensorsWriter& writer, const ExpertSource& source, const ConstTensorView& full) {
+void save_full(SafetensorsWriter& writer, const ExpertSource& source, const ConstTensorView& full) {
   check_dense(source, full, elements_of(source));
   const int bytes = size_of(full.dtype);
   const std::int64_t block_elements = source.rows * source.columns;

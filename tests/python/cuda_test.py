@@ -55,7 +55,7 @@ def test_as_on_the_cpu(layout, mode):
             results.append((out.rows.clone(), [getattr(out, name) for name in FIELDS], y, out.num_rows))
         (rows, fields, y, count), (gpu_rows, gpu_fields, gpu_y, gpu_count) = results
         torch.cuda.synchronize()
-        assert count == gpu_count and torch.equal(gpu_y.cpu(), y)
+        assert gpu_count == (count if mode == "throughput" else -1) and torch.equal(gpu_y.cpu(), y)  # -1: only the device knows
         for name, ours, theirs in zip(FIELDS, gpu_fields, fields):
             assert equal(ours, theirs), name
         if layout == "rank_slots":  # slots without a row hold anything

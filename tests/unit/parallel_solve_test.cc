@@ -70,13 +70,14 @@ TEST(ParallelSolve, EachInvariantHasItsText) {
   expect_usage_error([] { solve_parallel({.mlp_tp = -2}); }, {"mlp_tp = -2"});
   expect_usage_error([] { solve_parallel({.nnodes = 65536}); }, {"nnodes = 65536"});
   expect_usage_error([] { solve_parallel({.dp = 65535, .tp = 65535, .ep = 65535}); }, {"more than 65535 devices"});
+  expect_usage_error([] { solve_parallel({.dp = 65535, .ep = 4, .cp = 2}); }, {"dp = 65535 * cp = 2", "more than 65535 devices"});
   for (const Transport transport : {Transport::inproc, Transport::shm, Transport::cuda_peer}) {
     expect_usage_error([&] { solve_parallel({.nnodes = 2, .tp = 8, .transport = transport}); },
                        {"transport " + std::string(name(transport)), "nnodes = 2"});
     EXPECT_EQ(solve_parallel({.tp = 8, .transport = transport}).device_count, 8);
   }
-  expect_usage_error([] { check({.device_count = 4, .tp = 4}); }, {"device_count = 4 is not outer_dp 1 * attn_dp 1 * attn_tp 1"});
-  expect_usage_error([] { check({.device_count = 0}); }, {"device_count = 0"});
+  expect_usage_error([] { check_parallel({.device_count = 4, .tp = 4}); }, {"device_count = 4 is not outer_dp 1 * attn_dp 1 * attn_tp 1"});
+  expect_usage_error([] { check_parallel({.device_count = 0}); }, {"device_count = 0"});
 }
 
 TEST(ParallelSolve, WrongExplicitSizesAreNotReplaced) {
@@ -173,7 +174,7 @@ std::string describe(const ParallelRequest& r) {
 TEST(ParallelSolve, EveryValidConfigurationIsAccepted) {
   EXPECT_GT(valid().size(), 1000U);
   for (const ParallelConfig& c : valid()) {
-    check(c);
+    check_parallel(c);
     const ParallelRequest all = {.device_count = c.device_count, .dp = c.dp, .tp = c.tp, .ep = c.ep, .cp = c.cp, .outer_dp = c.outer_dp};
     ASSERT_EQ(solve_parallel(all), c) << describe(all);
   }

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <optional>
 
 #include "tokenyard/weights.h"
 #include "unit/expect_usage_error.h"
@@ -118,7 +119,7 @@ TEST_P(FamilyCheckpoint, EveryRankReadsItsElements) {
       for (int rank = 0; rank < ep * tp; ++rank) {
         const ShardMap map = expert_shard(tensor, kShape, placement, rank).part(2, rank % 2);
         std::vector<float> mine(static_cast<std::size_t>(map.local_elements()), -1.0F);
-        load(checkpoint, source, map, {mine.data(), Dtype::float32, {std::ssize(mine)}});
+        load_shard(checkpoint, source, map, {mine.data(), Dtype::float32, {std::ssize(mine)}});
         for (std::int64_t i = 0; i < map.local_elements(); ++i) {
           ASSERT_EQ(mine[static_cast<std::size_t>(i)], value_at(tensor, map.global_index(i))) << name(tensor) << " " << i;
         }
@@ -132,7 +133,7 @@ TEST_P(FamilyCheckpoint, SavingGivesTheSameTensors) {
   const Checkpoint checkpoint = Checkpoint::open(folder_.path());
   std::vector<TensorPlan> planned;
   for (const ExpertTensor tensor : tensors_of(GetParam())) {
-    for (TensorPlan& plan : plans(expert_source(GetParam(), 5, tensor, kShape), Dtype::float32)) planned.push_back(std::move(plan));
+    for (TensorPlan& plan : tensor_plans(expert_source(GetParam(), 5, tensor, kShape), Dtype::float32)) planned.push_back(std::move(plan));
   }
   SafetensorsWriter writer(folder_.file("again.safetensors"), planned);
   for (const ExpertTensor tensor : tensors_of(GetParam())) {
@@ -140,8 +141,8 @@ TEST_P(FamilyCheckpoint, SavingGivesTheSameTensors) {
     const ShardMap whole = expert_shard(tensor, kShape, Placement::uniform(kExperts, 1), 0);
     std::vector<float> full(static_cast<std::size_t>(whole.local_elements()));
     const TensorView view(full.data(), Dtype::float32, {std::ssize(full)});
-    load(checkpoint, source, whole, view);
-    save(writer, source, view);
+    load_shard(checkpoint, source, whole, view);
+    save_full(writer, source, view);
   }
   writer.finish();
   const SafetensorsFile again = SafetensorsFile::open(folder_.file("again.safetensors"));
@@ -165,10 +166,52 @@ TEST_P(FamilyCheckpoint, SharedExpert) {
   }
   const ShardMap map = expert_shard(ExpertTensor::w2, one, Placement::tensor_parallel(1, 1, 2), 1);
   std::vector<float> mine(static_cast<std::size_t>(map.local_elements()));
-  load(Checkpoint::open(folder_.path()), shared_expert_source(GetParam(), 5, ExpertTensor::w2, one), map,
-       {mine.data(), Dtype::float32, {std::ssize(mine)}});
+  load_shard(Checkpoint::open(folder_.path()), shared_expert_source(GetParam(), 5, ExpertTensor::w2, one), map,
+             {mine.data(), Dtype::float32, {std::ssize(mine)}});
   EXPECT_EQ(mine[0], down(7, 0, 3));
   EXPECT_EQ(mine.back(), down(7, 3, 5));
+}
+
+// Ranks load a checkpoint as (ep, tp) = (2, 2), become (1, 3), and rank 0 writes it again: one full tensor at a time, the same bytes.
+TEST_P(FamilyCheckpoint, LoadReshardGatherAndSaveOnRanks) {
+  std::vector<TensorPlan> planned;
+  for (const ExpertTensor tensor : tensors_of(GetParam())) {
+    for (TensorPlan& plan : tensor_plans(expert_source(GetParam(), 5, tensor, kShape), Dtype::float32)) planned.push_back(std::move(plan));
+  }
+  // Three ranks hold the three shards, and a fourth nothing.
+  const auto maps_of = [](ExpertTensor tensor, int ep, int tp) {
+    const Placement placement = Placement::tensor_parallel(kExperts, ep, tp);
+    std::vector<ShardMap> maps;
+    for (int rank = 0; rank < ep * tp; ++rank) maps.push_back(expert_shard(tensor, kShape, placement, rank));
+    while (maps.size() < 4) maps.push_back(ShardMap::of_ranges(maps[0].global_elements(), {}));
+    return maps;
+  };
+  run_ranks(4, [&](World& world) {
+    const auto collectives = Collectives::create(world);
+    const Checkpoint checkpoint = Checkpoint::open(folder_.path());
+    std::optional<SafetensorsWriter> writer;
+    if (world.rank() == 0) writer.emplace(folder_.file("resharded.safetensors"), planned);
+    for (const ExpertTensor tensor : tensors_of(GetParam())) {
+      const ExpertSource source = expert_source(GetParam(), 5, tensor, kShape);
+      const std::vector<ShardMap> before = maps_of(tensor, 2, 2);
+      const std::vector<ShardMap> after = maps_of(tensor, 1, 3);
+      std::vector<float> mine(static_cast<std::size_t>(before[world.rank()].local_elements()));
+      std::vector<float> other(static_cast<std::size_t>(after[world.rank()].local_elements()));
+      std::vector<float> full(world.rank() == 0 ? static_cast<std::size_t>(after[0].global_elements()) : 0);
+      const auto view = [](std::vector<float>& values) { return TensorView(values.data(), Dtype::float32, {std::ssize(values)}); };
+      load_shard(checkpoint, source, before[world.rank()], view(mine));
+      reshard(*collectives, before, after, view(mine), view(other));
+      gather_full(*collectives, after, view(other), 0, view(full));
+      if (writer) save_full(*writer, source, view(full));
+    }
+    if (writer) writer->finish();
+  });
+  const SafetensorsFile again = SafetensorsFile::open(folder_.file("resharded.safetensors"));
+  for (const TensorPlan& plan : planned) {
+    const FileTensor* tensor = again.find(plan.name);
+    ASSERT_NE(tensor, nullptr);
+    EXPECT_EQ(std::memcmp(tensor->bytes.data(), tensors_.values.at(plan.name).data(), tensor->bytes.size()), 0) << plan.name;
+  }
 }
 
 TEST(FamilyNames, ScalesOfDeepSeek) {
@@ -198,7 +241,7 @@ TEST(FamilyNames, WrongFiles) {
   const ShardMap map = expert_shard(ExpertTensor::w13, kShape, Placement::uniform(kExperts, 1), 0);
   std::vector<float> out(static_cast<std::size_t>(map.local_elements()));
   const auto view = [&](Dtype dtype) { return TensorView(out.data(), dtype, {std::ssize(out)}); };
-  expect_usage_error([&] { load(checkpoint, source, map, view(Dtype::int32)); },
+  expect_usage_error([&] { load_shard(checkpoint, source, map, view(Dtype::int32)); },
                      {"model.safetensors: tensor model.layers.5.mlp.experts.0.gate_proj.weight", "float32", "int32"});
   ExpertShape wider = kShape;
   wider.expert_width = 8;
@@ -208,7 +251,7 @@ TEST(FamilyNames, WrongFiles) {
   more.num_experts = 4;
   expect_usage_error([&] { source_dtype(checkpoint, expert_source(ModelFamily::qwen3_moe, 5, ExpertTensor::w13, more)); },
                      {"tensor model.layers.5.mlp.experts.3.gate_proj.weight: is missing", "there is"});
-  expect_usage_error([&] { load(checkpoint, source, ShardMap::whole(3), view(Dtype::float32)); }, {"w13", "of 3 elements"});
+  expect_usage_error([&] { load_shard(checkpoint, source, ShardMap::whole(3), view(Dtype::float32)); }, {"w13", "of 3 elements"});
   expect_usage_error([&] { expert_source(ModelFamily::qwen3_moe, 5, ExpertTensor::w2_bias, kShape); }, {"qwen3_moe has no expert biases"});
   expect_usage_error([&] { expert_source(ModelFamily::gpt_oss, 5, ExpertTensor::w2_scale, kShape); }, {"gpt_oss has no block scales"});
 

@@ -1,0 +1,58 @@
+#pragma once
+// Rows in blocks of float32: what a product takes. Places of one group at a time, so nothing outside it is ever touched.
+
+#include <vector>
+
+#include "tokenyard/experts.h"
+
+namespace tokenyard::experts_internal {
+
+// As many rows as a product gets at once: enough to be fast, little enough for scratch memory to stay in cache.
+constexpr std::int64_t kBlockRows = 256;
+
+// Elements to and from float32; exact, respectively rounded to nearest even.
+void to_float(const std::byte* from, Dtype dtype, std::int64_t count, float* to);
+void from_float(const float* from, Dtype dtype, std::int64_t count, std::byte* to);
+
+struct Places {
+  std::int64_t begin = 0;
+  std::int64_t count = 0;
+};
+
+// Calls fn(group, places) for blocks of at most kBlockRows places, in order.
+template <class Fn>
+void for_each_block(const RowGroups& groups, Fn&& fn) {
+  for (std::int64_t group = 0; group < std::ssize(groups.counts); ++group) {
+    for (std::int64_t done = 0; done < groups.counts[group]; done += kBlockRows) {
+      fn(group, Places{groups.begins[group] + done, std::min(kBlockRows, groups.counts[group] - done)});
+    }
+  }
+}
+
+// The rows of some places, dense: x[row of p] (through the gather map), or rows that lie by place.
+const float* read_rows(const ConstTensorView& x, const RowGroups& groups, Places places, std::vector<float>& scratch);
+const float* read_places(const ConstTensorView& y, Places places, std::vector<float>& scratch);
+void write_places(const std::vector<float>& values, Places places, const TensorView& y);
+
+// Group `group` of a dense [L, ...] tensor as float32. Remembers the last one that had to be converted.
+class GroupTensor {
+ public:
+  explicit GroupTensor(const ConstTensorView& tensor) : tensor_(tensor) {}
+  explicit operator bool() const { return static_cast<bool>(tensor_); }
+  const float* of(std::int64_t group);
+
+ private:
+  ConstTensorView tensor_;
+  std::int64_t held_ = -1;
+  std::vector<float> scratch_;
+};
+
+// UsageErrors. A matrix: two dimensions, contiguous rows, a floating type.
+void check_groups(const RowGroups& groups);
+void check_rows(const char* what, const ConstTensorView& view, std::int64_t rows, std::int64_t columns);
+void check_dense(const char* what, const ConstTensorView& view, std::initializer_list<std::int64_t> shape);
+void check_float32(const char* what, const ConstTensorView& view, std::initializer_list<std::int64_t> shape);
+// x has every row that the groups name.
+void check_input(const ConstTensorView& x, const RowGroups& groups);
+
+}  // namespace tokenyard::experts_internal
