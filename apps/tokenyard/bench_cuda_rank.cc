@@ -252,11 +252,22 @@ class CudaBenchRank {
     add_phases(series, exchange_.take_spans(), samples_);
   }
 
+  // Exact shapes differ between input sets. What the rows hold does not matter, as long as it is finite.
+  void make_room(const Received& received) {
+    const auto bytes = static_cast<std::size_t>(received.rows().num_elements() * size_of(expert_dtype()));
+    if (bytes <= y_.bytes()) return;
+    cuda_check(cudaStreamSynchronize(stream_.get()), "before more room for expert rows");
+    y_ = value_or_throw(make_device_buffer(device_, bytes));
+    constexpr int kAnyFinite = 0x3c;
+    cuda_check(cudaMemset(y_.data(), kAnyFinite, bytes), "filling expert rows");
+  }
+
   void iterate(int set) {
     Received received;
     const bool ahead = is_enqueued_ahead();
     time("dispatch", ahead, [&] { received = exchange_.dispatch(batches_[set].input, dispatch_options_); });
     note_bytes(set, received);
+    make_room(received);
     time("combine_copy", ahead, [&] { exchange_.combine(view_of(y_.data(), received), received.handle(), combine_options_); });
     if (has_expert_rows(layout_)) {
       const TensorView pulled = exchange_.expert_rows(received.handle(), expert_dtype(), settings_.hidden_size, stream_.get());
