@@ -63,7 +63,7 @@ Backend later(std::string name, std::string kind, std::string instead) {
   return {.name = std::move(name),
           .kind = std::move(kind),
           .availability = Availability::not_built,
-          .reason = "this release runs on CPUs within one host",
+          .reason = "not in this release, which runs within one host",
           .remedy = std::move(instead)};
 }
 
@@ -76,7 +76,7 @@ std::vector<Backend> backends() {
       {.name = "inproc", .kind = "memory"},
       shm(),
       cuda_peer_backend(),
-      later("nccl_window", "memory", "use shm or inproc"),
+      later("nccl_window", "memory", "use cuda_peer"),
       later("libfabric", "port", "place all ranks on one host"),
       later("nccl_gin", "port", "place all ranks on one host"),
       {.name = "direct", .kind = "collective"},
