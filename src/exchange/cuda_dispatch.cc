@@ -286,7 +286,7 @@ std::byte* CudaEngine::expert_memory(int buffer, std::int64_t bytes, cudaStream_
 void CudaEngine::enter_buffers(const CudaDispatch& job, cudaStream_t stream) {
   const auto wait_for = [&](cudaStream_t user) {
     const bool together = user != stream && capture_id(user) == capture_id(stream);  // a capture waits for nothing outside of it
-    if (together) order_streams(user, stream, value_or_throw(make_cuda_event()));
+    if (together) order_streams(user, stream, entered_);
   };
   wait_for(receive_streams_[job.buffer]);
   if (job.expert_lease != nullptr) wait_for(expert_streams_[job.expert_buffer]);

@@ -28,7 +28,6 @@ Expected<std::unique_ptr<DeviceArena>> DeviceArena::create(const World& world, c
   context.shape = shape;
   context.rank = world.rank();
   context.ranks = world.size();
-  context.sm_budget = options.sm_budget;
   context.timeout_ns = static_cast<std::uint64_t>(options.timeout_ms) * 1'000'000U;
 
   const auto ranks = static_cast<std::size_t>(world.size());

@@ -20,7 +20,6 @@ struct Context {
   protocol::ArenaShape shape;
   int rank = 0;
   int ranks = 1;
-  int sm_budget = 1;  // blocks of kernels that wait for peers
   std::uint64_t timeout_ns = 0;
   protocol::DeviceState* state = nullptr;
   protocol::ErrorRecord* failure = nullptr;  // pinned: sticky failures
