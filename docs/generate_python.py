@@ -24,7 +24,7 @@ def signature(thing):
     except (ValueError, TypeError):
         first = (inspect.getdoc(thing) or "").splitlines()[:1]
         found = re.sub(r"^\w+", "", first[0]) if first and "(" in first[0] else "(...)"
-    return re.sub(r"'(World|Pending|Received)( \| None)?'", r"\1\2", re.sub(r"tokenyard\.\w+\.", "", found).replace("self, ", "").replace("(self)", "()"))
+    return re.sub(r"'(World|Pending|Received|RowGroups)( \| None)?'", r"\1\2", re.sub(r"tokenyard\.\w+\.", "", found).replace("self, ", "").replace("(self)", "()"))
 
 
 def members(cls):
@@ -52,9 +52,11 @@ def section(module, name):
 
 def page():
     parts = [HEAD]
-    for module in (tokenyard, __import__("tokenyard.torch", fromlist=["torch"])):
+    for module in (tokenyard, tokenyard.parallel, tokenyard.weights, __import__("tokenyard.torch", fromlist=["torch"])):
         parts += [f"## {module.__name__}", inspect.getdoc(module) or ""]
         for name in module.__all__:
+            if inspect.ismodule(getattr(module, name)):  # has its own section
+                continue
             head, *rest = section(module, name)
             bullets = [line for line in rest if line.startswith("- ")]
             parts += [head, *(line for line in rest if line and not line.startswith("- "))]

@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "arrays.h"
+#include "collectives.h"
 #include "world.h"
 
 namespace tokenyard::python {
@@ -12,9 +13,7 @@ namespace {
 
 using Counts = std::vector<std::int64_t>;
 
-struct Held {
-  WithoutGil<Collectives> collectives;
-};
+using Held = HeldCollectives;
 
 void make(Held* self, const RankWorld& world, std::int64_t staging_bytes, const std::string& transport, int timeout_ms) {
   const World mine = world.world();

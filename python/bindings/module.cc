@@ -14,4 +14,8 @@ NB_MODULE(_core, m) {
   bind_exchange(m);
   bind_collective(m);
   bind_topo(m);
+  bind_parallel(m);
+  bind_safetensors(m);
+  bind_weights(m);
+  bind_experts(m);
 }

@@ -4,9 +4,11 @@
 
 World, Placement, Exchange, Gate and route() follow the C++ library; tokenyard.torch has autograd functions and a dispatcher.
 """
+from . import parallel, weights
 from ._core import Gate, Instance, ModelPreset, Move, Placement, Replica, model_preset, model_presets, moves
 from .collectives import Collectives
 from .errors import Error, TransportError, UsageError
+from .experts import RowGroups, feed_forward, grouped_gemm, unpermute
 from .exchange import Exchange, plan_memory
 from .launch import run_ranks
 from .received import Pending, Received
@@ -17,7 +19,7 @@ from .world import World
 __version__ = "0.1.0"
 
 __all__ = [
-    "Collectives", "Error", "Exchange", "Gate", "Instance", "ModelPreset", "Move", "Pending", "Placement", "Received", "Replica", "Routing", "Topo",
-    "TransportError", "UsageError", "World", "dequantise", "model_preset", "model_presets", "moves", "plan_memory", "quantise", "route",
-    "run_ranks", "topo",
+    "Collectives", "Error", "Exchange", "Gate", "Instance", "ModelPreset", "Move", "Pending", "Placement", "Received", "Replica",
+    "Routing", "RowGroups", "Topo", "TransportError", "UsageError", "World", "dequantise", "feed_forward", "grouped_gemm", "model_preset",
+    "model_presets", "moves", "parallel", "plan_memory", "quantise", "route", "run_ranks", "topo", "unpermute", "weights",
 ]

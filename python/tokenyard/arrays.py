@@ -94,6 +94,15 @@ def shown_as(array, dtype):
     return array if array is None or dtype is None or array.dtype == dtype else array.view(dtype)
 
 
+def frame_of(framework):
+    """The Frame of a framework's name, on the CPU."""
+    if framework not in ("numpy", "torch"):
+        raise UsageError(f"framework = {framework!r}; expected 'numpy' or 'torch'")
+    if framework == "torch":
+        import torch  # noqa: F401
+    return Frame.of_framework(framework == "torch")
+
+
 class Frame:
     """Where results go: the framework and device of what came in."""
 
@@ -101,13 +110,17 @@ class Frame:
 
     @staticmethod
     def of(array, device="cpu", device_index=0):
-        key = is_torch(array), device, device_index
+        return Frame.of_framework(is_torch(array), device, device_index)
+
+    @staticmethod
+    def of_framework(is_torch, device="cpu", device_index=0):
+        key = is_torch, device, device_index
         if key not in Frame._all:
             Frame._all[key] = Frame(*key)
         return Frame._all[key]
 
     def __init__(self, is_torch, device, device_index):
-        self.is_torch = is_torch
+        self.is_torch, self.device = is_torch, device
         self.place = _core.Place(_core.Framework.torch if is_torch else _core.Framework.numpy, device, device_index)
 
     @property
@@ -119,5 +132,5 @@ class Frame:
         """Memory of the framework on the CPU; dtype is one of ours."""
         if self.is_torch:
             torch = torch_if_used()
-            return torch.empty(shape, dtype=getattr(torch, {"float8_e4m3": "float8_e4m3fn"}.get(dtype, dtype)))
-        return numpy.empty(shape, {"bfloat16": "uint16", "float8_e4m3": "uint8"}.get(dtype, dtype))
+            return torch.empty(shape, dtype=getattr(torch, {"float8_e4m3": "float8_e4m3fn", "ue8m0": "uint8"}.get(dtype, dtype)))
+        return numpy.empty(shape, {"bfloat16": "uint16", "float8_e4m3": "uint8", "ue8m0": "uint8"}.get(dtype, dtype))

@@ -23,6 +23,11 @@ class Collectives:
         self._world = world
         self._core = _core.Collectives(world._core, staging_bytes, transport, timeout_ms)
 
+    @property
+    def world(self):
+        """The world that these are calls of."""
+        return self._world
+
     def barrier(self) -> None:
         """Returns when all ranks have come."""
         self._core.barrier()

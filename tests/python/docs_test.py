@@ -14,13 +14,14 @@ from support import torch
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_everything_public_is_documented():
-    for name in ty.__all__:
-        thing = getattr(ty, name)
-        assert inspect.getdoc(thing), f"tokenyard.{name} has no docstring"
+@pytest.mark.parametrize("module", [ty, ty.parallel, ty.weights], ids=lambda module: module.__name__)
+def test_everything_public_is_documented(module):
+    for name in module.__all__:
+        thing = getattr(module, name)
+        assert inspect.getdoc(thing), f"{module.__name__}.{name} has no docstring"
         for member, value in vars(thing).items() if inspect.isclass(thing) and thing.__module__ != "tokenyard._core" else ():
             if not member.startswith("_") and (callable(value) or isinstance(value, (property, staticmethod))):
-                assert inspect.getdoc(getattr(thing, member)), f"tokenyard.{name}.{member} has no docstring"
+                assert inspect.getdoc(getattr(thing, member)), f"{module.__name__}.{name}.{member} has no docstring"
 
 
 @pytest.mark.skipif(torch is None, reason="torch is not installed")

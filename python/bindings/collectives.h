@@ -1,0 +1,13 @@
+#pragma once
+// The collectives as Python holds them: their end may wait for other ranks, so it comes without the GIL.
+
+#include "bindings.h"
+#include "tokenyard/collective.h"
+
+namespace tokenyard::python {
+
+struct HeldCollectives {
+  WithoutGil<Collectives> collectives;
+};
+
+}  // namespace tokenyard::python

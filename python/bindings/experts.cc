@@ -1,0 +1,129 @@
+#include "tokenyard/experts.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "arrays.h"
+#include "core/usage.h"
+
+namespace tokenyard::python {
+namespace {
+
+ConstTensorView view_or_none(const Tensor* tensor) { return tensor != nullptr ? tensor->view() : ConstTensorView{}; }
+TensorView writable_or_none(const Tensor* tensor) { return tensor != nullptr ? tensor->writable() : TensorView{}; }
+
+nb::object list_as_array(const nb::object& self, const std::vector<std::int64_t>& values, const Place& place) {
+  auto* owner = new nb::object(self);
+  return export_array(ConstTensorView(values.data(), Dtype::int64, {std::ssize(values)}),
+                      std::shared_ptr<void>(owner, [](void* held) { delete static_cast<nb::object*>(held); }), place);
+}
+
+void bind_groups(nb::module_& m) {
+  nb::class_<RowGroups>(m, "RowGroups")
+      .def_static("of", &RowGroups::of, nb::arg("received"), nb::arg("num_local_experts"))
+      .def_static(
+          "of_offsets", [](const Tensor& counts, const Tensor& offsets) { return RowGroups::of_offsets(counts.view(), offsets.view()); },
+          nb::arg("counts"), nb::arg("offsets"))
+      .def_static(
+          "padded", [](const Tensor& counts, std::int64_t capacity) { return RowGroups::padded(counts.view(), capacity); },
+          nb::arg("counts"), nb::arg("capacity"))
+      .def_static(
+          "gathered",
+          [](const Tensor& local_ids, int num_local_experts) { return RowGroups::gathered(local_ids.view(), num_local_experts); },
+          nb::arg("local_ids"), nb::arg("num_local_experts"))
+      .def_ro("places", &RowGroups::places)
+      .def_ro("begins", &RowGroups::begins)
+      .def_ro("counts", &RowGroups::counts)
+      .def_prop_ro("is_gathered", [](const RowGroups& self) { return !self.rows.empty(); })
+      .def(
+          "rows", [](const nb::object& self, const Place& place) { return list_as_array(self, nb::cast<RowGroups&>(self).rows, place); },
+          nb::arg("place"));
+}
+
+void bind_products(nb::module_& m) {
+  m.def(
+      "grouped_gemm",
+      [](const Tensor& x, const RowGroups& groups, const Tensor& w, const Tensor* bias, const Tensor& y) {
+        waiting([&] { grouped_gemm(x.view(), groups, w.view(), view_or_none(bias), y.writable()); });
+      },
+      nb::arg("x"), nb::arg("groups"), nb::arg("w"), nb::arg("bias").none(), nb::arg("y"));
+  m.def(
+      "grouped_gemm_dgrad",
+      [](const Tensor& dy, const RowGroups& groups, const Tensor& w, const Tensor& dx) {
+        waiting([&] { grouped_gemm_dgrad(dy.view(), groups, w.view(), dx.writable()); });
+      },
+      nb::arg("dy"), nb::arg("groups"), nb::arg("w"), nb::arg("dx"));
+  m.def(
+      "grouped_gemm_wgrad",
+      [](const Tensor& dy, const Tensor& x, const RowGroups& groups, const Tensor& dw) {
+        waiting([&] { grouped_gemm_wgrad(dy.view(), x.view(), groups, dw.writable()); });
+      },
+      nb::arg("dy"), nb::arg("x"), nb::arg("groups"), nb::arg("dw"));
+}
+
+FoldInput fold_input(const Tensor& places, const Tensor& local_ids, const Tensor* row_weights) {
+  return {.places = places.view(), .local_ids = local_ids.view(), .row_weights = view_or_none(row_weights)};
+}
+
+void bind_permutation(nb::module_& m) {
+  m.def(
+      "permute",
+      [](const Tensor& rows, const RowGroups& groups, const Tensor& out) {
+        waiting([&] { permute(rows.view(), groups, out.writable()); });
+      },
+      nb::arg("rows"), nb::arg("groups"), nb::arg("out"));
+  m.def(
+      "unpermute",
+      [](const Tensor& places, const Tensor& local_ids, const Tensor* row_weights, const RowGroups& groups, const Tensor& out) {
+        waiting([&] { unpermute(fold_input(places, local_ids, row_weights), groups, out.writable()); });
+      },
+      nb::arg("places"), nb::arg("local_ids"), nb::arg("row_weights").none(), nb::arg("groups"), nb::arg("out"));
+}
+
+// Weights, biases and what the gate does: one argument of both directions.
+struct FeedForward {
+  ExpertWeights weights;
+  Activation activation;
+};
+
+void make_feed_forward(FeedForward* self, const Tensor& w13, const Tensor& w2, const Tensor* w13_bias, const Tensor* w2_bias,
+                       const nb::tuple& activation) {
+  const auto kind = nb::cast<std::string>(activation[0]);
+  if (kind != "silu" && kind != "clamped") usage_error("activation {}; expected silu or clamped", kind);
+  new (self) FeedForward{{w13.view(), w2.view(), view_or_none(w13_bias), view_or_none(w2_bias)},
+                         {.kind = kind == "silu" ? ActivationKind::silu : ActivationKind::clamped,
+                          .limit = nb::cast<float>(activation[1]),
+                          .alpha = nb::cast<float>(activation[2])}};
+}
+
+void forward(const FeedForward& self, const Tensor& x, const RowGroups& groups, const Tensor& y, ExpertActivations* saved) {
+  waiting([&] { experts_forward(x.view(), groups, self.weights, self.activation, y.writable(), saved); });
+}
+
+void bind_feed_forward(nb::module_& m) {
+  nb::class_<ExpertActivations>(m, "ExpertActivations").def(nb::init<>());
+  nb::class_<FeedForward>(m, "FeedForward", "Views only: the caller keeps the tensors.")
+      .def("__init__", make_feed_forward, nb::arg("w13"), nb::arg("w2"), nb::arg("w13_bias").none(), nb::arg("w2_bias").none(),
+           nb::arg("activation"))
+      .def("forward", forward, nb::arg("x"), nb::arg("groups"), nb::arg("y"), nb::arg("saved").none())
+      .def(
+          "backward",
+          [](const FeedForward& self, const Tensor& x, const Tensor& dy, const ExpertActivations& saved, const RowGroups& groups,
+             const Tensor& dx, const std::vector<const Tensor*>& gradients) {
+            const ExpertGradients into{writable_or_none(gradients.at(0)), writable_or_none(gradients.at(1)),
+                                       writable_or_none(gradients.at(2)), writable_or_none(gradients.at(3))};
+            waiting([&] { experts_backward({x.view(), dy.view(), &saved}, groups, self.weights, self.activation, dx.writable(), into); });
+          },
+          nb::arg("x"), nb::arg("dy"), nb::arg("saved"), nb::arg("groups"), nb::arg("dx"), nb::arg("gradients"));
+}
+
+}  // namespace
+
+void bind_experts(nb::module_& m) {
+  bind_groups(m);
+  bind_products(m);
+  bind_permutation(m);
+  bind_feed_forward(m);
+}
+
+}  // namespace tokenyard::python
