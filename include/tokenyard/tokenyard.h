@@ -7,6 +7,8 @@
 #include "tokenyard/exchange.h"
 #include "tokenyard/experts.h"
 #include "tokenyard/launch.h"
+#include "tokenyard/layer.h"
+#include "tokenyard/norm.h"
 #include "tokenyard/options.h"
 #include "tokenyard/parallel.h"
 #include "tokenyard/placement.h"

@@ -1,0 +1,48 @@
+#pragma once
+// The MoE layer on CPUs.
+
+#include <optional>
+
+#include "layer/moe_engine.h"
+
+namespace tokenyard::layer_internal {
+
+class CpuMoe final : public MoeEngine {
+ public:
+  CpuMoe(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, const MoeLayerOptions& options);
+  void forward(const ConstTensorView& x, const TensorView& out, const MoeStepOptions& options, MoeActivations* saved) override;
+  void backward(const MoeBackwardInput& input, const MoeActivations& saved, const TensorView& d_x, const MoeGradients& gradients) override;
+  void warm_up(std::span<const std::int64_t> token_counts) override;
+
+ private:
+  // Tokens of this step whose gate, shared expert and sum are this rank's: all of them, or with same_tokens a slice.
+  struct Slice {
+    std::int64_t begin = 0;
+    std::int64_t count = 0;
+  };
+  Slice slice_of(std::int64_t tokens) const;
+  bool is_sliced() const { return group_->options().same_tokens && group_->tp() != nullptr; }
+  void check(const ConstTensorView& x, const ConstTensorView& out, const MoeStepOptions& options) const;
+
+  // Forward: rows to the experts, and sums back.
+  Pending<Received> start_dispatch(const ConstTensorView& x, const MoeStepOptions& options, const MoeStep& step, bool is_saved);
+  void take_rows(const ConstTensorView& x, MoeStep& step);
+  void gather_shards(MoeStep& step);
+  void sum(const ConstTensorView& partial, const ConstTensorView& shared, const TensorView& out, const MoeStepOptions& options,
+           MoeStep& step);
+  // Backward: gradients to the experts, and those of rows and routing weights back.
+  ConstTensorView partial_gradient(const MoeBackwardInput& input, const MoeStep& step);
+  ExpertRowsGradient return_gradient(const ExpertRowsGradient& d, MoeStep& step);
+
+  std::shared_ptr<ExpertGroup> group_;
+  LinearGate gate_;
+  LocalExperts experts_;
+  std::optional<DenseLayer> shared_;
+  int placement_ = -1;
+  MoeActivations unsaved_;  // of forwards without a backward
+  Buffer partial_, reduced_, shared_out_, d_shared_, d_partial_, d_rows_, d_row_weights_, d_mine_, d_mine_weights_;
+  Received d_received_;
+  std::shared_ptr<void> gradient_memory_;
+};
+
+}  // namespace tokenyard::layer_internal

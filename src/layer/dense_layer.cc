@@ -1,0 +1,114 @@
+// A feed-forward that every token goes through: whole, or cut over the ranks of dense_tp.
+
+#include <cmath>
+
+#include "core/usage.h"
+#include "experts/row_block.h"
+#include "layer/steps.h"
+
+namespace tokenyard {
+
+using namespace layer_internal;  // NOLINT(google-build-using-namespace): this file is a part of it
+using experts_internal::from_float;
+using experts_internal::to_float;
+
+namespace {
+
+RowGroups one_group(std::int64_t rows) { return {.places = rows, .begins = {0}, .counts = {rows}, .rows = {}}; }
+
+std::vector<float> floats(const ConstTensorView& view, std::int64_t row) {
+  std::vector<float> values(static_cast<std::size_t>(view.shape[1]));
+  to_float(view.row(row), view.dtype, view.shape[1], values.data());
+  return values;
+}
+
+void scale_row(const ConstTensorView& from, std::int64_t row, float factor, const TensorView& to) {
+  std::vector<float> values = floats(from, row);
+  for (float& value : values) value *= factor;
+  from_float(values.data(), to.dtype, to.shape[1], to.row(row));
+}
+
+float dot(const std::vector<float>& a, const std::vector<float>& b) {
+  double sum = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) sum += static_cast<double>(a[i]) * b[i];
+  return static_cast<float>(sum);
+}
+
+}  // namespace
+
+DenseActivations::DenseActivations() : step_(std::make_unique<DenseStep>()) {}
+DenseActivations::~DenseActivations() = default;
+DenseActivations::DenseActivations(DenseActivations&&) noexcept = default;
+DenseActivations& DenseActivations::operator=(DenseActivations&&) noexcept = default;
+
+DenseLayer::DenseLayer(std::shared_ptr<ExpertGroup> group, const DenseWeights& weights, const Activation& activation)
+    : group_(std::move(group)), weights_(weights), activation_(activation) {
+  const ConstTensorView& w13 = weights.weights.w13;
+  if (w13.ndim != 4 || w13.shape[0] != 1) usage_error("w13 is {}; expected [1, 2, width, hidden_size]", w13 ? describe(w13) : "absent");
+  const ConstTensorView& gate = weights.gate;
+  if (gate && (gate.ndim != 2 || gate.shape[0] != 1 || gate.shape[1] != w13.shape[3])) {
+    usage_error("the gate of a shared expert is {}; expected [1, {}]", describe(gate), w13.shape[3]);
+  }
+}
+
+void DenseLayer::forward(const ConstTensorView& x, const TensorView& out, DenseActivations* saved) {
+  DenseStep& step = saved == nullptr ? scratch_.step() : saved->step();
+  ExpertActivations* activations = saved == nullptr ? nullptr : &step.activations;
+  Collectives* const ranks = group_ ? group_->dense() : nullptr;
+  const TensorView y = weights_.gate ? step.y.view(x.dtype, x.shape[0], x.shape[1]) : out;
+  if (ranks == nullptr) {
+    experts_forward(x, one_group(x.shape[0]), weights_.weights, activation_, y, activations);
+  } else {
+    step.counts.gather(*ranks, x.shape[0]);
+    const TensorView all = gather_rows(*ranks, step.counts, x, step.rows);
+    const TensorView partial = step.partial.view(x.dtype, all.shape[0], all.shape[1]);
+    experts_forward(all, one_group(all.shape[0]), weights_.weights, activation_, partial, activations);
+    ranks->reduce_scatter_v(partial, step.counts.counts(), y);
+  }
+  if (!weights_.gate) return;
+  step.scores.resize(static_cast<std::size_t>(x.shape[0]));
+  const std::vector<float> gate = floats(weights_.gate, 0);
+  for (std::int64_t t = 0; t < x.shape[0]; ++t) {
+    step.scores[t] = 1.0F / (1.0F + std::exp(-dot(floats(x, t), gate)));
+    scale_row(y, t, step.scores[t], out);
+  }
+}
+
+void DenseLayer::backward(const ConstTensorView& x, const ConstTensorView& d_out, const DenseActivations& saved, const TensorView& d_x,
+                          const DenseGradients& gradients) {
+  DenseStep& step = saved.step();
+  Collectives* const ranks = group_ ? group_->dense() : nullptr;
+  ConstTensorView d_y = d_out;
+  if (weights_.gate) {
+    const TensorView scaled = step.d_y.view(x.dtype, x.shape[0], x.shape[1]);
+    for (std::int64_t t = 0; t < x.shape[0]; ++t) scale_row(d_out, t, step.scores[t], scaled);
+    d_y = scaled;
+  }
+  if (ranks == nullptr) {
+    experts_backward({.x = x, .dy = d_y, .saved = &step.activations}, one_group(x.shape[0]), weights_.weights, activation_, d_x,
+                     gradients.weights);
+  } else {
+    const TensorView all = step.rows.view(x.dtype, step.counts.total(), x.shape[1]);
+    const TensorView d_partial = gather_rows(*ranks, step.counts, d_y, step.d_partial);
+    const TensorView d_all = step.partial.view(x.dtype, all.shape[0], all.shape[1]);
+    experts_backward({.x = all, .dy = d_partial, .saved = &step.activations}, one_group(all.shape[0]), weights_.weights, activation_, d_all,
+                     gradients.weights);
+    ranks->reduce_scatter_v(d_all, step.counts.counts(), d_x);
+  }
+  if (!weights_.gate) return;
+  const std::vector<float> gate = floats(weights_.gate, 0);
+  const ConstTensorView y = step.y.view(x.dtype, x.shape[0], x.shape[1]);
+  for (std::int64_t t = 0; t < x.shape[0]; ++t) {
+    const float score = step.scores[t];
+    const float d_logit = dot(floats(d_out, t), floats(y, t)) * score * (1.0F - score);
+    const std::vector<float> row = floats(x, t);
+    std::vector<float> d_row = floats(d_x, t);
+    for (std::size_t h = 0; h < row.size(); ++h) {
+      d_row[h] += d_logit * gate[h];
+      if (gradients.gate) gradients.gate.as<float>()[h] += d_logit * row[h];
+    }
+    from_float(d_row.data(), d_x.dtype, d_x.shape[1], d_x.row(t));
+  }
+}
+
+}  // namespace tokenyard

@@ -1,0 +1,99 @@
+// The ranks that hold all experts together, and the worlds, collectives and exchange of them that every layer uses.
+
+#include <algorithm>
+#include <utility>
+
+#include "core/usage.h"
+#include "tokenyard/layer.h"
+
+namespace tokenyard {
+namespace {
+
+void check(const ParallelConfig& config, const ExpertGroupOptions& options, int ranks) {
+  check_parallel(config);
+  if (ranks != config.device_count) {
+    usage_error("the world has {} ranks and the configuration {} devices; use solve_parallel() for this world", ranks, config.device_count);
+  }
+  if (options.num_experts < 1 || options.top_k < 1 || options.top_k > options.num_experts || options.hidden_size < 1) {
+    usage_error("num_experts = {}, top_k = {}, hidden_size = {}; expected at least 1 each, and top_k experts", options.num_experts,
+                options.top_k, options.hidden_size);
+  }
+  const int group = config.ep * config.mlp_tp;
+  if (options.dense_tp < 1 || group % options.dense_tp != 0) {
+    usage_error("dense_tp = {} with ep x mlp_tp = {} x {} ranks; use a divisor of {}", options.dense_tp, config.ep, config.mlp_tp, group);
+  }
+  if (options.same_tokens && config.ep > 1) {
+    usage_error("same_tokens with ep = {}; it is for ep = 1: with expert parallelism every rank has its own tokens (reduce_scatter_norm)",
+                config.ep);
+  }
+}
+
+World split(const World& world, const SplitArguments& at) { return *world.split(at.color, at.key); }
+
+ExchangeOptions exchange_options(const ExpertGroupOptions& options, int max_fanout) {
+  return {.max_tokens_per_rank = options.max_tokens_per_rank,
+          .max_row_bytes = options.hidden_size * size_of(options.dtype),
+          .top_k = options.top_k,
+          .max_local_experts = options.max_local_experts,
+          .max_fanout = max_fanout,
+          .receive_rows = options.receive_rows,
+          .depth = options.depth,
+          .transport = options.transport,
+          .num_threads = options.num_threads,
+          .trace = options.trace,
+          .timeout_ms = options.timeout_ms};
+}
+
+}  // namespace
+
+std::string_view name(ExpertTp expert_tp) { return expert_tp == ExpertTp::virtual_experts ? "virtual" : "gathered"; }
+
+ExpertTp parse_expert_tp(std::string_view text) {
+  if (text == "virtual") return ExpertTp::virtual_experts;
+  if (text == "gathered") return ExpertTp::gathered;
+  usage_error("expert_tp \"{}\"; use virtual or gathered", text);
+}
+
+ExpertGroup::ExpertGroup(const World& world, const ParallelConfig& config, const ExpertGroupOptions& options)
+    : options_(options), config_(config) {
+  check(config, options, world.size());
+  if (options_.timeout_ms == 0) options_.timeout_ms = world.timeout_ms();
+  if (options_.max_local_experts == 0) options_.max_local_experts = (options.num_experts + config.ep - 1) / config.ep;
+  world_ = split(world, config.split_arguments(SubWorld::ep_tp, world.rank()));
+  const CollectiveOptions collective = {.transport = options.transport, .timeout_ms = options_.timeout_ms};
+  const bool is_gathered = config.ep == 1 || options.expert_tp == ExpertTp::gathered;
+  if (config.mlp_tp > 1 && is_gathered) {
+    tp_ = Collectives::create(split(world, config.split_arguments(SubWorld::tp, world.rank())), collective);
+  }
+  if (options.dense_tp > 1) {
+    const int rank = world_->rank();
+    dense_ = Collectives::create(split(*world_, {.color = rank / options.dense_tp, .key = rank % options.dense_tp}), collective);
+  }
+  if (config.ep == 1) return;
+  if (is_gathered) {
+    exchange_ = std::make_unique<Exchange>(split(world, config.split_arguments(SubWorld::ep, world.rank())), exchange_options(options_, 1));
+  } else {
+    exchange_ = std::make_unique<Exchange>(*world_, exchange_options(options_, config.mlp_tp));
+  }
+}
+
+ExpertGroup::~ExpertGroup() = default;
+
+Placement ExpertGroup::placement(int num_experts) const { return Placement::tensor_parallel(num_experts, config_.ep, config_.mlp_tp); }
+
+int ExpertGroup::add(const Placement& placement) {
+  if (!exchange_) usage_error("a placement without an exchange; with ep = 1 every rank holds every expert: give none");
+  const auto found = std::find(added_.begin(), added_.end(), placement.hash());
+  if (found != added_.end()) return static_cast<int>(found - added_.begin());
+  const int number = exchange_->add(placement);
+  added_.push_back(placement.hash());
+  return number;
+}
+
+void ExpertGroup::note(PhaseSpan span) {
+  if (options_.trace) spans_.push_back(std::move(span));
+}
+
+std::vector<PhaseSpan> ExpertGroup::take_spans() { return std::exchange(spans_, {}); }
+
+}  // namespace tokenyard
