@@ -1,6 +1,7 @@
 #include "demo_model.h"
 
 #include <cmath>
+#include <numeric>
 #include <random>
 
 #include "workload.h"
@@ -71,37 +72,32 @@ void DemoModel::embed(const std::string& text, std::int64_t position, std::byte*
   encode(dtype_, values, row);
 }
 
-Routing DemoModel::gate(const std::byte* rows, std::int64_t count) const {
-  const std::int64_t experts = preset_.num_experts;
-  std::vector<float> logits;
-  logits.reserve(static_cast<std::size_t>(count * experts));
-  std::vector<float> row(static_cast<std::size_t>(hidden_size_));
-  for (std::int64_t t = 0; t < count; ++t) {
-    decode(dtype_, rows + t * row_bytes(), row);
-    std::vector<float> scores(static_cast<std::size_t>(experts), 0);
-    for (std::size_t h = 0; h < row.size(); ++h) add_scaled(scores, row[h], gate_.data() + h * scores.size());
-    logits.insert(logits.end(), scores.begin(), scores.end());
-  }
-  RoutingInput input;
-  input.logits = {logits.data(), Dtype::float32, {count, experts}};
-  if (!gate_bias_.empty()) input.bias = {gate_bias_.data(), Dtype::float32, {experts}};
-  return route(input, preset_.gate);
+MoeWeights DemoModel::weights(std::span<const int> local_experts) const {
+  const auto count = std::ssize(local_experts);
+  const std::int64_t first = local_experts.empty() ? 0 : local_experts.front();
+  const std::int64_t elements = expert_width_ * hidden_size_;
+  MoeWeights weights;
+  weights.gate.weight = {gate_.data(), Dtype::float32, {preset_.num_experts, hidden_size_}};
+  if (!gate_bias_.empty()) weights.gate.selection_bias = {gate_bias_.data(), Dtype::float32, {preset_.num_experts}};
+  weights.experts.w13 = {gate_up_.data() + first * 2 * elements, Dtype::float32, {count, 2, expert_width_, hidden_size_}};
+  weights.experts.w2 = {down_.data() + first * elements, Dtype::float32, {count, hidden_size_, expert_width_}};
+  return weights;
 }
 
-void DemoModel::expert(int index, const std::byte* row, std::byte* out) const {
+void DemoModel::add_expert(int index, const std::byte* row, double weight, std::span<double> sums, std::span<double> magnitudes) const {
   const auto width = static_cast<std::size_t>(expert_width_);
   std::vector<float> x(static_cast<std::size_t>(hidden_size_));
   decode(dtype_, row, x);
-  std::vector<float> inner(2 * width, 0);
-  const float* gate_up = gate_up_.data() + static_cast<std::size_t>(index) * x.size() * inner.size();
-  for (std::size_t h = 0; h < x.size(); ++h) add_scaled(inner, x[h], gate_up + h * inner.size());
-  std::vector<float> y(x.size(), 0);
-  const float* down = down_.data() + static_cast<std::size_t>(index) * width * y.size();
-  for (std::size_t w = 0; w < width; ++w) {
-    const float silu = inner[w] / (1.0F + std::exp(-inner[w]));
-    add_scaled(y, silu * inner[width + w], down + w * y.size());
+  const float* gate = gate_up_.data() + static_cast<std::size_t>(index) * 2 * width * x.size();
+  const float* down = down_.data() + static_cast<std::size_t>(index) * x.size() * width;
+  for (std::size_t i = 0; i < width; ++i, gate += x.size()) {
+    const double g = std::inner_product(x.begin(), x.end(), gate, 0.0);
+    const double inner = weight * g / (1.0 + std::exp(-g)) * std::inner_product(x.begin(), x.end(), gate + width * x.size(), 0.0);
+    for (std::size_t h = 0; h < sums.size(); ++h) {
+      sums[h] += inner * down[h * width + i];
+      magnitudes[h] += std::abs(inner * down[h * width + i]);
+    }
   }
-  encode(dtype_, y, out);
 }
 
 }  // namespace tokenyard::cli

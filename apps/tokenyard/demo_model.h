@@ -1,13 +1,14 @@
 #pragma once
-// A small MoE layer with seeded weights: plain loops, the same bits in every process.
+// The demo's model: seeded weights, the same bits in every process, and one expert in plain loops to check the layer with.
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "demo.h"
-#include "tokenyard/routing.h"
+#include "tokenyard/layer.h"
 
 namespace tokenyard::cli {
 
@@ -23,10 +24,11 @@ class DemoModel {
 
   // The row of the byte at `position`: its own embedding mixed with those of its neighbours and of the position.
   void embed(const std::string& text, std::int64_t position, std::byte* row) const;
-  // rows [count, row_bytes]. A linear gate, then the preset's rule.
-  Routing gate(const std::byte* rows, std::int64_t count) const;
-  // down(silu(gate(x)) * up(x)), rounded to dtype.
-  void expert(int index, const std::byte* row, std::byte* out) const;
+  // What a rank holds of the layer, as views: the experts of its window.
+  MoeWeights weights(std::span<const int> local_experts) const;
+  const Gate& gate() const { return preset_.gate; }
+  // sums[h] += weight * down(silu(gate(x)) * up(x)) in double; magnitudes: the same of the last product's terms.
+  void add_expert(int index, const std::byte* row, double weight, std::span<double> sums, std::span<double> magnitudes) const;
 
  private:
   ModelPreset preset_;
@@ -34,10 +36,10 @@ class DemoModel {
   std::int64_t hidden_size_;
   std::int64_t expert_width_;
   std::vector<float> embeddings_;  // [kNeighbours, 256, H]
-  std::vector<float> gate_;        // [H, E]
+  std::vector<float> gate_;        // [E, H]
   std::vector<float> gate_bias_;   // [E], for presets that have one
-  std::vector<float> gate_up_;     // [E, H, 2 W]
-  std::vector<float> down_;        // [E, W, H]
+  std::vector<float> gate_up_;     // [E, 2, W, H]
+  std::vector<float> down_;        // [E, H, W]
 };
 
 }  // namespace tokenyard::cli

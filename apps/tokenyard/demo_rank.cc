@@ -6,12 +6,13 @@
 #include <cmath>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 
 #include "check.h"
 #include "demo_model.h"
 #include "ranks.h"
-#include "tokenyard/exchange.h"
+#include "tokenyard/layer.h"
 
 namespace tokenyard::cli {
 namespace {
@@ -21,14 +22,16 @@ using Clock = std::chrono::steady_clock;
 
 double now_us() { return std::chrono::duration<double, std::micro>(Clock::now().time_since_epoch()).count(); }
 
-ExchangeOptions exchange_options(const DemoSettings& settings, const DemoModel& model, const Placement& placement) {
-  return {.max_tokens_per_rank = settings.batch_tokens,
-          .max_row_bytes = model.row_bytes(),
-          .top_k = model.top_k(),
-          .max_local_experts = std::max(1, placement.max_local_experts()),
-          .num_threads = settings.threads,
-          .trace = true,
-          .timeout_ms = settings.timeout_ms};
+std::shared_ptr<ExpertGroup> make_group(const World& world, const DemoSettings& settings, const DemoModel& model) {
+  return std::make_shared<ExpertGroup>(world, solve_parallel({.device_count = world.size(), .ep = world.size(), .mlp_tp = 1}),
+                                       ExpertGroupOptions{.num_experts = model.num_experts(),
+                                                          .top_k = model.top_k(),
+                                                          .hidden_size = model.hidden_size(),
+                                                          .dtype = model.dtype(),
+                                                          .max_tokens_per_rank = settings.batch_tokens,
+                                                          .num_threads = settings.threads,
+                                                          .trace = true,
+                                                          .timeout_ms = settings.timeout_ms});
 }
 
 class DemoRank {
@@ -39,11 +42,10 @@ class DemoRank {
         text_(std::move(text)),
         progress_(progress),
         model_(settings),
-        placement_(Placement::uniform(model_.num_experts(), world.size())),
-        exchange_(world, exchange_options(settings, model_, placement_)),
-        load_(placement_.local_experts(world.rank()).size(), 0) {
-    exchange_.add(placement_);
-  }
+        group_(make_group(world, settings, model_)),
+        placement_(group_->placement(model_.num_experts())),
+        layer_(group_, model_.weights(placement_.local_experts(world.rank())), {.gate = model_.gate()}),
+        load_(placement_.local_experts(world.rank()).size(), 0) {}
 
   json run() {
     const std::int64_t per_batch = settings_.batch_tokens * world_.size();
@@ -58,7 +60,7 @@ class DemoRank {
                        {"rows_received", rows_received_},
                        {"rows_sent", rows_sent_},
                        {"tokens", tokens_},
-                       {"link_bytes", exchange_.link_bytes()},
+                       {"link_bytes", alone() ? std::vector<std::int64_t>{0} : group_->exchange()->link_bytes()},
                        {"phases_us", phases_},
                        {"timeline", timeline_},
                        {"rows_checked", rows_checked_},
@@ -83,67 +85,54 @@ class DemoRank {
     if (drawn_) timeline_.push_back({{"phase", name}, {"begin_us", begin}, {"end_us", end}, {"inner", false}});
   }
 
+  // One rank holds all experts, so nothing is exchanged.
+  bool alone() const { return group_->exchange() == nullptr; }
+
   void run_batch(std::int64_t begin, bool drawn) {
     drawn_ = drawn;
     const std::int64_t first = first_token(begin, world_.rank());
     const std::int64_t count = first_token(begin, world_.rank() + 1) - first;
-    std::vector<std::byte> rows(static_cast<std::size_t>(count * model_.row_bytes()));
-    std::vector<std::byte> y;
-    Routing routing;
-    Received received;
-    Combined combined;
-    exchange_.take_spans();
+    std::vector<std::byte> rows(static_cast<std::size_t>(count * model_.row_bytes())), sums(rows.size());
+    const TensorView out(sums.data(), model_.dtype(), {count, model_.hidden_size()});
+    group_->take_spans();
+    if (!alone()) group_->exchange()->take_spans();
     world_.barrier();  // so that no phase shows how long the others' checks take
     phase("embed", [&] {
       for (std::int64_t t = 0; t < count; ++t) model_.embed(text_, first + t, rows.data() + t * model_.row_bytes());
     });
-    phase("route", [&] { routing = model_.gate(rows.data(), count); });
-    phase("dispatch", [&] { received = exchange_.dispatch(input_of(rows, routing, count), {.layout = Layout::expert_major}); });
-    phase("experts", [&] { y = run_experts(received); });
-    phase("combine", [&] {
-      const ConstTensorView view(y.data(), model_.dtype(), {received.rows().shape[0], model_.hidden_size()});
-      combined = exchange_.combine(view, received.handle(), {.weighting = Weighting::at_expert});
-    });
-    note_batch(received, count);
+    layer_.forward({rows.data(), model_.dtype(), {count, model_.hidden_size()}}, out, {}, &step_);
+    note_batch(count);
     phase("check", [&] {
-      check_received(received, begin);
-      check_outputs(rows, routing, combined);
+      if (!alone()) check_received(step_.received(), begin);
+      check_outputs(rows, step_.routing(), out);
     });
   }
 
-  DispatchInput input_of(const std::vector<std::byte>& rows, const Routing& routing, std::int64_t count) const {
-    return {.rows = {rows.data(), model_.dtype(), {count, model_.hidden_size()}},
-            .topk_ids = {routing.topk_ids.data(), Dtype::int64, {count, model_.top_k()}},
-            .topk_weights = {routing.topk_weights.data(), Dtype::float32, {count, model_.top_k()}}};
-  }
-
-  // Rows of expert l lie next to each other from expert_offsets[l].
-  std::vector<std::byte> run_experts(const Received& received) const {
-    const std::span<const int> local = placement_.local_experts(world_.rank());
-    std::vector<std::byte> y(static_cast<std::size_t>(received.rows().shape[0] * model_.row_bytes()));
-    for (std::size_t l = 0; l < local.size(); ++l) {
-      const std::int64_t begin = received.expert_offsets().as<std::int32_t>()[l];
-      for (std::int64_t slot = begin; slot < begin + received.expert_counts().as<std::int32_t>()[l]; ++slot) {
-        model_.expert(local[l], received.rows().row(slot), y.data() + slot * model_.row_bytes());
-      }
+  void note_batch(std::int64_t count) {
+    tokens_ += count;
+    for (const PhaseSpan& span : group_->take_spans()) {
+      phases_[span.phase].push_back(static_cast<double>(span.end_ns - span.begin_ns) / 1e3);
+      draw(span, false);
     }
-    return y;
-  }
-
-  void note_batch(const Received& received, std::int64_t count) {
+    if (alone()) {
+      for (std::size_t l = 0; l < load_.size(); ++l) load_[l] += step_.routing().load[l];
+      return;
+    }
+    const Received& received = step_.received();
     for (std::size_t l = 0; l < load_.size(); ++l) load_[l] += received.expert_counts().as<std::int32_t>()[l];
     for (int rank = 0; rank < world_.size(); ++rank) {
       rows_received_ += received.rank_counts().as<std::int32_t>()[rank];
       rows_sent_ += received.sent_counts().as<std::int32_t>()[rank];
     }
-    tokens_ += count;
+    for (const PhaseSpan& span : group_->exchange()->take_spans()) draw(span, true);
+  }
+
+  void draw(const PhaseSpan& span, bool inner) {
     if (!drawn_) return;
-    for (const PhaseSpan& span : exchange_.take_spans()) {
-      timeline_.push_back({{"phase", span.phase},
-                           {"begin_us", static_cast<double>(span.begin_ns) / 1e3},
-                           {"end_us", static_cast<double>(span.end_ns) / 1e3},
-                           {"inner", true}});
-    }
+    timeline_.push_back({{"phase", span.phase},
+                         {"begin_us", static_cast<double>(span.begin_ns) / 1e3},
+                         {"end_us", static_cast<double>(span.end_ns) / 1e3},
+                         {"inner", inner}});
   }
 
   // Every row that arrived against the text itself, bit for bit.
@@ -160,22 +149,16 @@ class DemoRank {
   }
 
   // Every output against the sum over its token's experts, computed here alone.
-  void check_outputs(const std::vector<std::byte>& rows, const Routing& routing, const Combined& combined) {
+  void check_outputs(const std::vector<std::byte>& rows, const Routing& routing, const ConstTensorView& out) {
     const double tolerance = Checker::tolerance(model_.dtype());
-    std::vector<std::byte> bytes(static_cast<std::size_t>(model_.row_bytes()));
     std::vector<float> values(static_cast<std::size_t>(model_.hidden_size()));
     for (std::int64_t t = 0; t < routing.num_tokens(); ++t) {
       std::vector<double> sums(values.size(), 0), magnitudes(values.size(), 0);
       for (std::int64_t at = t * model_.top_k(); at < (t + 1) * model_.top_k(); ++at) {
-        model_.expert(static_cast<int>(routing.topk_ids[at]), rows.data() + t * model_.row_bytes(), bytes.data());
-        decode(model_.dtype(), bytes.data(), values);
-        for (std::size_t h = 0; h < values.size(); ++h) {
-          const double term = static_cast<double>(routing.topk_weights[at]) * values[h];
-          sums[h] += term;
-          magnitudes[h] += std::abs(term);
-        }
+        model_.add_expert(static_cast<int>(routing.topk_ids[at]), rows.data() + t * model_.row_bytes(), routing.topk_weights[at], sums,
+                          magnitudes);
       }
-      decode(model_.dtype(), combined.out.row(t), values);
+      decode(model_.dtype(), out.row(t), values);
       for (std::size_t h = 0; h < values.size(); ++h) check_element(t, values[h], sums[h], magnitudes[h], tolerance);
       ++outputs_checked_;
     }
@@ -197,8 +180,10 @@ class DemoRank {
   const std::string text_;
   Progress& progress_;
   const DemoModel model_;
+  const std::shared_ptr<ExpertGroup> group_;
   const Placement placement_;
-  Exchange exchange_;
+  MoeLayer layer_;
+  MoeActivations step_;             // of the batch: its routing, and the rows that arrived
   std::vector<std::int64_t> load_;  // rows per local expert
   std::int64_t rows_received_ = 0, rows_sent_ = 0, tokens_ = 0;
   std::int64_t rows_checked_ = 0, outputs_checked_ = 0;

@@ -103,13 +103,21 @@ void rethrow_failures(const RankRun& run, const std::vector<json>& answers, cons
   }
 }
 
+// Products start a thread per core unless told otherwise, in every process: together far more than there are cores.
+std::vector<std::pair<std::string, std::string>> thread_environment(int ranks) {
+  if (env("OMP_NUM_THREADS")) return {};
+  const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  return {{"OMP_NUM_THREADS", std::to_string(std::max(1, cores / ranks))}};
+}
+
 json run_processes(const RankRun& run, const json& settings) {
   const Channel channel = Channel::create(pack(settings));
   LaunchOptions options;
   if (run.runner == Runner::mpirun) {
     options = mpirun_options(run, channel);
   } else {
-    options = {.ranks = run.ranks, .argv = rank_command(run, channel, 0), .timeout_ms = run.timeout_ms};
+    options = {
+        .ranks = run.ranks, .argv = rank_command(run, channel, 0), .env = thread_environment(run.ranks), .timeout_ms = run.timeout_ms};
   }
   std::vector<RankExit> exits;
   {
