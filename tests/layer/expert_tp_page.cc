@@ -149,8 +149,8 @@ The numbers below are computed by the library: `tests/layer/expert_tp_page.cc` w
 
 ## The batch
 
-4 experts of inner size 2, top 2, rows of 4 elements; ep = 2, tp = 2. The ranks have 2, 1, 0 and 1 tokens. The gate is the unit matrix, so a row is its
-own logits; weights are the softmax over the chosen two.
+4 experts of inner size 2, top 2, rows of 4 elements; ep = 2, tp = 2. The ranks have 2, 1, 0 and 1 tokens. The gate is the unit matrix, so
+a row is its own logits; weights are the softmax over the chosen two.
 
 {}
 ## Who holds what

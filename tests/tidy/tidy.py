@@ -235,10 +235,19 @@ def listed_in_cmake(repository):
             yield f"{path}:1: not in {folder}/CMakeLists.txt: it is never built"
 
 
-def readme_shows_the_example(repository):
-    example, readme = repository.files.get("examples/01_hello_exchange/main.cc"), repository.files.get("README.md", "")
-    if example is not None and f"```cpp\n{example}```" not in readme:
-        yield "README.md:1: its C++ example is not examples/01_hello_exchange/main.cc, letter for letter"
+# Pages that show a file: whoever copies from the page gets what was compiled and run.
+SHOWN = {
+    "examples/01_hello_exchange/main.cc": "README.md",
+    "examples/05_checkpoint_to_layer/load_layer.h": "docs/checkpoint_to_layer.md",
+    "examples/05_checkpoint_to_layer/main.cc": "docs/checkpoint_to_layer.md",
+}
+
+
+def pages_show_examples(repository):
+    for path, page in SHOWN.items():
+        example = repository.files.get(path)
+        if example is not None and f"```cpp\n{example}```" not in repository.files.get(page, ""):
+            yield f"{page}:1: its C++ example is not {path}, letter for letter"
 
 
 def errors_are_documented(repository):
@@ -251,7 +260,7 @@ def errors_are_documented(repository):
 
 RULES = [
     file_sizes, function_sizes, parameters, macros, dependency_direction, public_headers_are_light, names_are_snake_case, pragma_once,
-    conditions, forbidden_words, layout, listed_in_cmake, readme_shows_the_example, errors_are_documented,
+    conditions, forbidden_words, layout, listed_in_cmake, pages_show_examples, errors_are_documented,
 ]
 
 

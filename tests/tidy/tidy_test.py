@@ -112,9 +112,9 @@ class RulesCanFail(unittest.TestCase):
                    {"src/kernels/cuda/a.cu": "", "src/kernels/cuda/CMakeLists.txt": "file(GLOB s ${HERE}/*.cu)"})
         self.breaks(tidy.listed_in_cmake, {"src/kernels/cuda/a.cc": "", "src/kernels/cuda/CMakeLists.txt": "file(GLOB s ${HERE}/*.cu)"})
 
-    def test_rule_readme_shows_the_example(self):
+    def test_rule_pages_show_examples(self):
         example = {"examples/01_hello_exchange/main.cc": "int main() {}\n"}
-        self.breaks(tidy.readme_shows_the_example, {**example, "README.md": README.replace("main", "f")}, example)
+        self.breaks(tidy.pages_show_examples, {**example, "README.md": README.replace("main", "f")}, example)
 
     def test_rule_errors_are_documented(self):
         header = {"include/tokenyard/error.h": "enum class Phase : std::uint8_t {\n  none,\n  split,  // a\n  gather,\n};\n"}
