@@ -169,6 +169,9 @@ class Exchange {
   // On cuda the wait is enqueued on `stream` (a cudaStream_t).
   TensorView expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size, void* stream = nullptr);
 
+  // Instead of this rank's next call, which it cannot make: peers in that call fail with the reason, and the one after is fine.
+  void abandon(const std::string& reason);
+
   // Throws the sticky error, if any.
   void check() const;
   ExchangeStatus status() const;

@@ -4,8 +4,9 @@
 //
 // T tokens of this rank (each rank its own number, also 0), H hidden_size, E experts, K top_k, L local experts, I expert_width of this
 // rank's shard, g ranks of a tensor-parallel group. Rows are float32, bfloat16 or float16; weights any of the three, each for itself.
-// All calls are collective: the ranks of the group make them in the same order. UsageError names the tensor that does not fit;
-// TransportError as exchange and collectives throw it.
+// All calls are collective: the ranks of the group make them in the same order. UsageError names the tensor that does not fit, and peers in
+// the same step fail with TransportError(aborted) and that reason; the next step is fine. Other TransportErrors as in exchange.h and
+// collective.h.
 
 #include <cstdint>
 #include <memory>
@@ -159,8 +160,13 @@ class DenseLayer {
   // x as given to forward; d_out, d_x [T,H].
   void backward(const ConstTensorView& x, const ConstTensorView& d_out, const DenseActivations& saved, const TensorView& d_x,
                 const DenseGradients& gradients);
+  // UsageError for gradients that backward would refuse.
+  void check_gradients(const DenseGradients& gradients) const;
 
  private:
+  // As MoeLayer, tells the ranks that share the weights when this one refuses its arguments.
+  template <class Check>
+  void checked(Check&& check);
   std::shared_ptr<ExpertGroup> group_;
   DenseWeights weights_;
   Activation activation_;

@@ -56,6 +56,11 @@ auto Engine::admit(Make&& make) {
   }
 }
 
+void Engine::abandon(const std::string& reason) {
+  check();
+  enqueue([this, call = ++last_call_, reason] { transport_->reject_call(call, reason); });
+}
+
 template <class Result, class Job>
 Pending<Result> Engine::start(Job job) {
   auto task =

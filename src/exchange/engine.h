@@ -67,6 +67,7 @@ class Engine final : public ExchangeEngine {
   CombineGradient combine_backward(const Handle& handle, const ConstTensorView& grad_out, const ConstTensorView& y,
                                    const CombineOptions& options) override;
   TensorView expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size, void* stream) override;
+  void abandon(const std::string& reason) override;
   void check() const override;
   ExchangeStatus status() const override;
   void clear() override;

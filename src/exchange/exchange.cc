@@ -121,6 +121,7 @@ TensorView Exchange::expert_rows(const Handle& handle, Dtype dtype, std::int64_t
   return engine_->expert_rows(handle, dtype, hidden_size, stream);
 }
 
+void Exchange::abandon(const std::string& reason) { engine_->abandon(reason); }
 void Exchange::check() const { engine_->check(); }
 ExchangeStatus Exchange::status() const { return engine_->status(); }
 void Exchange::clear() { engine_->clear(); }

@@ -137,4 +137,11 @@ int ExchangeEngine::placement_of(const DispatchOptions& options, const HandleFac
   return placement;
 }
 
+void ExchangeEngine::abandon(const std::string&) {
+  try {
+    dispatch({}, {}, nullptr);
+  } catch (const UsageError&) {  // which peers have been told
+  }
+}
+
 }  // namespace tokenyard::exchange_internal

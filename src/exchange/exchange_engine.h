@@ -44,6 +44,8 @@ class ExchangeEngine {
   virtual CombineGradient combine_backward(const Handle& handle, const ConstTensorView& grad_out, const ConstTensorView& y,
                                            const CombineOptions& options) = 0;
   virtual TensorView expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size, void* stream) = 0;
+  // An engine that has no words of its own for it rejects a call without input.
+  virtual void abandon(const std::string& reason);
   virtual void check() const = 0;
   virtual ExchangeStatus status() const = 0;
   virtual void clear() = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "core/usage.h"
 #include "experts/row_block.h"
@@ -113,9 +114,52 @@ void CpuMoe::check(const ConstTensorView& x, const ConstTensorView& out, const M
   if (out.dtype != x.dtype) usage_error("x is {} and out {}; use one dtype", describe(x), describe(out));
 }
 
+CpuMoe::Awaited CpuMoe::awaited() const {
+  return {
+      .exchange = group_->exchange() != nullptr, .dense = shared_.has_value() && group_->dense() != nullptr, .tp = group_->tp() != nullptr};
+}
+
+template <class Step>
+void CpuMoe::guarded(Step&& step) {
+  Awaited left = awaited();
+  try {
+    step(left);
+  } catch (const UsageError& error) {
+    leave(left, {.kind = FailureKind::aborted, .peer = group_->world().rank(), .detail = error.what()});
+    throw;
+  } catch (const TransportError& error) {
+    leave(left, error.failure());
+    throw;
+  }
+}
+
+void CpuMoe::leave(const Awaited& awaited, Failure why) {
+  // Ranks that made different calls, or were refused one, can make the next together.
+  if (why.kind == FailureKind::mismatch) why.kind = FailureKind::aborted;
+  bool is_in_exchange = awaited.exchange;
+  if (rows_) {  // reads what the caller is about to take away
+    try {
+      std::exchange(rows_, {}).finish();
+      is_in_exchange = true;
+    } catch (const TransportError&) {
+    }
+  }
+  unsaved_.step().received = {};  // leases go back
+  d_received_ = {};
+  if (is_in_exchange && why.kind == FailureKind::aborted) group_->exchange()->abandon(why.detail);
+  if (awaited.dense) group_->dense()->abandon(why);
+  if (awaited.tp) group_->tp()->abandon(why);
+}
+
 void CpuMoe::forward(const ConstTensorView& x, const TensorView& out, const MoeStepOptions& options, MoeActivations* saved) {
+  guarded([&](Awaited& left) { forward_steps(x, out, options, saved, left); });
+}
+
+void CpuMoe::forward_steps(const ConstTensorView& x, const TensorView& out, const MoeStepOptions& options, MoeActivations* saved,
+                           Awaited& left) {
   check(x, out, options);
-  MoeStep& step = saved == nullptr ? unsaved_.step() : saved->step();
+  const bool is_saved = saved != nullptr;
+  MoeStep& step = is_saved ? saved->step() : unsaved_.step();
   {
     const PhaseTimer timer(*group_, "route");
     gate_.forward(x, options, step.gate);
@@ -123,26 +167,34 @@ void CpuMoe::forward(const ConstTensorView& x, const TensorView& out, const MoeS
   ConstTensorView shared;
   {
     const PhaseTimer timer(*group_, "dispatch");
-    Pending<Received> rows = start_dispatch(x, options, step, saved != nullptr);
-    if (shared_) {  // while rows travel
-      const PhaseTimer of_shared(*group_, "shared");
-      const Slice slice = slice_of(x.shape[0]);
-      const TensorView to = shared_out_.view(x.dtype, slice.count, x.shape[1]);
-      shared_->forward(rows_of(x, slice.begin, slice.count), to, saved == nullptr ? nullptr : &step.shared);
-      shared = to;
-    }
-    if (rows) step.received = rows.finish();
+    left.exchange = false;  // it tells its ranks by itself
+    rows_ = start_dispatch(x, options, step, is_saved);
+    left.dense = false;
+    if (shared_) shared = run_shared(x, step, is_saved);  // while rows travel
+    if (rows_) step.received = std::exchange(rows_, {}).finish();
+    left.exchange = group_->exchange() != nullptr;
     take_rows(x, step);
+    left.tp = false;
     gather_shards(step);
   }
   const TensorView partial = partial_.view(x.dtype, step.input.rows.shape[0], x.shape[1]);
   {
     const PhaseTimer timer(*group_, "experts");
-    experts_.forward(step.input, partial, step.experts, saved != nullptr);
+    experts_.forward(step.input, partial, step.experts, is_saved);
   }
-  if (saved == nullptr && group_->exchange() != nullptr) step.received.release();
+  if (!is_saved && group_->exchange() != nullptr) step.received.release();
   const PhaseTimer timer(*group_, "combine");
-  sum(partial, shared, out, options, step);
+  const ConstTensorView mine = reduce_shards(partial, step);
+  left.exchange = false;
+  sum(mine, shared, out, options, step);
+}
+
+ConstTensorView CpuMoe::run_shared(const ConstTensorView& x, MoeStep& step, bool is_saved) {
+  const PhaseTimer timer(*group_, "shared");
+  const Slice slice = slice_of(x.shape[0]);
+  const TensorView out = shared_out_.view(x.dtype, slice.count, x.shape[1]);
+  shared_->forward(rows_of(x, slice.begin, slice.count), out, is_saved ? &step.shared : nullptr);
+  return out;
 }
 
 Pending<Received> CpuMoe::start_dispatch(const ConstTensorView& x, const MoeStepOptions& options, const MoeStep& step, bool is_saved) {
@@ -182,15 +234,17 @@ void CpuMoe::gather_shards(MoeStep& step) {
                 gather_rows(*shards, step.counts, step.mine.row_weights, step.row_weights)};
 }
 
-void CpuMoe::sum(const ConstTensorView& partial, const ConstTensorView& shared, const TensorView& out, const MoeStepOptions& options,
-                 MoeStep& step) {
-  ConstTensorView mine = partial;
+// From this shard's partial sums to those of the window, of the rows that this rank had before they were gathered.
+ConstTensorView CpuMoe::reduce_shards(const ConstTensorView& partial, const MoeStep& step) {
   Collectives* const shards = group_->tp();
-  if (shards != nullptr) {
-    const TensorView reduced = reduced_.view(partial.dtype, step.counts.of(group_->tp_rank()), partial.shape[1]);
-    shards->reduce_scatter_v(partial, step.counts.counts(), reduced);
-    mine = reduced;
-  }
+  if (shards == nullptr) return partial;
+  const TensorView reduced = reduced_.view(partial.dtype, step.counts.of(group_->tp_rank()), partial.shape[1]);
+  shards->reduce_scatter_v(partial, step.counts.counts(), reduced);
+  return reduced;
+}
+
+void CpuMoe::sum(const ConstTensorView& mine, const ConstTensorView& shared, const TensorView& out, const MoeStepOptions& options,
+                 MoeStep& step) {
   if (group_->exchange() != nullptr) {
     group_->exchange()->combine(in_layout(step.received, mine), step.received.handle(), {.bias0 = shared, .out = out});
     return;
@@ -199,29 +253,54 @@ void CpuMoe::sum(const ConstTensorView& partial, const ConstTensorView& shared, 
   const Slice slice = slice_of(step.gate.num_tokens);
   const TensorView to = gathers ? rows_of(out, slice.begin, slice.count) : out;
   add_rows({shared, mine}, to);
-  if (gathers) shards->all_gather_v(to, step.counts.counts(), out);
+  if (gathers) group_->tp()->all_gather_v(to, step.counts.counts(), out);
+}
+
+void CpuMoe::check_gradients(const MoeGradients& gradients) const {
+  using experts_internal::check_float32;
+  const std::int64_t num_experts = gate_.num_experts();
+  if (gradients.gate_weight) check_float32("gradients.gate_weight", gradients.gate_weight, {num_experts, gate_.hidden_size()});
+  if (gradients.gate_bias) check_float32("gradients.gate_bias", gradients.gate_bias, {num_experts});
+  experts_.check_gradients(gradients.experts);
+  if (shared_) shared_->check_gradients(gradients.shared);
 }
 
 void CpuMoe::backward(const MoeBackwardInput& input, const MoeActivations& saved, const TensorView& d_x, const MoeGradients& gradients) {
+  guarded([&](Awaited& left) { backward_steps(input, saved.step(), d_x, gradients, left); });
+}
+
+void CpuMoe::backward_steps(const MoeBackwardInput& input, MoeStep& step, const TensorView& d_x, const MoeGradients& gradients,
+                            Awaited& left) {
   check(input.x, input.d_out, input.options);
-  MoeStep& step = saved.step();
   const std::int64_t hidden_size = input.x.shape[1];
-  const Dtype dtype = input.x.dtype;
   experts_internal::check_rows("d_x", d_x, input.x.shape[0], hidden_size);
+  if (input.d_logits) experts_internal::check_rows("d_logits", input.d_logits, input.x.shape[0], gate_.num_experts());
+  if (step.gate.num_tokens != input.x.shape[0] || step.gate.routing.top_k == 0) {
+    usage_error("saved is of {} tokens and x is {}; pass what forward saved for these rows", step.gate.num_tokens, describe(input.x));
+  }
+  check_gradients(gradients);
   const Slice slice = slice_of(input.x.shape[0]);
   const ConstTensorView x = rows_of(input.x, slice.begin, slice.count);
+  left.dense = false;
   TensorView d_shared;
   if (shared_) {
-    d_shared = d_shared_.view(dtype, slice.count, hidden_size);
+    d_shared = d_shared_.view(input.x.dtype, slice.count, hidden_size);
     const bool cuts = is_sliced() && !input.options.sliced_out;
     shared_->backward(x, cuts ? rows_of(input.d_out, slice.begin, slice.count) : input.d_out, step.shared, d_shared, gradients.shared);
   }
   if (group_->exchange() == nullptr) step.mine.rows = input.x;
   if (group_->tp() == nullptr || is_sliced()) step.input = step.mine;
   const std::int64_t rows = step.input.rows.shape[0];
-  const ExpertRowsGradient d = {d_rows_.view(dtype, rows, hidden_size), d_row_weights_.view(Dtype::float32, rows, step.gate.routing.top_k)};
-  experts_.backward(step.input, partial_gradient(input, step), step.experts, d, gradients.experts);
-  const ExpertRowsGradient mine = return_gradient(d, step);
+  const ExpertRowsGradient d = {d_rows_.view(input.x.dtype, rows, hidden_size),
+                                d_row_weights_.view(Dtype::float32, rows, step.gate.routing.top_k)};
+  left.exchange = false;
+  const ConstTensorView d_received = received_gradient(input, step);
+  left.exchange = group_->exchange() != nullptr;
+  left.tp = false;
+  experts_.backward(step.input, partial_gradient(d_received, input, step), step.experts, d, gradients.experts);
+  const ExpertRowsGradient reduced = reduce_gradient(d, step);
+  left.exchange = false;
+  const ExpertRowsGradient mine = return_gradient(reduced, step);
   const ConstTensorView d_gate = gate_.backward({.x = x,
                                                  .d_topk_weights = mine.row_weights,
                                                  .d_logits = rows_of(input.d_logits, slice.begin, slice.count),
@@ -233,28 +312,35 @@ void CpuMoe::backward(const MoeBackwardInput& input, const MoeActivations& saved
   if (is_sliced()) group_->tp()->all_gather_v(d_slice, step.counts.counts(), d_x);
 }
 
+// Of the sums that this rank returned: d_out where there is no exchange.
+ConstTensorView CpuMoe::received_gradient(const MoeBackwardInput& input, const MoeStep& step) {
+  if (group_->exchange() == nullptr) return input.d_out;
+  d_received_ = group_->exchange()->combine_backward(step.received.handle(), input.d_out).rows;
+  return arrived<const void*>(step.received, d_received_.rows());
+}
+
 // Of what the experts' partial sums became: [N,H], of every row they had.
-ConstTensorView CpuMoe::partial_gradient(const MoeBackwardInput& input, const MoeStep& step) {
-  ConstTensorView mine = input.d_out;
-  if (group_->exchange() != nullptr) {
-    d_received_ = group_->exchange()->combine_backward(step.received.handle(), input.d_out).rows;
-    mine = arrived<const void*>(step.received, d_received_.rows());
-  }
+ConstTensorView CpuMoe::partial_gradient(const ConstTensorView& mine, const MoeBackwardInput& input, const MoeStep& step) {
   const bool is_complete = is_sliced() && !input.options.sliced_out;
   if (group_->tp() == nullptr || is_complete) return mine;
   return gather_rows(*group_->tp(), step.counts, mine, d_partial_);
 }
 
-// From what this rank's shard computed with, to this rank's tokens (of its slice).
-ExpertRowsGradient CpuMoe::return_gradient(const ExpertRowsGradient& d, MoeStep& step) {
-  ExpertRowsGradient mine = d;
+// From what this shard computed with, to the rows that this rank had before they were gathered.
+ExpertRowsGradient CpuMoe::reduce_gradient(const ExpertRowsGradient& d, const MoeStep& step) {
   if (group_->exchange() != nullptr) d_received_.release();
-  if (Collectives* const shards = group_->tp()) {
-    const std::int64_t rows = step.counts.of(group_->tp_rank());
-    mine = {d_mine_.view(d.rows.dtype, rows, d.rows.shape[1]), d_mine_weights_.view(Dtype::float32, rows, d.row_weights.shape[1])};
-    shards->reduce_scatter_v(d.rows, step.counts.counts(), mine.rows);
-    shards->reduce_scatter_v(d.row_weights, step.counts.counts(), mine.row_weights);
-  }
+  Collectives* const shards = group_->tp();
+  if (shards == nullptr) return d;
+  const std::int64_t rows = step.counts.of(group_->tp_rank());
+  const ExpertRowsGradient mine = {d_mine_.view(d.rows.dtype, rows, d.rows.shape[1]),
+                                   d_mine_weights_.view(Dtype::float32, rows, d.row_weights.shape[1])};
+  shards->reduce_scatter_v(d.rows, step.counts.counts(), mine.rows);
+  shards->reduce_scatter_v(d.row_weights, step.counts.counts(), mine.row_weights);
+  return mine;
+}
+
+// And to this rank's tokens.
+ExpertRowsGradient CpuMoe::return_gradient(const ExpertRowsGradient& mine, const MoeStep& step) {
   if (group_->exchange() == nullptr) return mine;
   const DispatchGradient gradient = group_->exchange()->dispatch_backward(
       step.received.handle(), in_layout<const void*>(step.received, mine.rows), in_layout<const void*>(step.received, mine.row_weights));

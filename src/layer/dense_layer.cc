@@ -34,6 +34,14 @@ float dot(const std::vector<float>& a, const std::vector<float>& b) {
   return static_cast<float>(sum);
 }
 
+// Two matrices of one shape and dtype.
+void check_alike(const ConstTensorView& x, const ConstTensorView& other, const char* what, std::int64_t hidden_size) {
+  const std::int64_t rows = x.ndim == 2 ? x.shape[0] : 0;
+  experts_internal::check_rows("x", x, rows, hidden_size);
+  experts_internal::check_rows(what, other, rows, hidden_size);
+  if (other.dtype != x.dtype) usage_error("x is {} and {} is {}; use one dtype", describe(x), what, describe(other));
+}
+
 }  // namespace
 
 DenseActivations::DenseActivations() : step_(std::make_unique<DenseStep>()) {}
@@ -51,7 +59,25 @@ DenseLayer::DenseLayer(std::shared_ptr<ExpertGroup> group, const DenseWeights& w
   }
 }
 
+void DenseLayer::check_gradients(const DenseGradients& gradients) const {
+  layer_internal::check_gradients(weights_.weights, gradients.weights);
+  if (gradients.gate) experts_internal::check_float32("gradients.gate", gradients.gate, {1, weights_.weights.w13.shape[3]});
+}
+
+template <class Check>
+void DenseLayer::checked(Check&& check) {
+  try {
+    check();
+  } catch (const UsageError& error) {
+    if (group_ && group_->dense() != nullptr) {
+      group_->dense()->abandon({.kind = FailureKind::aborted, .peer = group_->dense()->world().rank(), .detail = error.what()});
+    }
+    throw;
+  }
+}
+
 void DenseLayer::forward(const ConstTensorView& x, const TensorView& out, DenseActivations* saved) {
+  checked([&] { check_alike(x, out, "out", weights_.weights.w13.shape[3]); });
   DenseStep& step = saved == nullptr ? scratch_.step() : saved->step();
   ExpertActivations* activations = saved == nullptr ? nullptr : &step.activations;
   Collectives* const ranks = group_ ? group_->dense() : nullptr;
@@ -77,6 +103,11 @@ void DenseLayer::forward(const ConstTensorView& x, const TensorView& out, DenseA
 void DenseLayer::backward(const ConstTensorView& x, const ConstTensorView& d_out, const DenseActivations& saved, const TensorView& d_x,
                           const DenseGradients& gradients) {
   DenseStep& step = saved.step();
+  checked([&] {
+    check_alike(x, d_out, "d_out", weights_.weights.w13.shape[3]);
+    check_alike(x, d_x, "d_x", weights_.weights.w13.shape[3]);
+    check_gradients(gradients);
+  });
   Collectives* const ranks = group_ ? group_->dense() : nullptr;
   ConstTensorView d_y = d_out;
   if (weights_.gate) {

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "core/usage.h"
+
 namespace tokenyard::layer_internal {
 namespace {
 
@@ -12,6 +14,19 @@ void fill_zero(const TensorView& view) {
 FoldInput fold_input(const ExpertRows& input, const ConstTensorView& places) { return {places, input.local_ids, input.row_weights}; }
 
 }  // namespace
+
+void check_gradients(const ExpertWeights& weights, const ExpertGradients& gradients) {
+  const auto check = [](const char* what, const ConstTensorView& weight, const ConstTensorView& gradient) {
+    if (!weight) return;
+    const bool fits = gradient.ndim == weight.ndim && gradient.shape == weight.shape && gradient.dtype == Dtype::float32;
+    if (!fits)
+      usage_error("the gradient of {} is {}; expected float32 as {}", what, gradient ? describe(gradient) : "absent", describe(weight));
+  };
+  check("w13", weights.w13, gradients.w13);
+  check("w2", weights.w2, gradients.w2);
+  check("w13_bias", weights.w13_bias, gradients.w13_bias);
+  check("w2_bias", weights.w2_bias, gradients.w2_bias);
+}
 
 void LocalExperts::forward(const ExpertRows& input, const TensorView& partial, ExpertStep& step, bool is_saved) const {
   if (num_local_experts_ == 0) return fill_zero(partial);

@@ -26,11 +26,17 @@ struct ExpertStep {
   Buffer places;  // [P,H], before the fold
 };
 
+// UsageError for gradients that are not of these weights: float32, dense, of the same shape.
+void check_gradients(const ExpertWeights& weights, const ExpertGradients& gradients);
+
 class LocalExperts {
  public:
   LocalExperts(const ExpertWeights& weights, const Activation& activation, int num_local_experts)
       : weights_(weights), activation_(activation), num_local_experts_(num_local_experts) {}
 
+  void check_gradients(const ExpertGradients& gradients) const {
+    if (num_local_experts_ > 0) layer_internal::check_gradients(weights_, gradients);
+  }
   // partial [N,H]: zero where a row has no expert here.
   void forward(const ExpertRows& input, const TensorView& partial, ExpertStep& step, bool is_saved) const;
   void backward(const ExpertRows& input, const ConstTensorView& d_partial, ExpertStep& step, const ExpertRowsGradient& d,

@@ -205,6 +205,41 @@ std::string refusal(const std::function<void()>& call) {
   return "nothing was refused";
 }
 
+// One rank's wrong argument fails the step on all ranks, at once and with its reason; the next one is fine.
+TEST(MoeStep, ARefusedStepIsNotAHang) {
+  for (const LayerCase& c : {kShared, LayerCase{.sizes = kShared.sizes, .ep = 2, .tp = 2, .expert_tp = ExpertTp::gathered},
+                             LayerCase{.sizes = kShared.sizes, .ep = 2, .tp = 2, .expert_tp = ExpertTp::gathered, .dense_tp = 2},
+                             LayerCase{.sizes = kShared.sizes, .ep = 4, .dense_tp = 2}, LayerCase{.sizes = kShared.sizes, .tp = 4},
+                             LayerCase{.sizes = kShared.sizes, .tp = 4, .dense_tp = 4, .same_tokens = true}}) {
+    on_ranks(c, [](OnRank& rank) {
+      const bool is_wrong = rank.group->world().rank() == 2;
+      const Tensor out = rank.zeros(), halves = Tensor::zeros(Dtype::bfloat16, {rank.batch.tokens, rank.c.sizes.hidden});
+      const auto expect_failure = [&](const std::function<void()>& step, const char* reason) {
+        try {
+          step();
+          ADD_FAILURE() << "rank " << rank.group->world().rank() << " went on";
+        } catch (const UsageError& error) {
+          EXPECT_TRUE(is_wrong) << error.what();
+        } catch (const TransportError& error) {
+          EXPECT_FALSE(is_wrong) << error.what();
+          EXPECT_EQ(error.failure().kind, FailureKind::aborted) << error.what();
+          EXPECT_NE(std::string(error.what()).find(reason), std::string::npos) << error.what();
+        }
+      };
+      MoeActivations saved;
+      expect_failure([&] { rank.layer.forward(rank.x.view(), is_wrong ? halves.view() : out.view()); }, "use one dtype");
+      rank.layer.forward(rank.x.view(), out.view(), {}, &saved);
+      expect_close("out", out.values(), rank.expected(), 2e-5);
+      const Tensor d_x = rank.zeros();
+      const RankGradients gradients(rank.weights);
+      MoeGradients views = gradients.views();
+      if (is_wrong) views.experts.w2 = {};
+      expect_failure([&] { rank.layer.backward({.x = rank.x.view(), .d_out = out.view()}, saved, d_x.view(), views); }, "gradient of w2");
+      rank.layer.backward({.x = rank.x.view(), .d_out = out.view()}, saved, d_x.view(), gradients.views());
+    });
+  }
+}
+
 TEST(MoeStep, RefusesWhatDoesNotFit) {
   on_ranks({.sizes = {.flavour = Flavour::gpt_oss}}, [](OnRank& rank) {
     const auto contains = [](const std::string& text, const std::string& part) { EXPECT_NE(text.find(part), std::string::npos) << text; };
