@@ -84,6 +84,11 @@ void activate(const Activation& activation, const float* gate_up, std::int64_t r
   }
 }
 
+// Of a block, at most; the next call on this thread has it again.
+struct BackwardScratch {
+  std::vector<float> x, dy, act, d_act, d_gate_up, dx;
+};
+
 // The backward pass of one call: what its blocks share.
 class Backward {
  public:
@@ -149,7 +154,12 @@ class Backward {
   const RowGroups& groups_;
   Sizes sizes_;
   GroupTensor w13_, w2_;
-  std::vector<float> x_scratch_, dy_scratch_, act_, d_act_, d_gate_up_, dx_;
+  static BackwardScratch& scratch() {
+    thread_local BackwardScratch of_thread;
+    return of_thread;
+  }
+  std::vector<float>&x_scratch_ = scratch().x, &dy_scratch_ = scratch().dy, &act_ = scratch().act, &d_act_ = scratch().d_act,
+  &d_gate_up_ = scratch().d_gate_up, &dx_ = scratch().dx;
 };
 
 }  // namespace
@@ -160,7 +170,7 @@ void experts_forward(const ConstTensorView& x, const RowGroups& groups, const Ex
   check_rows("y", y, groups.places, hidden);
   if (saved != nullptr) saved->gate_up.assign(static_cast<std::size_t>(groups.places * 2 * width), 0.0F);
   GroupTensor w13(weights.w13), w2(weights.w2), w13_bias(weights.w13_bias), w2_bias(weights.w2_bias);
-  std::vector<float> scratch, block, act, result;
+  thread_local std::vector<float> scratch, block, act, result;  // at most a block's: the next call has them again
   for_each_block(groups, [&, width = width, hidden = hidden](std::int64_t group, Places places) {
     const std::int64_t rows = places.count;
     if (saved == nullptr) block.resize(static_cast<std::size_t>(rows * 2 * width));

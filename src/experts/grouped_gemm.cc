@@ -23,8 +23,7 @@ void grouped_gemm(const ConstTensorView& x, const RowGroups& groups, const Const
   check_rows("y", y, groups.places, outputs);
   GroupTensor weights(w);
   GroupTensor biases(bias);
-  std::vector<float> scratch;
-  std::vector<float> result;
+  thread_local std::vector<float> scratch, result;  // of a block, at most; the next call has them again
   for_each_block(groups, [&](std::int64_t group, Places places) {
     result.resize(static_cast<std::size_t>(places.count * outputs));
     multiply({.m = places.count,
@@ -49,8 +48,7 @@ void grouped_gemm_dgrad(const ConstTensorView& dy, const RowGroups& groups, cons
   check_rows("dy", dy, groups.places, outputs);
   check_rows("dx", dx, groups.places, inputs);
   GroupTensor weights(w);
-  std::vector<float> scratch;
-  std::vector<float> result;
+  thread_local std::vector<float> scratch, result;  // of a block, at most; the next call has them again
   for_each_block(groups, [&](std::int64_t group, Places places) {
     result.resize(static_cast<std::size_t>(places.count * inputs));
     multiply({.m = places.count,
@@ -70,8 +68,7 @@ void grouped_gemm_wgrad(const ConstTensorView& dy, const ConstTensorView& x, con
   const std::int64_t inputs = x.shape[1];
   check_rows("dy", dy, groups.places, outputs);
   check_float32("dw", dw, {std::ssize(groups.counts), outputs, inputs});
-  std::vector<float> x_scratch;
-  std::vector<float> dy_scratch;
+  thread_local std::vector<float> x_scratch, dy_scratch;
   for_each_block(groups, [&](std::int64_t group, Places places) {
     multiply({.m = outputs,
               .n = inputs,

@@ -25,6 +25,12 @@ std::string text_of(std::initializer_list<std::int64_t> shape) {
   return text + "]";
 }
 
+// Last in, first out: nested tensors find what they had before.
+std::vector<std::vector<float>>& idle_scratch() {
+  thread_local std::vector<std::vector<float>> idle;
+  return idle;
+}
+
 std::string given(const ConstTensorView& view) { return view ? describe(view) : "absent"; }
 
 }  // namespace
@@ -75,12 +81,20 @@ void write_places(const std::vector<float>& values, Places places, const TensorV
   for (std::int64_t i = 0; i < places.count; ++i) from_float(values.data() + i * columns, y.dtype, columns, y.row(places.begin + i));
 }
 
+GroupTensor::GroupTensor(const ConstTensorView& tensor) : tensor_(tensor) {
+  if (idle_scratch().empty()) return;
+  scratch_ = std::move(idle_scratch().back());
+  idle_scratch().pop_back();
+}
+
+GroupTensor::~GroupTensor() { idle_scratch().push_back(std::move(scratch_)); }
+
 const float* GroupTensor::of(std::int64_t group) {
   const std::int64_t elements = tensor_.num_elements() / tensor_.shape[0];
   const std::byte* from = static_cast<const std::byte*>(tensor_.data) + group * elements * size_of(tensor_.dtype);
   if (tensor_.dtype == Dtype::float32) return reinterpret_cast<const float*>(from);
   if (held_ != group) {
-    scratch_.resize(static_cast<std::size_t>(elements));
+    if (std::ssize(scratch_) < elements) scratch_.resize(static_cast<std::size_t>(elements));
     to_float(from, tensor_.dtype, elements, scratch_.data());
     held_ = group;
   }

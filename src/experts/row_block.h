@@ -34,10 +34,13 @@ const float* read_rows(const ConstTensorView& x, const RowGroups& groups, Places
 const float* read_places(const ConstTensorView& y, Places places, std::vector<float>& scratch);
 void write_places(const std::vector<float>& values, Places places, const TensorView& y);
 
-// Group `group` of a dense [L, ...] tensor as float32. Remembers the last one that had to be converted.
+// Group `group` of a dense [L, ...] tensor as float32. Remembers the last one that had to be converted, in memory that the thread keeps.
 class GroupTensor {
  public:
-  explicit GroupTensor(const ConstTensorView& tensor) : tensor_(tensor) {}
+  explicit GroupTensor(const ConstTensorView& tensor);
+  ~GroupTensor();
+  GroupTensor(const GroupTensor&) = delete;
+  GroupTensor& operator=(const GroupTensor&) = delete;
   explicit operator bool() const { return static_cast<bool>(tensor_); }
   const float* of(std::int64_t group);
 
