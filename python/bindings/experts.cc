@@ -1,16 +1,11 @@
-#include "tokenyard/experts.h"
+#include "experts.h"
 
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
-#include "arrays.h"
 #include "core/usage.h"
 
 namespace tokenyard::python {
 namespace {
-
-ConstTensorView view_or_none(const Tensor* tensor) { return tensor != nullptr ? tensor->view() : ConstTensorView{}; }
-TensorView writable_or_none(const Tensor* tensor) { return tensor != nullptr ? tensor->writable() : TensorView{}; }
 
 nb::object list_as_array(const nb::object& self, const std::vector<std::int64_t>& values, const Place& place) {
   auto* owner = new nb::object(self);
@@ -86,14 +81,8 @@ struct FeedForward {
   Activation activation;
 };
 
-void make_feed_forward(FeedForward* self, const Tensor& w13, const Tensor& w2, const Tensor* w13_bias, const Tensor* w2_bias,
-                       const nb::tuple& activation) {
-  const auto kind = nb::cast<std::string>(activation[0]);
-  if (kind != "silu" && kind != "clamped") usage_error("activation {}; expected silu or clamped", kind);
-  new (self) FeedForward{{w13.view(), w2.view(), view_or_none(w13_bias), view_or_none(w2_bias)},
-                         {.kind = kind == "silu" ? ActivationKind::silu : ActivationKind::clamped,
-                          .limit = nb::cast<float>(activation[1]),
-                          .alpha = nb::cast<float>(activation[2])}};
+void make_feed_forward(FeedForward* self, const Tensors& weights, const nb::tuple& activation) {
+  new (self) FeedForward{expert_weights(weights, 0), parse_activation(activation)};
 }
 
 void forward(const FeedForward& self, const Tensor& x, const RowGroups& groups, const Tensor& y, ExpertActivations* saved) {
@@ -103,21 +92,37 @@ void forward(const FeedForward& self, const Tensor& x, const RowGroups& groups, 
 void bind_feed_forward(nb::module_& m) {
   nb::class_<ExpertActivations>(m, "ExpertActivations").def(nb::init<>());
   nb::class_<FeedForward>(m, "FeedForward", "Views only: the caller keeps the tensors.")
-      .def("__init__", make_feed_forward, nb::arg("w13"), nb::arg("w2"), nb::arg("w13_bias").none(), nb::arg("w2_bias").none(),
-           nb::arg("activation"))
+      .def("__init__", make_feed_forward, nb::arg("weights"), nb::arg("activation"))
       .def("forward", forward, nb::arg("x"), nb::arg("groups"), nb::arg("y"), nb::arg("saved").none())
       .def(
           "backward",
           [](const FeedForward& self, const Tensor& x, const Tensor& dy, const ExpertActivations& saved, const RowGroups& groups,
-             const Tensor& dx, const std::vector<const Tensor*>& gradients) {
-            const ExpertGradients into{writable_or_none(gradients.at(0)), writable_or_none(gradients.at(1)),
-                                       writable_or_none(gradients.at(2)), writable_or_none(gradients.at(3))};
+             const Tensor& dx, const Tensors& gradients) {
+            const ExpertGradients into = expert_gradients(gradients, 0);
             waiting([&] { experts_backward({x.view(), dy.view(), &saved}, groups, self.weights, self.activation, dx.writable(), into); });
           },
           nb::arg("x"), nb::arg("dy"), nb::arg("saved"), nb::arg("groups"), nb::arg("dx"), nb::arg("gradients"));
 }
 
 }  // namespace
+
+Activation parse_activation(const nb::tuple& activation) {
+  const auto kind = nb::cast<std::string>(activation[0]);
+  if (kind != "silu" && kind != "clamped") usage_error("activation {}; expected silu or clamped", kind);
+  return {.kind = kind == "silu" ? ActivationKind::silu : ActivationKind::clamped,
+          .limit = nb::cast<float>(activation[1]),
+          .alpha = nb::cast<float>(activation[2])};
+}
+
+ExpertWeights expert_weights(const Tensors& tensors, std::size_t at) {
+  return {view_or_none(tensors.at(at)), view_or_none(tensors.at(at + 1)), view_or_none(tensors.at(at + 2)),
+          view_or_none(tensors.at(at + 3))};
+}
+
+ExpertGradients expert_gradients(const Tensors& tensors, std::size_t at) {
+  return {writable_or_none(tensors.at(at)), writable_or_none(tensors.at(at + 1)), writable_or_none(tensors.at(at + 2)),
+          writable_or_none(tensors.at(at + 3))};
+}
 
 void bind_experts(nb::module_& m) {
   bind_groups(m);

@@ -18,4 +18,5 @@ NB_MODULE(_core, m) {
   bind_safetensors(m);
   bind_weights(m);
   bind_experts(m);
+  bind_layer(m);
 }

@@ -116,7 +116,7 @@ class FeedForward:
         names = ("w13", "w2", "w13_bias", "w2_bias")
         self.arrays = [None if a is None else on_cpu(a, name) for name, a in zip(names, (w13, w2, w13_bias, w2_bias))]
         self._views = [_optional(a, name, dtype) for name, a in zip(names, self.arrays)]
-        self.core = _core.FeedForward(*self._views, activation)
+        self.core = _core.FeedForward(self._views, activation)
 
     def forward(self, x, groups, saved=None, dtype=None):
         x = _flat(x, "x")

@@ -1,0 +1,145 @@
+#include "tokenyard/layer.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+
+#include "experts.h"
+#include "world.h"
+
+namespace tokenyard::python {
+namespace {
+
+// Layers hold their group, too: whoever lets go of it last does so without the GIL.
+using HeldGroup = WithoutGil<std::shared_ptr<ExpertGroup>>;
+using HeldLayer = WithoutGil<MoeLayer>;
+
+void make_group(HeldGroup* self, const RankWorld& world, const ParallelConfig& config, const ExpertGroupOptions& options) {
+  const World mine = world.world();
+  new (self) HeldGroup(
+      waiting([&] { return std::make_unique<std::shared_ptr<ExpertGroup>>(std::make_shared<ExpertGroup>(mine, config, options)); }));
+}
+
+void bind_group_options(nb::module_& m) {
+  nb::class_<ExpertGroupOptions>(m, "ExpertGroupOptions")
+      .def(nb::init<>())
+      .def_rw("num_experts", &ExpertGroupOptions::num_experts)
+      .def_rw("top_k", &ExpertGroupOptions::top_k)
+      .def_rw("hidden_size", &ExpertGroupOptions::hidden_size)
+      .def_prop_rw(
+          "dtype", [](const ExpertGroupOptions& self) { return std::string(name(self.dtype)); },
+          [](ExpertGroupOptions& self, const std::string& text) { self.dtype = parse_dtype(text); })
+      .def_rw("max_tokens_per_rank", &ExpertGroupOptions::max_tokens_per_rank)
+      .def_prop_rw(
+          "expert_tp", [](const ExpertGroupOptions& self) { return std::string(name(self.expert_tp)); },
+          [](ExpertGroupOptions& self, const std::string& text) { self.expert_tp = parse_expert_tp(text); })
+      .def_rw("same_tokens", &ExpertGroupOptions::same_tokens)
+      .def_rw("dense_tp", &ExpertGroupOptions::dense_tp)
+      .def_rw("max_local_experts", &ExpertGroupOptions::max_local_experts)
+      .def_rw("receive_rows", &ExpertGroupOptions::receive_rows)
+      .def_rw("depth", &ExpertGroupOptions::depth)
+      .def_rw("num_threads", &ExpertGroupOptions::num_threads)
+      .def_rw("trace", &ExpertGroupOptions::trace)
+      .def_prop_rw(
+          "transport", [](const ExpertGroupOptions& self) { return std::string(name(self.transport)); },
+          [](ExpertGroupOptions& self, const std::string& text) { self.transport = parse_transport(text); })
+      .def_rw("timeout_ms", &ExpertGroupOptions::timeout_ms);
+}
+
+void bind_group(nb::module_& m) {
+  nb::class_<HeldGroup>(m, "ExpertGroup")
+      .def("__init__", make_group, nb::arg("world"), nb::arg("config"), nb::arg("options"))
+      .def("options", [](const HeldGroup& self) { return (*self)->options(); })
+      .def("world", [](const HeldGroup& self) { return RankWorld((*self)->world()); })
+      .def_prop_ro("ep_rank", [](const HeldGroup& self) { return (*self)->ep_rank(); })
+      .def_prop_ro("tp_rank", [](const HeldGroup& self) { return (*self)->tp_rank(); })
+      .def_prop_ro("dense_rank", [](const HeldGroup& self) { return (*self)->dense_rank(); })
+      .def_prop_ro("has_exchange", [](const HeldGroup& self) { return (*self)->exchange() != nullptr; })
+      .def(
+          "placement", [](const HeldGroup& self, int num_experts) { return (*self)->placement(num_experts); }, nb::arg("num_experts"))
+      .def("take_spans", [](HeldGroup& self) { return (*self)->take_spans(); });
+}
+
+// In the order of tokenyard.layer.MoeWeights.
+constexpr std::size_t kExperts = 3, kShared = 7, kSharedGate = 11;
+
+MoeWeights moe_weights(const Tensors& tensors) {
+  return {.gate = {view_or_none(tensors.at(0)), view_or_none(tensors.at(1)), view_or_none(tensors.at(2))},
+          .experts = expert_weights(tensors, kExperts),
+          .shared = {expert_weights(tensors, kShared), view_or_none(tensors.at(kSharedGate))}};
+}
+
+MoeGradients moe_gradients(const Tensors& tensors) {
+  return {.gate_weight = writable_or_none(tensors.at(0)),
+          .gate_bias = writable_or_none(tensors.at(1)),
+          .experts = expert_gradients(tensors, kExperts),
+          .shared = {expert_gradients(tensors, kShared), writable_or_none(tensors.at(kSharedGate))}};
+}
+
+nb::object routing_arrays(const nb::object& self, const Place& place) {
+  const Routing& routing = nb::cast<MoeActivations&>(self).routing();
+  const auto owner = std::make_shared<Routing>(routing);  // a copy: the next forward with these activations writes there
+  const auto num_experts = static_cast<std::int64_t>(owner->load.size());
+  return nb::make_tuple(export_array(owner->ids_view(), owner, place), export_array(owner->weights_view(), owner, place),
+                        export_array(ConstTensorView(owner->load.data(), Dtype::int64, {num_experts}), owner, place));
+}
+
+void copy_logits(const MoeActivations& self, const Tensor& out) {
+  const ConstTensorView logits = self.logits();
+  std::copy_n(logits.as<float>(), logits.num_elements(), out.writable().as<float>());
+}
+
+void bind_step(nb::module_& m) {
+  nb::class_<MoeActivations>(m, "MoeActivations")
+      .def(nb::init<>())
+      .def("routing", routing_arrays, nb::arg("place"))
+      .def("copy_logits", copy_logits, nb::arg("out"));
+  nb::class_<MoeStepOptions>(m, "MoeStepOptions", "Views only: the caller keeps the tensors.")
+      .def(
+          "__init__",
+          [](MoeStepOptions* self, const std::string& mode, const Tensor* mask, const Tensor* given_ids, bool sliced_out) {
+            new (self) MoeStepOptions{parse_mode(mode), view_or_none(mask), view_or_none(given_ids), sliced_out};
+          },
+          nb::arg("mode"), nb::arg("mask").none(), nb::arg("given_ids").none(), nb::arg("sliced_out"));
+  m.def(
+      "mode_for_step", [](std::int64_t tokens, std::int64_t latency_tokens) { return name(mode_for_step(tokens, latency_tokens)); },
+      nb::arg("max_tokens_of_a_rank"), nb::arg("latency_tokens"));
+}
+
+void make_layer(HeldLayer* self, const HeldGroup& group, const Tensors& weights, const Gate& gate, const nb::tuple& activation,
+                const std::optional<Placement>& placement) {
+  const MoeWeights views = moe_weights(weights);
+  const MoeLayerOptions options{.gate = gate, .activation = parse_activation(activation), .placement = placement};
+  new (self) HeldLayer(waiting([&] { return std::make_unique<MoeLayer>(*group, views, options); }));
+}
+
+void backward(HeldLayer& self, const Tensors& rows, const MoeStepOptions& options, const MoeActivations& saved, const Tensor& d_x,
+              const Tensors& gradients) {
+  const MoeBackwardInput input{rows.at(0)->view(), rows.at(1)->view(), view_or_none(rows.at(2)), options};
+  const MoeGradients into = moe_gradients(gradients);
+  waiting([&] { self->backward(input, saved, d_x.writable(), into); });
+}
+
+}  // namespace
+
+void bind_layer(nb::module_& m) {
+  bind_group_options(m);
+  bind_group(m);
+  bind_step(m);
+  nb::class_<HeldLayer>(m, "MoeLayer", "Views only: the caller keeps the weights.")
+      .def("__init__", make_layer, nb::arg("group"), nb::arg("weights"), nb::arg("gate"), nb::arg("activation"),
+           nb::arg("placement").none())
+      .def(
+          "forward",
+          [](HeldLayer& self, const Tensor& x, const Tensor& out, const MoeStepOptions& options, MoeActivations* saved) {
+            waiting([&] { self->forward(x.view(), out.writable(), options, saved); });
+          },
+          nb::arg("x"), nb::arg("out"), nb::arg("options"), nb::arg("saved").none())
+      .def("backward", backward, nb::arg("rows"), nb::arg("options"), nb::arg("saved"), nb::arg("d_x"), nb::arg("gradients"))
+      .def(
+          "warm_up", [](HeldLayer& self, const std::vector<std::int64_t>& token_counts) { waiting([&] { self->warm_up(token_counts); }); },
+          nb::arg("token_counts"));
+}
+
+}  // namespace tokenyard::python

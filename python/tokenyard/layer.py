@@ -1,0 +1,193 @@
+"""The MoE feed-forward of a model, on ranks: gate, routing, dispatch, experts, combine, shared expert; forward and backward."""
+from dataclasses import fields
+
+from . import _core
+from .arrays import Frame, on_cpu, tensor, writable
+from .collectives import Collectives
+from .errors import UsageError
+from .exchange import _set
+from .model import MoeWeights
+from .routing import Routing
+from .world import World
+
+
+class ExpertGroup:
+    """The ranks that hold all experts together (ep * mlp_tp of a parallel.Config; one of outer_dp such groups), and what they meet with:
+    one exchange and the collectives. One serves all layers of a model.
+
+    Collective over a world of config.device_count ranks, with the same arguments. num_experts, top_k, hidden_size: the most of any
+    layer; max_tokens_per_rank: of a step; dtype: the widest type of rows. expert_tp: "virtual" (one exchange over all ranks) or "gathered"
+    (an exchange over ep, collectives over the shards of a window). same_tokens: with ep = 1 and mlp_tp > 1, all ranks have the same
+    tokens. dense_tp: ranks that share a shared expert's weights. Further options: max_local_experts, receive_rows, depth,
+    num_threads, trace, transport.
+    """
+
+    def __init__(self, world, config, *, num_experts, top_k, hidden_size, max_tokens_per_rank, dtype="float32", expert_tp="virtual",
+                 same_tokens=False, dense_tp=1, timeout_ms=0, **options):
+        options.update(num_experts=num_experts, top_k=top_k, hidden_size=hidden_size, max_tokens_per_rank=max_tokens_per_rank, dtype=dtype,
+                       expert_tp=expert_tp, same_tokens=same_tokens, dense_tp=dense_tp, timeout_ms=timeout_ms)
+        core = _core.ExpertGroupOptions()
+        for name, value in options.items():
+            if not hasattr(core, name):
+                raise UsageError(f"an expert group has no option {name!r}; expected one of {', '.join(n for n in dir(core) if n[0] != '_')}")
+            _set(core, name, value)
+        self._core = _core.ExpertGroup(world._core, config._as_core(), core)
+        self._world = World(self._core.world(), parent=world)
+        self._collectives = {}
+        self.config, self.dense_tp, self.expert_tp, self.dtype = config, dense_tp, expert_tp, dtype
+
+    @staticmethod
+    def of_model(world, config, model, max_tokens_per_rank, **options) -> "ExpertGroup":
+        """With the sizes of a MoeModel."""
+        return ExpertGroup(world, config, num_experts=model.num_experts, top_k=model.top_k, hidden_size=model.hidden_size,
+                           max_tokens_per_rank=max_tokens_per_rank, **options)
+
+    world = property(lambda self: self._world, doc="Of this group: rank = ep_rank * mlp_tp + tp_rank.")
+
+    def _collectives_of(self, name, make_world):
+        """None of one rank. Not functools.cached_property, which makes ranks that are threads wait for each other."""
+        if name not in self._collectives:
+            world = make_world()
+            self._collectives[name] = Collectives(world) if world.size > 1 else None
+        return self._collectives[name]
+
+    @property
+    def replicas(self):
+        """Collectives over all ranks, for what all of them hold; None where there is one rank. Collective when first asked for."""
+        return self._collectives_of("all", lambda: self.world)
+
+    @property
+    def dense_replicas(self):
+        """Collectives over the ranks with this dense_rank; None where there is one. Collective when first asked for."""
+        return self._collectives_of("dense", lambda: self.world.split(self.dense_rank, self.world.rank))
+
+    ep_rank = property(lambda self: self._core.ep_rank, doc="Which window of experts this rank holds.")
+    tp_rank = property(lambda self: self._core.tp_rank, doc="Which shard of them.")
+    dense_rank = property(lambda self: self._core.dense_rank, doc="Which shard of dense weights.")
+    has_exchange = property(lambda self: self._core.has_exchange, doc="False with ep = 1: then there is none.")
+
+    def placement(self, num_experts):
+        """Where experts are unless a layer says otherwise, over `world`: what weights.expert_shard() takes."""
+        return self._core.placement(num_experts)
+
+    def take_spans(self) -> list:
+        """PhaseSpans of layers since the last call: "route", "dispatch", "shared", "experts", "combine"; empty without trace=True."""
+        return self._core.take_spans()
+
+
+def mode_for_step(max_tokens_of_a_rank, latency_tokens=128) -> str:
+    """"latency" for steps in which no rank has more tokens than latency_tokens, else "throughput". Every rank gives the same maximum."""
+    return _core.mode_for_step(max_tokens_of_a_rank, latency_tokens)
+
+
+class Activations:
+    """What a forward leaves for its backward: one per micro-batch that is under way; used again it keeps its memory."""
+
+    def __init__(self):
+        self._core = _core.MoeActivations()
+        self._keep = None  # the options of the forward, whose tensors backward reads
+        self._frame = None
+
+    @property
+    def routing(self) -> Routing:
+        """Of the forward."""
+        return Routing(*self._core.routing(self._frame.place))
+
+    @property
+    def logits(self):
+        """[T,E] float32."""
+        ids, _, load = self._core.routing(self._frame.place)
+        out = self._frame.empty((ids.shape[0], load.shape[0]), "float32")
+        self._core.copy_logits(tensor(out, "logits"))
+        return out
+
+
+class _Options:
+    """Of a step, and the tensors that they look at."""
+
+    def __init__(self, mode, mask, given_ids, sliced_out):
+        self._views = [None if value is None else tensor(on_cpu(value, name), name) for name, value in (("mask", mask), ("given_ids", given_ids))]
+        self.core = _core.MoeStepOptions(mode, *self._views, sliced_out)
+
+
+class MoeLayer:
+    """One layer of a group. Collective: ranks make layers, and call them, in the same order. On the CPU.
+
+    weights: MoeWeights, of NumPy arrays or torch tensors, float32, bfloat16 or float16 each; their values may change between steps.
+    gate: a Gate. activation: "silu", or "clamped" with limit and alpha, of experts and shared expert. placement: of the experts over
+    the exchange's ranks, ep * mlp_tp or (expert_tp="gathered") ep; default: even windows. UsageError names the tensor that does not fit.
+    """
+
+    def __init__(self, group, weights, gate, *, activation="silu", limit=7.0, alpha=1.702, placement=None):
+        self.group, self.weights, self.gate = group, weights, gate
+        self._views = [None if array is None else tensor(on_cpu(array, name), name) for name, array in weights.items()]
+        self._core = _core.MoeLayer(group._core, self._views, gate, (activation, limit, alpha), placement)
+
+    @staticmethod
+    def from_checkpoint(group, checkpoint, layer, model, *, framework="numpy", dtype=None, placement=None) -> "MoeLayer":
+        """A layer of a weights.Checkpoint and its MoeModel: this rank reads what it holds. placement: as for MoeLayer, over all ranks."""
+        loaded = model.load(checkpoint, layer, group, framework=framework, dtype=dtype, placement=placement)
+        return MoeLayer(group, loaded, model.gate, activation=model.activation, limit=model.limit, alpha=model.alpha, placement=placement)
+
+    def forward(self, x, out=None, *, mode="throughput", mask=None, given_ids=None, sliced_out=False, saved=None, dtype=None):
+        """x [T,H] -> [T,H], of one dtype: the weighted sum over each token's experts, plus the shared expert's row.
+
+        mode: "throughput" or "latency", the same on all ranks; see mode_for_step(). mask [T]: 0 for tokens that no expert sees.
+        given_ids [T,K]: replay, with the weights that the gate gives them. out: where to, may be x unless `saved` is given. sliced_out:
+        with same_tokens, out is this rank's slice of the tokens. saved: Activations, for backward. dtype: what x means in NumPy.
+        """
+        x = self._rows(x)
+        frame, options = Frame.of(x), _Options(mode, mask, given_ids, sliced_out)
+        view = tensor(x, "x", dtype)
+        if out is None:
+            tokens = self._slice(x.shape[0]) if sliced_out else x.shape[0]
+            out = frame.empty((tokens, *x.shape[1:]), view.dtype)
+        if saved is not None:
+            saved._keep, saved._frame = options, frame
+        self._core.forward(view, writable(out, "out", dtype), options.core, None if saved is None else saved._core)
+        return out
+
+    __call__ = forward
+
+    def _rows(self, x):
+        x, hidden_size = on_cpu(x, "x"), self.weights.gate_weight.shape[1]
+        if len(x.shape) != 2 or x.shape[1] != hidden_size:
+            raise UsageError(f"x is {list(x.shape)}; expected [T, {hidden_size}]")
+        return x
+
+    def _slice(self, tokens):
+        ranks, rank = self.group.config.mlp_tp, self.group.tp_rank
+        return tokens // ranks + (rank < tokens % ranks)
+
+    def backward(self, x, d_out, saved, gradients=None, *, d_logits=None, dtype=None) -> tuple:
+        """(gradient of x [T,H], gradients of the weights), given x and out's gradient. The choice of experts is a constant.
+
+        gradients: MoeWeights, float32, to add to; default: new ones of all. Of weights that several ranks hold (gate, whole shared
+        expert, replicas) it is the share of this rank's tokens: their sum over the ranks is the gradient. d_logits [T,E] float32: of
+        losses on the logits, added to what comes through the weights.
+        """
+        x = self._rows(x)
+        view, frame = tensor(x, "x", dtype), Frame.of(x)
+        gradients = gradients or self.zero_gradients(frame)
+        d_x = frame.empty(tuple(x.shape), view.dtype)
+        rows = [view, tensor(on_cpu(d_out, "d_out"), "d_out", dtype), None if d_logits is None else tensor(on_cpu(d_logits, "d_logits"), "d_logits")]
+        into = [None if array is None else writable(array, f"gradient of {name}") for name, array in gradients.items()]
+        into[1] = into[1] if self.weights.logit_bias is not None else None
+        self._core.backward(rows, saved._keep.core, saved._core, tensor(d_x, "d_x", dtype), into)
+        return d_x, gradients
+
+    def zero_gradients(self, frame=None) -> MoeWeights:
+        """Zeros, float32, for every weight that has a gradient."""
+        frame = frame or Frame.of(self.weights.gate_weight)
+        found = {}
+        for field in fields(MoeWeights):
+            weight = getattr(self.weights, field.name)
+            if weight is not None and field.name != "selection_bias":
+                found[field.name] = frame.empty(tuple(weight.shape), "float32")
+                found[field.name][...] = 0
+        return MoeWeights(**found)
+
+    def warm_up(self, token_counts) -> None:
+        """Collective: runs steps of these numbers of tokens per rank, in each mode that takes them, with balanced routing, so that memory
+        and products of those sizes are there before the first request."""
+        self._core.warm_up(list(token_counts))
