@@ -20,6 +20,15 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4)
 endif()
 find_package(CUDAToolkit REQUIRED)
 
+if(TY_CUTLASS)
+  find_path(TY_CUTLASS_INCLUDE cutlass/cutlass.h
+    HINTS ${TY_PORTABLE_DEPS}/cutlass/include ${PROJECT_SOURCE_DIR}/build/cutlass/include DOC "Folder of CUTLASS's headers")
+  if(NOT TY_CUTLASS_INCLUDE)
+    message(FATAL_ERROR "TY_CUTLASS=ON: CUTLASS's headers are not here. Run './dev deps --cutlass', which fetches them with pip, name their "
+      "folder with -DTY_CUTLASS_INCLUDE, or configure with -DTY_CUTLASS=OFF: matrix products are slower then.")
+  endif()
+endif()
+
 # What the target device_compile_only builds: all device code, on machines without a GPU.
 set_property(GLOBAL PROPERTY TY_DEVICE_CODE "")
 

@@ -7,6 +7,7 @@ option(TY_FUZZ "Fuzz targets with libFuzzer (needs clang); without it they run w
 option(TY_CUDA "GPUs: memory between them, and device code for every supported architecture (needs the CUDA toolkit, 12.4 or newer)" OFF)
 option(TY_PYTHON "The Python package (needs nanobind; pip install . switches it on)" OFF)
 option(TY_NCCL "NCCL collectives: the baseline of the benchmark on GPUs; the library is looked for at run time (needs TY_CUDA)" ${TY_CUDA})
+option(TY_CUTLASS "Products on Hopper's tensor cores with CUTLASS, whose headers './dev deps --cutlass' fetches (needs TY_CUDA)" ${TY_CUDA})
 set(TY_PORTABLE_DEPS "" CACHE PATH "Folder made by './dev deps --portable': every library comes from there, none from the system")
 set(TY_SANITIZE "" CACHE STRING "Sanitizers, as in -fsanitize=: 'address,undefined' or 'thread'")
 
@@ -25,6 +26,9 @@ if(TY_TESTS STREQUAL "device" AND NOT TY_CUDA)
 endif()
 if(TY_NCCL AND NOT TY_CUDA)
   message(FATAL_ERROR "TY_NCCL=ON: NCCL is about GPUs and needs TY_CUDA=ON, too; or configure with -DTY_NCCL=OFF.")
+endif()
+if(TY_CUTLASS AND NOT TY_CUDA)
+  message(FATAL_ERROR "TY_CUTLASS=ON: its kernels are for GPUs and need TY_CUDA=ON, too; or configure with -DTY_CUTLASS=OFF.")
 endif()
 if(TY_FUZZ AND NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
   message(FATAL_ERROR "TY_FUZZ=ON needs clang, for its libFuzzer; the compiler is ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER}. "

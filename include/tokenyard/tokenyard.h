@@ -2,6 +2,7 @@
 // Everything.
 
 #include "tokenyard/collective.h"
+#include "tokenyard/device_experts.h"
 #include "tokenyard/dtype.h"
 #include "tokenyard/error.h"
 #include "tokenyard/exchange.h"

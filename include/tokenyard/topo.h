@@ -14,8 +14,8 @@ enum class Availability : std::uint8_t { available, not_built, not_usable };
 std::string_view name(Availability availability);
 
 struct Backend {
-  std::string name;  // "inproc", "shm", "cuda_peer", "mpi", "nccl", ...
-  std::string kind;  // "memory", "collective", "port"
+  std::string name;  // "inproc", "shm", "cuda_peer", "mpi", "nccl", "cutlass", ...
+  std::string kind;  // "memory", "collective", "port", "products"
   Availability availability = Availability::available;
   std::string reason{};  // empty when available
   std::string remedy{};

@@ -59,6 +59,16 @@ Backend mpi() {
   return backend;
 }
 
+Backend cutlass() {
+  Backend backend{.name = "cutlass", .kind = "products"};
+  if (!kBuiltCutlass) {
+    backend.availability = Availability::not_built;
+    backend.reason = "configured without TY_CUTLASS";
+    backend.remedy = "./dev deps --cutlass, and configure with -DTY_CUDA=ON -DTY_CUTLASS=ON; without it, products on Hopper GPUs are slower";
+  }
+  return backend;
+}
+
 Backend later(std::string name, std::string kind, std::string instead) {
   return {.name = std::move(name),
           .kind = std::move(kind),
@@ -82,6 +92,7 @@ std::vector<Backend> backends() {
       {.name = "direct", .kind = "collective"},
       mpi(),
       nccl::backend(),
+      cutlass(),
   };
 }
 

@@ -19,7 +19,7 @@ int sm_budget_of(int gpu, int ranks);
 std::size_t open_descriptors();
 std::size_t free_on_all_gpus();
 
-class OnGpu : public testing::Test {
+class OnGpu : public ::testing::Test {
  protected:
   void SetUp() override {
     if (gpu_count() == 0) GTEST_SKIP() << "no GPU here";

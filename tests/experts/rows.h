@@ -25,15 +25,15 @@ struct Case {
   }
 };
 
-inline Case random_case(SeededRandom& random) {
+inline Case random_case(SeededRandom& random, std::int64_t most_per_group = 9) {
   Case result;
   const bool is_gathered = random.one_in(2);
   for (std::int64_t g = random.between(1, 5); g > 0; --g) {
     result.groups.begins.push_back(result.groups.places);
-    result.groups.counts.push_back(random.one_in(4) ? 0 : random.between(1, 9));
+    result.groups.counts.push_back(random.one_in(4) ? 0 : random.between(1, most_per_group));
     result.groups.places += result.groups.counts.back() + (is_gathered ? 0 : random.between(0, 3));
   }
-  result.num_rows = is_gathered ? random.between(1, 12) : result.groups.places;
+  result.num_rows = is_gathered ? random.between(1, most_per_group + 3) : result.groups.places;
   for (std::int64_t p = 0; is_gathered && p < result.groups.places; ++p)
     result.groups.rows.push_back(random.between(0, result.num_rows - 1));
   result.is_read.assign(static_cast<std::size_t>(result.num_rows), false);
@@ -46,8 +46,9 @@ inline Case random_case(SeededRandom& random) {
 // A matrix of any floating type whose rows are three elements apart, so that a stride that is ignored shows.
 class Buffer {
  public:
-  static Buffer nan(Dtype dtype, std::int64_t rows, std::int64_t columns) {
-    return filled(dtype, rows, columns, std::numeric_limits<float>::quiet_NaN(), 3);
+  static constexpr std::int64_t kOddGap = 3;
+  static Buffer nan(Dtype dtype, std::int64_t rows, std::int64_t columns, std::int64_t gap = kOddGap) {
+    return filled(dtype, rows, columns, std::numeric_limits<float>::quiet_NaN(), gap);
   }
   static Buffer filled(Dtype dtype, std::int64_t rows, std::int64_t columns, float value, std::int64_t gap = 0) {
     Buffer buffer(dtype, rows, columns, gap);
@@ -60,22 +61,24 @@ class Buffer {
     return buffer;
   }
   // Input rows: those that no group reads are NaN.
-  static Buffer rows(SeededRandom& random, Dtype dtype, const Case& c, std::int64_t columns) {
-    Buffer buffer = nan(dtype, c.num_rows, columns);
+  static Buffer rows(SeededRandom& random, Dtype dtype, const Case& c, std::int64_t columns, std::int64_t gap = kOddGap) {
+    Buffer buffer = nan(dtype, c.num_rows, columns, gap);
     for (std::int64_t r = 0; r < c.num_rows; ++r) {
       if (c.is_read[static_cast<std::size_t>(r)]) buffer.draw_row(random, r);
     }
     return buffer;
   }
   // By place: padding is NaN.
-  static Buffer places(SeededRandom& random, Dtype dtype, const Case& c, std::int64_t columns) {
-    Buffer buffer = nan(dtype, c.groups.places, columns);
+  static Buffer places(SeededRandom& random, Dtype dtype, const Case& c, std::int64_t columns, std::int64_t gap = kOddGap) {
+    Buffer buffer = nan(dtype, c.groups.places, columns, gap);
     for (std::size_t g = 0; g < c.groups.counts.size(); ++g) {
       for (std::int64_t i = 0; i < c.groups.counts[g]; ++i) buffer.draw_row(random, c.groups.begins[g] + i);
     }
     return buffer;
   }
 
+  std::size_t num_bytes() const { return bytes_.size(); }
+  Dtype dtype() const { return dtype_; }
   std::int64_t row_count() const { return rows_; }
   std::int64_t columns() const { return columns_; }
   double at(std::int64_t row, std::int64_t column) const { return get(row * stride_ + column); }

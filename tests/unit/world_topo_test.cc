@@ -14,7 +14,7 @@ TEST(WorldTopo, WhatIsMissingSaysWhyAndWhatToDo) {
   std::set<std::pair<std::string, std::string>> seen;
   for (const Backend& backend : backends()) {
     EXPECT_TRUE(seen.emplace(backend.kind, backend.name).second) << backend.name;
-    EXPECT_TRUE(std::set<std::string>({"memory", "collective", "port"}).contains(backend.kind)) << backend.kind;
+    EXPECT_TRUE(std::set<std::string>({"memory", "collective", "port", "products"}).contains(backend.kind)) << backend.kind;
     EXPECT_EQ(backend.reason.empty(), backend.availability == Availability::available) << backend.name;
     EXPECT_EQ(backend.remedy.empty(), backend.availability == Availability::available) << backend.name;
   }

@@ -1,0 +1,132 @@
+// The gated activation by place, forward and backward, and the sums that biases' gradients are.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "experts/cuda/elements.cuh"
+#include "experts/cuda/kernels.h"
+
+namespace tokenyard::experts_cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlocksPerSm = 8;
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0F / (1.0F + __expf(-x)); }
+
+// The clamps keep a NaN, as those of the CPU do.
+struct Gated {
+  Activation activation;
+
+  __device__ __forceinline__ bool is_silu() const { return activation.kind == ActivationKind::silu; }
+  __device__ __forceinline__ float clamped_gate(float gate) const { return gate > activation.limit ? activation.limit : gate; }
+  __device__ __forceinline__ float clamped_up(float up) const {
+    return up > activation.limit ? activation.limit : up < -activation.limit ? -activation.limit : up;
+  }
+  __device__ __forceinline__ float value(float gate, float up) const {
+    if (is_silu()) return gate * sigmoid(gate) * up;
+    const float g = clamped_gate(gate);
+    return g * sigmoid(activation.alpha * g) * (clamped_up(up) + 1.0F);
+  }
+  // d becomes the gradient of gate; returned is that of up. Where a clamp holds, nothing passes.
+  __device__ __forceinline__ float differentiate(float gate, float up, float& d) const {
+    const float g = is_silu() ? gate : clamped_gate(gate);
+    const float u = is_silu() ? up : clamped_up(up) + 1.0F;
+    const float alpha = is_silu() ? 1.0F : activation.alpha;
+    const float s = sigmoid(alpha * g);
+    const float d_up = is_silu() || fabsf(up) <= activation.limit ? d * g * s : 0.0F;
+    d = is_silu() || gate <= activation.limit ? d * u * s * (1.0F + alpha * g * (1.0F - s)) : 0.0F;
+    return d_up;
+  }
+};
+
+// Calls fn(place, first element of a piece) for all pieces of rows of `width` of all groups.
+template <class Fn>
+__device__ __forceinline__ void for_each_piece(const Groups& groups, int width, int per_piece, Fn&& fn) {
+  const std::int64_t pieces = (width + per_piece - 1) / per_piece;
+  std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x, first = 0;
+  for (int g = 0; g < groups.num_groups; ++g) {
+    const Span span = span_of(groups, g);
+    for (; at < first + span.count * pieces; at += static_cast<std::int64_t>(gridDim.x) * kThreads) {
+      fn(span.begin + (at - first) / pieces, (at - first) % pieces * per_piece);
+    }
+    first += span.count * pieces;
+  }
+}
+
+template <Dtype kDtype>
+__global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ ActivationArgs args) {
+  const Gated gated = {args.activation};
+  const std::int64_t row_bytes = static_cast<std::int64_t>(args.width) * Format<kDtype>::kSize;
+  for_each_piece(args.groups, args.width, kPerVector<kDtype>, [&](std::int64_t place, std::int64_t first) {
+    const std::byte* gate_row = args.gate_up + 2 * place * row_bytes;
+    const auto gate = load_piece<kDtype>(gate_row, first, args.width);
+    auto up = load_piece<kDtype>(gate_row + row_bytes, first, args.width);
+#pragma unroll
+    for (int i = 0; i < kPerVector<kDtype>; ++i) up.at[i] = gated.value(gate.at[i], up.at[i]);
+    store_piece<kDtype>(args.act + place * row_bytes, first, args.width, up);
+  });
+}
+
+template <Dtype kDtype>
+__global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ ActivationArgs args) {
+  const Gated gated = {args.activation};
+  const std::int64_t row_bytes = static_cast<std::int64_t>(args.width) * Format<kDtype>::kSize;
+  for_each_piece(args.groups, args.width, kPerVector<kDtype>, [&](std::int64_t place, std::int64_t first) {
+    const std::byte* gate_row = args.gate_up + 2 * place * row_bytes;
+    const auto gate = load_piece<kDtype>(gate_row, first, args.width);
+    auto up = load_piece<kDtype>(gate_row + row_bytes, first, args.width);
+    auto d = load_piece<kDtype>(args.d_act + place * row_bytes, first, args.width);
+    Floats<kDtype> act;
+#pragma unroll
+    for (int i = 0; i < kPerVector<kDtype>; ++i) {
+      act.at[i] = gated.value(gate.at[i], up.at[i]);
+      up.at[i] = gated.differentiate(gate.at[i], up.at[i], d.at[i]);
+    }
+    std::byte* d_gate_row = args.d_gate_up + 2 * place * row_bytes;
+    store_piece<kDtype>(args.act + place * row_bytes, first, args.width, act);
+    store_piece<kDtype>(d_gate_row, first, args.width, d);
+    store_piece<kDtype>(d_gate_row + row_bytes, first, args.width, up);
+  });
+}
+
+constexpr int kSumColumns = 32;
+constexpr int kSumRows = 16;
+
+// A block has a group and kSumColumns columns; its rows take turns, and their sums are added in order.
+template <Dtype kDtype>
+__global__ void __launch_bounds__(kSumColumns* kSumRows) column_sums(const __grid_constant__ ColumnSumArgs args) {
+  __shared__ float parts[kSumRows][kSumColumns];
+  const Span span = span_of(args.groups, static_cast<int>(blockIdx.y));
+  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kSumColumns + threadIdx.x;
+  float sum = 0.0F;
+  for (std::int64_t i = threadIdx.y; i < span.count && column < args.columns; i += kSumRows) {
+    sum = sum + load_element<kDtype>(args.values + (span.begin + i) * args.stride * Format<kDtype>::kSize, column);
+  }
+  parts[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || column >= args.columns) return;
+  float total = 0.0F;
+  for (int row = 0; row < kSumRows; ++row) total = total + parts[row][threadIdx.x];
+  float* to = args.sums + blockIdx.y * args.columns + column;
+  *to = *to + total;
+}
+
+}  // namespace
+
+void activate(const ActivationArgs& args, int num_sms, Stream stream) {
+  visit_rows(args.dtype, [&](auto dtype) { forward<dtype.value><<<num_sms * kBlocksPerSm, kThreads, 0, stream>>>(args); });
+}
+
+void activate_backward(const ActivationArgs& args, int num_sms, Stream stream) {
+  visit_rows(args.dtype, [&](auto dtype) { backward<dtype.value><<<num_sms * kBlocksPerSm, kThreads, 0, stream>>>(args); });
+}
+
+void add_column_sums(const ColumnSumArgs& args, Stream stream) {
+  const dim3 grid(static_cast<unsigned>((args.columns + kSumColumns - 1) / kSumColumns), static_cast<unsigned>(args.groups.num_groups));
+  if (grid.x == 0 || grid.y == 0) return;
+  visit_rows(args.dtype, [&](auto dtype) { column_sums<dtype.value><<<grid, dim3(kSumColumns, kSumRows), 0, stream>>>(args); });
+}
+
+}  // namespace tokenyard::experts_cuda

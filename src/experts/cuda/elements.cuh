@@ -1,0 +1,65 @@
+#pragma once
+// Pieces of rows of any alignment and length, as float32 and back.
+
+#include "experts/cuda/groups.cuh"
+#include "kernels/cuda/numbers.cuh"
+
+namespace tokenyard::experts_cuda {
+
+using cuda::Floats;
+using cuda::Format;
+using cuda::kPerVector;
+
+template <Dtype kDtype>
+using Stored = std::conditional_t<kDtype == Dtype::float32, unsigned, std::uint16_t>;
+
+template <Dtype kDtype>
+__device__ __forceinline__ float load_element(const std::byte* row, std::int64_t at) {
+  float pair[2];
+  Format<kDtype>::unpack(reinterpret_cast<const Stored<kDtype>*>(row)[at], pair);
+  return pair[0];
+}
+
+template <Dtype kDtype>
+__device__ __forceinline__ void store_element(std::byte* row, std::int64_t at, float value) {
+  const float pair[2] = {value, 0.0F};
+  reinterpret_cast<Stored<kDtype>*>(row)[at] = static_cast<Stored<kDtype>>(Format<kDtype>::pack(pair));
+}
+
+// Elements [first, first + a vector) of a row of `columns`; zeros behind its end.
+template <Dtype kDtype>
+__device__ __forceinline__ Floats<kDtype> load_piece(const std::byte* row, std::int64_t first, std::int64_t columns) {
+  const std::byte* from = row + first * Format<kDtype>::kSize;
+  if (first + kPerVector<kDtype> <= columns && cuda::is_aligned(from, cuda::kVectorBytes)) {
+    return Floats<kDtype>::of(*reinterpret_cast<const int4*>(from));
+  }
+  Floats<kDtype> piece = Floats<kDtype>::zero();
+#pragma unroll
+  for (int i = 0; i < kPerVector<kDtype>; ++i) {
+    if (first + i < columns) piece.at[i] = load_element<kDtype>(row, first + i);
+  }
+  return piece;
+}
+
+template <Dtype kDtype>
+__device__ __forceinline__ void store_piece(std::byte* row, std::int64_t first, std::int64_t columns, const Floats<kDtype>& piece) {
+  std::byte* to = row + first * Format<kDtype>::kSize;
+  if (first + kPerVector<kDtype> <= columns && cuda::is_aligned(to, cuda::kVectorBytes)) {
+    *reinterpret_cast<int4*>(to) = piece.packed();
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPerVector<kDtype>; ++i) {
+    if (first + i < columns) store_element<kDtype>(row, first + i, piece.at[i]);
+  }
+}
+
+// Calls the launcher for one of the three types of rows.
+template <class Fn>
+void visit_rows(Dtype dtype, Fn&& fn) {
+  if (dtype == Dtype::float32) fn(std::integral_constant<Dtype, Dtype::float32>());
+  if (dtype == Dtype::bfloat16) fn(std::integral_constant<Dtype, Dtype::bfloat16>());
+  if (dtype == Dtype::float16) fn(std::integral_constant<Dtype, Dtype::float16>());
+}
+
+}  // namespace tokenyard::experts_cuda

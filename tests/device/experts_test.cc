@@ -1,0 +1,179 @@
+// Products of experts on a GPU against sums in float64, with NaN around everything that is not theirs: padding, the rows that no
+// expert chose, the gaps between rows. Sizes and strides are drawn so that both the Hopper kernels and the others get their share.
+
+#include <cuda_runtime_api.h>
+
+#include "device/experts_side.h"
+#include "device/gpus.h"
+#include "device/graph.h"
+#include "unit/expect_usage_error.h"
+
+namespace tokenyard::device_test {
+namespace {
+
+using testing::expect_usage_error;
+using testing::SeededRandom;
+
+class DeviceExpertsTest : public OnGpu {};
+
+constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
+
+// A product of random shape: y = x w^T + bias, dx = dy w, dw = 1 + dy^T x.
+struct ProductCase {
+  explicit ProductCase(SeededRandom& random, Dtype of_dtype, bool aligned)
+      : dtype(of_dtype),
+        c(testing::random_case(random, aligned ? 300 : 90)),
+        outputs(aligned ? 8 * random.between(1, 50) : random.between(1, 150)),
+        inputs(aligned ? 8 * random.between(1, 40) : random.between(1, 150)),
+        gap(aligned ? 8 : 3),
+        x(Buffer::rows(random, dtype, c, inputs, gap)),
+        w(Buffer::random(random, dtype, c.experts() * outputs, inputs)),
+        bias(Buffer::random(random, dtype, c.experts(), outputs)),
+        dy(Buffer::places(random, dtype, c, outputs, gap)) {}
+
+  double y_at(int g, std::int64_t p, std::int64_t o, bool has_bias) const {
+    double sum = has_bias ? bias.at(g, o) : 0.0;
+    for (std::int64_t i = 0; i < inputs; ++i) sum += x.at(c.row(p), i) * w.at(g * outputs + o, i);
+    return sum;
+  }
+  double dx_at(int g, std::int64_t p, std::int64_t i) const {
+    double sum = 0;
+    for (std::int64_t o = 0; o < outputs; ++o) sum += dy.at(p, o) * w.at(g * outputs + o, i);
+    return sum;
+  }
+  std::string describe() const {
+    return c.describe() + std::string(name(dtype)) + " outputs " + std::to_string(outputs) + " inputs " + std::to_string(inputs);
+  }
+
+  Dtype dtype;
+  Case c;
+  std::int64_t outputs, inputs, gap;
+  Buffer x, w, bias, dy;
+};
+
+void expect_products(const ProductCase& p, DeviceExperts& experts) {
+  Uploads upload;
+  const DeviceRowGroups groups = upload(p.c.groups);
+  const std::int64_t num = p.c.experts();
+  const TensorView x = upload(p.x), dy = upload(p.dy);
+  const TensorView w = shaped(upload(p.w), {num, p.outputs, p.inputs});
+  for (const bool has_bias : {true, false}) {
+    Buffer y = Buffer::nan(p.dtype, p.c.groups.places, p.outputs, p.gap);
+    const TensorView on_device = upload(y);
+    experts.grouped_gemm(x, groups, w, has_bias ? ConstTensorView(upload(p.bias)) : ConstTensorView(), on_device, nullptr);
+    fetch(on_device, y);
+    expect_near(
+        y, p.c.groups, [&](int g, std::int64_t at, std::int64_t o) { return p.y_at(g, at, o, has_bias); }, "y");
+  }
+  Buffer dx = Buffer::nan(p.dtype, p.c.groups.places, p.inputs, p.gap);
+  const TensorView dx_on_device = upload(dx);
+  experts.grouped_gemm_dgrad(dy, groups, w, dx_on_device, nullptr);
+  fetch(dx_on_device, dx);
+  expect_near(
+      dx, p.c.groups, [&](int g, std::int64_t at, std::int64_t i) { return p.dx_at(g, at, i); }, "dx");
+
+  Buffer dw = Buffer::filled(Dtype::float32, num * p.outputs, p.inputs, 1.0F);
+  const TensorView dw_on_device = upload(dw);
+  experts.grouped_gemm_wgrad(dy, x, groups, shaped(dw_on_device, {num, p.outputs, p.inputs}), nullptr);
+  fetch(dw_on_device, dw);
+  std::vector<double> expected(static_cast<std::size_t>(num * p.outputs * p.inputs), 1.0);
+  for_each_place(p.c.groups, [&](int g, std::int64_t at) {
+    for (std::int64_t o = 0; g >= 0 && o < p.outputs; ++o) {
+      for (std::int64_t i = 0; i < p.inputs; ++i) expected[(g * p.outputs + o) * p.inputs + i] += p.dy.at(at, o) * p.x.at(p.c.row(at), i);
+    }
+  });
+  Nearness near;
+  for (std::int64_t i = 0; i < std::ssize(expected); ++i) near.add(dw.at_index(i), expected[i]);
+  near.expect_within(1e-5, "dw");
+}
+
+TEST_F(DeviceExpertsTest, AlignedProductsAreTheirDefinitions) {
+  SeededRandom random;
+  DeviceExperts experts({.device = 0, .sm_margin = 1});
+  for (int round = 0; round < 12; ++round) {
+    const ProductCase product(random, kDtypes[1 + round % 2], true);
+    SCOPED_TRACE(product.describe());
+    expect_products(product, experts);
+  }
+}
+
+TEST_F(DeviceExpertsTest, ProductsOfAnyShapeAreTheirDefinitions) {
+  SeededRandom random;
+  DeviceExperts experts({.device = 0});
+  for (int round = 0; round < 18; ++round) {
+    const ProductCase product(random, kDtypes[round % 3], false);
+    SCOPED_TRACE(product.describe());
+    expect_products(product, experts);
+  }
+}
+
+// Tables that a caller got wrong reach no memory but the tensors': counts beyond the places, and rows that x does not have.
+TEST_F(DeviceExpertsTest, WrongTablesStayInsideTheTensors) {
+  Uploads upload;
+  DeviceExperts experts({.device = 0});
+  for (const std::int64_t columns : {64, 7}) {
+    const Buffer x = Buffer::filled(Dtype::bfloat16, 4, columns, 1.0F), w = Buffer::filled(Dtype::bfloat16, 2 * 8, columns, 1.0F);
+    Buffer y = Buffer::nan(Dtype::bfloat16, 4, 8, 0);
+    const TensorView y_on_device = upload(y);
+    const DeviceRowGroups groups = {.places = 4,
+                                    .counts = upload.numbers<std::int32_t>({1 << 20, 3}, Dtype::int32),
+                                    .begins = upload.numbers<std::int32_t>({0, -9}, Dtype::int32),
+                                    .rows = upload.numbers<std::int32_t>({1, -5, 1 << 20, 2}, Dtype::int32)};
+    experts.grouped_gemm(upload(x), groups, shaped(upload(w), {2, 8, columns}), {}, y_on_device, nullptr);
+    fetch(y_on_device, y);
+    for (std::int64_t p = 0; p < 4; ++p) EXPECT_EQ(y.at(p, 3), p == 1 || p == 2 ? 0.0 : static_cast<double>(columns)) << p;
+  }
+}
+
+TEST_F(DeviceExpertsTest, ReplayedGraphsReadTheCountsOfTheirTime) {
+  SeededRandom random;
+  Uploads upload;
+  DeviceExperts experts({.device = 0});
+  const std::int64_t places = 512, columns = 128;
+  const Buffer x = Buffer::random(random, Dtype::bfloat16, places, columns);
+  const Buffer w = Buffer::random(random, Dtype::bfloat16, 2 * columns, columns);
+  Buffer y = Buffer::nan(Dtype::bfloat16, places, columns, 0);
+  const TensorView y_on_device = upload(y), x_on_device = upload(x), w_on_device = shaped(upload(w), {2, columns, columns});
+  const ConstTensorView counts = upload.numbers<std::int32_t>({1, 1}, Dtype::int32);
+  const DeviceRowGroups groups = {.places = places, .counts = counts, .capacity = places / 2};
+  const auto stream = value_or_throw(borrow_cuda_stream());
+  const auto call = [&] { experts.grouped_gemm(x_on_device, groups, w_on_device, {}, y_on_device, stream.get()); };
+  expect_usage_error([&] { const Graph refused(stream.get(), call); }, {"scratch memory", "once before the capture"});
+  call();
+  const Graph graph(stream.get(), call);
+  for (const std::vector<std::int32_t>& now : {std::vector<std::int32_t>{0, 200}, {256, 7}, {130, 0}}) {
+    cuda_check(cudaMemcpy(const_cast<void*>(counts.data), now.data(), 8, cudaMemcpyHostToDevice), "cudaMemcpy");
+    cuda_check(cudaMemset(y_on_device.data, 0xff, y.num_bytes()), "cudaMemset");  // NaN
+    cuda_check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    graph.launch();
+    fetch(y_on_device, y);
+    for (std::int64_t p = 0; p < places; ++p) EXPECT_EQ(std::isnan(y.at(p, 5)), p % 256 >= now[p / 256]) << p;
+  }
+}
+
+TEST_F(DeviceExpertsTest, WrongArgumentsAreNamed) {
+  Uploads upload;
+  DeviceExperts experts({.device = 0});
+  const TensorView x = upload(Buffer::filled(Dtype::bfloat16, 4, 8, 1.0F)), y = upload(Buffer::filled(Dtype::bfloat16, 4, 16, 1.0F));
+  const TensorView w = shaped(upload(Buffer::filled(Dtype::bfloat16, 2 * 16, 8, 1.0F)), {2, 16, 8});
+  const ConstTensorView counts = upload.numbers<std::int32_t>({1, 1}, Dtype::int32);
+  const DeviceRowGroups groups = {.places = 4, .counts = counts, .capacity = 2};
+  expect_usage_error(
+      [&] {
+        experts.grouped_gemm(x, groups, shaped(w, {2, 8, 16}), {}, y, nullptr);
+      },
+      {"w is [2, 8, 16] bfloat16", "[2, 8, 8]"});
+  expect_usage_error([&] { experts.grouped_gemm(x, groups, w, {}, x, nullptr); }, {"y is [4, 8]", "[4, 16]"});
+  DeviceRowGroups wrong = groups;
+  wrong.capacity = 3;
+  expect_usage_error([&] { experts.grouped_gemm(x, wrong, w, {}, y, nullptr); }, {"capacity 3", "have 6 places", "have 4"});
+  wrong = groups;
+  wrong.counts = {counts.data, Dtype::int64, {2}};
+  expect_usage_error([&] { experts.grouped_gemm(x, wrong, w, {}, y, nullptr); }, {"counts is [2] int64", "int32"});
+  expect_usage_error([&] { experts.permute(x, groups, y, nullptr); }, {"groups have no rows"});
+  expect_usage_error([] { DeviceExperts({.device = 0, .sm_margin = 1 << 20}); }, {"sm_margin = 1048576"});
+  expect_usage_error([] { DeviceExperts({.device = 4096}); }, {"device = 4096"});
+}
+
+}  // namespace
+}  // namespace tokenyard::device_test
