@@ -63,6 +63,7 @@ void add_bench(CLI::App& program) {
   add_bench_sweep(*app);
   add_bench_compare(*app);
   add_bench_chart(*app);
+  add_bench_experts(*app);
   app->callback([app, command] {
     if (app->get_subcommands().empty()) run_bench(*app, *command);
   });

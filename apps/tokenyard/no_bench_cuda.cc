@@ -1,7 +1,8 @@
-// Instead of the benchmark on GPUs, where device code is not built.
+// Instead of the benchmarks on GPUs, where device code is not built.
 
 #include <nlohmann/json.hpp>
 
+#include "bench_experts.h"
 #include "core/usage.h"
 #include "ranks.h"
 
@@ -9,6 +10,10 @@ namespace tokenyard::cli {
 
 nlohmann::json bench_cuda_role(const World& /*world*/, const nlohmann::json& /*settings*/, Progress& /*progress*/) {
   usage_error("--device cuda: this build of tokenyard has no device code; configure it with -DTY_CUDA=ON, or use --device cpu");
+}
+
+nlohmann::json measure_experts(const ExpertsSettings& /*settings*/) {
+  usage_error("bench experts: this build of tokenyard has no device code; configure it with -DTY_CUDA=ON on a machine with a GPU");
 }
 
 }  // namespace tokenyard::cli
