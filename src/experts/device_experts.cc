@@ -64,7 +64,8 @@ const std::int32_t* rows_of(const DeviceRowGroups& groups) { return groups.rows 
 // The rows that a product reads.
 void check_input(const ConstTensorView& x, const DeviceRowGroups& groups) {
   if (x.ndim != 2) usage_error("x is {}; expected [rows, hidden_size]", x ? describe(x) : "absent");
-  check_rows("x", x, groups.rows ? x.shape[0] : groups.places, x.shape[1]);
+  const bool is_by_place = !groups.rows && groups.places > 0;  // without places, any rows will do: none is read
+  check_rows("x", x, is_by_place ? groups.places : x.shape[0], x.shape[1]);
 }
 
 void check_columns(const char* what, std::int64_t columns) {

@@ -64,7 +64,8 @@ Backend cutlass() {
   if (!kBuiltCutlass) {
     backend.availability = Availability::not_built;
     backend.reason = "configured without TY_CUTLASS";
-    backend.remedy = "./dev deps --cutlass, and configure with -DTY_CUDA=ON -DTY_CUTLASS=ON; without it, products on Hopper GPUs are slower";
+    backend.remedy =
+        "run './dev deps --cutlass' and configure with -DTY_CUDA=ON -DTY_CUTLASS=ON; without it, products on Hopper GPUs are slower";
   }
   return backend;
 }
