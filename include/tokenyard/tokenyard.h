@@ -3,6 +3,7 @@
 
 #include "tokenyard/collective.h"
 #include "tokenyard/device_experts.h"
+#include "tokenyard/device_routing.h"
 #include "tokenyard/dtype.h"
 #include "tokenyard/error.h"
 #include "tokenyard/exchange.h"

@@ -37,8 +37,8 @@ EXCEPTIONS = {("placement", "protocol/host_device.h"), ("routing", "protocol/hos
 PUBLIC = {
     "error": "core", "dtype": "core", "tensor_view": "core", "quantise": "core", "options": "core",
     "world": "world", "launch": "world", "topo": "world", "parallel": "parallel", "placement": "placement", "routing": "routing",
-    "collective": "collective", "exchange": "exchange", "experts": "experts", "device_experts": "experts", "layer": "layer", "norm": "layer",
-    "safetensors": "weights", "weights": "weights", "tokenyard": "apps",
+    "device_routing": "routing", "collective": "collective", "exchange": "exchange", "experts": "experts", "device_experts": "experts",
+    "layer": "layer", "norm": "layer", "safetensors": "weights", "weights": "weights", "tokenyard": "apps",
 }
 # Conditional compilation that no other means replaces: word -> what for.
 CONDITIONS = {
