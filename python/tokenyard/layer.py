@@ -136,7 +136,7 @@ class MoeLayer:
         given_ids [T,K]: replay, with the weights that the gate gives them. out: where to, may be x unless `saved` is given. sliced_out:
         with same_tokens, out is this rank's slice of the tokens. saved: Activations, for backward. dtype: what x means in NumPy.
         """
-        x = self._rows(x)
+        x = on_cpu(x, "x")
         frame, options = Frame.of(x), _Options(mode, mask, given_ids, sliced_out)
         view = tensor(x, "x", dtype)
         if out is None:
@@ -149,12 +149,6 @@ class MoeLayer:
 
     __call__ = forward
 
-    def _rows(self, x):
-        x, hidden_size = on_cpu(x, "x"), self.weights.gate_weight.shape[1]
-        if len(x.shape) != 2 or x.shape[1] != hidden_size:
-            raise UsageError(f"x is {list(x.shape)}; expected [T, {hidden_size}]")
-        return x
-
     def _slice(self, tokens):
         ranks, rank = self.group.config.mlp_tp, self.group.tp_rank
         return tokens // ranks + (rank < tokens % ranks)
@@ -166,7 +160,7 @@ class MoeLayer:
         expert, replicas) it is the share of this rank's tokens: their sum over the ranks is the gradient. d_logits [T,E] float32: of
         losses on the logits, added to what comes through the weights.
         """
-        x = self._rows(x)
+        x = on_cpu(x, "x")
         view, frame = tensor(x, "x", dtype), Frame.of(x)
         gradients = gradients or self.zero_gradients(frame)
         d_x = frame.empty(tuple(x.shape), view.dtype)

@@ -108,7 +108,7 @@ CpuMoe::Slice CpuMoe::slice_of(std::int64_t tokens) const {
 }
 
 void CpuMoe::check(const ConstTensorView& x, const ConstTensorView& out, const MoeStepOptions& options) const {
-  experts_internal::check_rows("x", x, x.ndim == 2 ? x.shape[0] : 0, x.ndim == 2 ? x.shape[1] : 0);
+  experts_internal::check_rows("x", x, x.ndim == 2 ? x.shape[0] : 0, gate_.hidden_size());
   if (options.sliced_out && !is_sliced()) usage_error("sliced_out without same_tokens; every rank has its own tokens: out is all of them");
   experts_internal::check_rows("out", out, options.sliced_out ? slice_of(x.shape[0]).count : x.shape[0], x.shape[1]);
   if (out.dtype != x.dtype) usage_error("x is {} and out {}; use one dtype", describe(x), describe(out));

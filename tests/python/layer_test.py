@@ -221,7 +221,7 @@ def test_errors():
     with pytest.raises(ty.UsageError, match="the world has 1 ranks and the configuration 4 devices"):
         group_of(ty.World.in_process(1)[0], (4, 1, "virtual"))
     layer = ty.MoeLayer(group, weights, model().gate)
-    with pytest.raises(ty.UsageError, match="x is .2, 5.; expected .T, 12."):
+    with pytest.raises(ty.UsageError, match="x is .2, 5. float32; expected .2, 12."):
         layer(np.zeros((2, 5), np.float32))
     with pytest.raises(ty.UsageError, match="sliced_out without same_tokens"):
         layer(np.zeros((2, HIDDEN), np.float32), sliced_out=True)

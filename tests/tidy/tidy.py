@@ -240,14 +240,16 @@ SHOWN = {
     "examples/01_hello_exchange/main.cc": "README.md",
     "examples/05_checkpoint_to_layer/load_layer.h": "docs/checkpoint_to_layer.md",
     "examples/05_checkpoint_to_layer/main.cc": "docs/checkpoint_to_layer.md",
+    "examples/05_checkpoint_to_layer/main.py": "docs/checkpoint_to_layer.md",
 }
 
 
 def pages_show_examples(repository):
     for path, page in SHOWN.items():
         example = repository.files.get(path)
-        if example is not None and f"```cpp\n{example}```" not in repository.files.get(page, ""):
-            yield f"{page}:1: its C++ example is not {path}, letter for letter"
+        language = "python" if path.endswith(".py") else "cpp"
+        if example is not None and f"```{language}\n{example}```" not in repository.files.get(page, ""):
+            yield f"{page}:1: its example is not {path}, letter for letter"
 
 
 def errors_are_documented(repository):
