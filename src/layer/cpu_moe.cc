@@ -134,21 +134,26 @@ void CpuMoe::guarded(Step&& step) {
 }
 
 void CpuMoe::leave(const Awaited& awaited, Failure why) {
-  // Ranks that made different calls, or were refused one, can make the next together.
-  if (why.kind == FailureKind::mismatch) why.kind = FailureKind::aborted;
-  bool is_in_exchange = awaited.exchange;
-  if (rows_) {  // reads what the caller is about to take away
+  // After these, ranks can make the next call together.
+  const bool is_passing = why.kind == FailureKind::aborted || why.kind == FailureKind::mismatch || why.kind == FailureKind::overflow;
+  if (is_passing) why.kind = FailureKind::aborted;
+  // Nobody is left to be told where these fail: the first failure is the one to report.
+  const auto quietly = [](auto&& tell) {
     try {
-      std::exchange(rows_, {}).finish();
-      is_in_exchange = true;
+      tell();
+      return true;
     } catch (const TransportError&) {
+      return false;
     }
-  }
+  };
+  bool is_in_exchange = awaited.exchange;
+  // Rows on their way are read from what the caller is about to take away.
+  if (rows_) is_in_exchange = quietly([this] { std::exchange(rows_, {}).finish(); });
   unsaved_.step().received = {};  // leases go back
   d_received_ = {};
-  if (is_in_exchange && why.kind == FailureKind::aborted) group_->exchange()->abandon(why.detail);
-  if (awaited.dense) group_->dense()->abandon(why);
-  if (awaited.tp) group_->tp()->abandon(why);
+  if (is_in_exchange && is_passing) quietly([&] { group_->exchange()->abandon(why.detail); });
+  if (awaited.dense) quietly([&] { group_->dense()->abandon(why); });
+  if (awaited.tp) quietly([&] { group_->tp()->abandon(why); });
 }
 
 void CpuMoe::forward(const ConstTensorView& x, const TensorView& out, const MoeStepOptions& options, MoeActivations* saved) {

@@ -240,6 +240,75 @@ TEST(MoeStep, ARefusedStepIsNotAHang) {
   }
 }
 
+// Ranks 0 and 2 are one exchange, with more rows than it holds; 1 and 3 another, with few. A window's ranks stop together.
+TEST(MoeStep, AnOverflowOfOneExchangeEndsTheStepOnAll) {
+  run_ranks(4, [](World& world) {
+    const LayerCase c = {.ep = 2, .tp = 2, .expert_tp = ExpertTp::gathered};
+    ExpertGroupOptions options = group_options(c);
+    options.receive_rows = 4;
+    const auto group = std::make_shared<ExpertGroup>(world, config_of(c), options);
+    const Model model(c.sizes);
+    const RankWeights weights = weights_of(model, *group, c);
+    MoeLayer layer(group, weights.views(), layer_options(c));
+    const Batch batch = batch_of(c, world.rank());
+    const Tensor x(c.dtype, batch.x, {batch.tokens, c.sizes.hidden});
+    const Tensor out = Tensor::zeros(c.dtype, {batch.tokens, c.sizes.hidden});
+    try {
+      layer.forward(x.view(), out.view());
+      ADD_FAILURE() << "rank " << world.rank() << " went on";
+    } catch (const TransportError& error) {
+      EXPECT_EQ(error.failure().kind, world.rank() % 2 == 0 ? FailureKind::overflow : FailureKind::aborted) << error.what();
+    }
+    if (world.rank() % 2 == 0) group->exchange()->clear();
+    const Values one_row = drawn("one row", c.sizes.hidden, 1);
+    const Tensor one(c.dtype, one_row, {1, c.sizes.hidden});
+    layer.forward(one.view(), one.view());
+    expect_close("out", one.values(), model.forward(one_row.data()), 2e-5);
+  });
+}
+
+TEST(MoeStep, RowsMayBeStrided) {
+  for (const LayerCase& c : {kShared, LayerCase{.sizes = kShared.sizes, .ep = 2, .tp = 2, .expert_tp = ExpertTp::gathered, .dense_tp = 2},
+                             LayerCase{.sizes = kShared.sizes, .tp = 2, .dense_tp = 2, .same_tokens = true}}) {
+    on_ranks(c, [](OnRank& rank) {
+      const std::int64_t tokens = rank.batch.tokens, hidden = rank.c.sizes.hidden;
+      const auto strided = [&](const Values& rows) {
+        Values wide;
+        for (std::int64_t t = 0; t < tokens; ++t) {
+          wide.insert(wide.end(), rows.begin() + t * hidden, rows.begin() + (t + 1) * hidden);
+          wide.insert(wide.end(), 4, 1e30);
+        }
+        return Tensor(Dtype::float32, wide, {tokens, hidden + 4});
+      };
+      const auto rows_of = [&](const Tensor& wide) {
+        TensorView view = wide.view();
+        view.shape[1] = hidden;
+        return view;
+      };
+      const auto values_of = [&](const Tensor& wide) {
+        Values values;
+        for (std::int64_t t = 0; t < tokens; ++t) {
+          const auto* row = reinterpret_cast<const float*>(wide.view().row(t));
+          values.insert(values.end(), row, row + hidden);
+          for (std::int64_t gap = hidden; gap < hidden + 4; ++gap) EXPECT_EQ(row[gap], 1e30F);
+        }
+        return values;
+      };
+      const Tensor d_out(Dtype::float32, rank.batch.d_out, {tokens, hidden}), dense_out = rank.zeros(), dense_d_x = rank.zeros();
+      const Tensor x = strided(rank.batch.x), d = strided(rank.batch.d_out), out = strided(rank.batch.x), d_x = strided(rank.batch.x);
+      MoeActivations saved, dense_saved;
+      const RankGradients gradients(rank.weights), dense_gradients(rank.weights);
+      rank.layer.forward(rank.x.view(), dense_out.view(), {}, &dense_saved);
+      rank.layer.backward({.x = rank.x.view(), .d_out = d_out.view()}, dense_saved, dense_d_x.view(), dense_gradients.views());
+      rank.layer.forward(rows_of(x), rows_of(out), {}, &saved);
+      rank.layer.backward({.x = rows_of(x), .d_out = rows_of(d)}, saved, rows_of(d_x), gradients.views());
+      EXPECT_EQ(values_of(out), dense_out.values());
+      expect_close("d_x", values_of(d_x), dense_d_x.values(), 1e-6);
+      EXPECT_EQ(gradients.gate.values(), dense_gradients.gate.values());
+    });
+  }
+}
+
 TEST(MoeStep, RefusesWhatDoesNotFit) {
   on_ranks({.sizes = {.flavour = Flavour::gpt_oss}}, [](OnRank& rank) {
     const auto contains = [](const std::string& text, const std::string& part) { EXPECT_NE(text.find(part), std::string::npos) << text; };
