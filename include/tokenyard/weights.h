@@ -120,6 +120,8 @@ struct ExpertSource {
 ExpertSource expert_source(ModelFamily family, int layer, ExpertTensor tensor, const ExpertShape& shape);
 // The shared expert, as a tensor of one expert. shape.num_experts is 1.
 ExpertSource shared_expert_source(ModelFamily family, int layer, ExpertTensor tensor, const ExpertShape& shape);
+// The feed-forward of a layer that has no experts (DenseLayer), likewise. UsageError for gpt_oss, which has none.
+ExpertSource dense_layer_source(ModelFamily family, int layer, ExpertTensor tensor, const ExpertShape& shape);
 
 // Names of the tensors that decide the routing; bias is empty where the family has none.
 struct GateSource {

@@ -65,6 +65,15 @@ ExpertSource empty_source(ExpertTensor tensor, const BlockShape& block) {
   return {.tensor = tensor, .rows = block.rows, .columns = block.columns, .blocks = {}};
 }
 
+// Of all tokens, so of one expert.
+ExpertSource feed_forward_source(const char* what, const std::string& prefix, ExpertTensor tensor, const ExpertShape& shape) {
+  if (shape.num_experts != 1) usage_error("{} has num_experts = {}; it is one, whatever its width", what, shape.num_experts);
+  const BlockShape block = block_shape(tensor, shape);
+  ExpertSource source = empty_source(tensor, block);
+  for (int b = 0; b < block.blocks_per_expert; ++b) source.blocks.push_back(own_tensor(prefix, tensor, b, block));
+  return source;
+}
+
 }  // namespace
 
 std::string_view name(ModelFamily family) { return name_in(kFamilies, family); }
@@ -92,12 +101,13 @@ ExpertSource shared_expert_source(ModelFamily family, int layer, ExpertTensor te
   if (family != ModelFamily::deepseek_v3 && family != ModelFamily::glm4_moe) {
     usage_error("{} has no shared expert; deepseek_v3 and glm4_moe have", name(family));
   }
-  if (shape.num_experts != 1) usage_error("the shared expert has num_experts = {}; it is one, whatever its width", shape.num_experts);
-  const BlockShape block = block_shape(tensor, shape);
-  ExpertSource source = empty_source(tensor, block);
-  for (int b = 0; b < block.blocks_per_expert; ++b)
-    source.blocks.push_back(own_tensor(mlp_of(layer) + "shared_experts.", tensor, b, block));
-  return source;
+  return feed_forward_source("the shared expert", mlp_of(layer) + "shared_experts.", tensor, shape);
+}
+
+ExpertSource dense_layer_source(ModelFamily family, int layer, ExpertTensor tensor, const ExpertShape& shape) {
+  check_family_has(family, tensor);
+  if (family == ModelFamily::gpt_oss) usage_error("{} has no dense layers; the other families may have", name(family));
+  return feed_forward_source("a dense layer", mlp_of(layer), tensor, shape);
 }
 
 GateSource gate_source(ModelFamily family, int layer) {

@@ -107,5 +107,52 @@ TEST(CheckpointToLayer, EveryFamilyOnEveryLayout) {
   }
 }
 
+// A layer without experts, in a checkpoint as Hugging Face names it, on shards of dense_tp.
+TEST(CheckpointToLayer, DenseLayers) {
+  const Model model({.flavour = Flavour::deepseek});
+  const FeedForward& f = model.parameters().shared;
+  const File file("tokenyard_dense_layer.safetensors");
+  {
+    const std::vector<float> w13(f.w13.begin(), f.w13.end()), w2(f.w2.begin(), f.w2.end());
+    SafetensorsWriter writer(file.path(), {{"model.layers.0.mlp.gate_proj.weight", Dtype::float32, {f.width, f.hidden}},
+                                           {"model.layers.0.mlp.up_proj.weight", Dtype::float32, {f.width, f.hidden}},
+                                           {"model.layers.0.mlp.down_proj.weight", Dtype::float32, {f.hidden, f.width}}});
+    const auto gate_and_up = std::as_bytes(std::span(w13));
+    writer.write("model.layers.0.mlp.gate_proj.weight", gate_and_up.first(gate_and_up.size() / 2));
+    writer.write("model.layers.0.mlp.up_proj.weight", gate_and_up.last(gate_and_up.size() / 2));
+    writer.write("model.layers.0.mlp.down_proj.weight", std::as_bytes(std::span(w2)));
+    writer.finish();
+  }
+  for (const ModelFamily family : {ModelFamily::qwen3_moe, ModelFamily::deepseek_v3, ModelFamily::glm4_moe}) {
+    run_ranks(2, [&](World& world) {
+      const LayerCase c = {.sizes = model.sizes(), .ep = 2, .dense_tp = 2};
+      const auto group = std::make_shared<ExpertGroup>(world, config_of(c), group_options(c));
+      const Checkpoint checkpoint = Checkpoint::open(file.path());
+      const ExpertShape shape = {.num_experts = 1, .hidden_size = f.hidden, .expert_width = f.width};
+      const Placement placement = Placement::tensor_parallel(1, 1, 2);
+      const auto part = [&](ExpertTensor tensor, std::initializer_list<std::int64_t> local_shape) {
+        return example::load_part(checkpoint, dense_layer_source(family, 0, tensor, shape),
+                                  expert_shard(tensor, shape, placement, group->dense_rank()), local_shape);
+      };
+      const example::Loaded w13 = part(ExpertTensor::w13, {1, 2, f.width / 2, f.hidden});
+      const example::Loaded w2 = part(ExpertTensor::w2, {1, f.hidden, f.width / 2});
+      DenseLayer layer(group, {.weights = {.w13 = w13.view, .w2 = w2.view}});
+      const Batch batch = batch_of(c, world.rank());
+      const Tensor x(Dtype::float32, batch.x, {batch.tokens, f.hidden});
+      layer.forward(x.view(), x.view());
+      Model dense = model;  // without its experts
+      for (double& value : dense.parameters().experts.w2) value = 0;
+      Values expected;
+      for (std::int64_t t = 0; t < batch.tokens; ++t) {
+        const Values row = dense.forward(&batch.x[t * f.hidden]);
+        expected.insert(expected.end(), row.begin(), row.end());
+      }
+      expect_close("out", x.values(), expected, c.tolerance);
+    });
+  }
+  EXPECT_THROW(dense_layer_source(ModelFamily::gpt_oss, 0, ExpertTensor::w13, {.num_experts = 1}), UsageError);
+  EXPECT_THROW(dense_layer_source(ModelFamily::qwen3_moe, 0, ExpertTensor::w13, {.num_experts = 2}), UsageError);
+}
+
 }  // namespace
 }  // namespace tokenyard::testing
