@@ -34,6 +34,7 @@ void bind_parallel(nb::module_& m);
 void bind_safetensors(nb::module_& m);
 void bind_weights(nb::module_& m);
 void bind_experts(nb::module_& m);
+void bind_device_experts(nb::module_& m);
 void bind_layer(nb::module_& m);
 
 // "float32", "float32_pow2", "ue8m0".

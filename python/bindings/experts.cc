@@ -56,10 +56,6 @@ void bind_products(nb::module_& m) {
       nb::arg("dy"), nb::arg("x"), nb::arg("groups"), nb::arg("dw"));
 }
 
-FoldInput fold_input(const Tensor& places, const Tensor& local_ids, const Tensor* row_weights) {
-  return {.places = places.view(), .local_ids = local_ids.view(), .row_weights = view_or_none(row_weights)};
-}
-
 void bind_permutation(nb::module_& m) {
   m.def(
       "permute",
@@ -74,12 +70,6 @@ void bind_permutation(nb::module_& m) {
       },
       nb::arg("places"), nb::arg("local_ids"), nb::arg("row_weights").none(), nb::arg("groups"), nb::arg("out"));
 }
-
-// Weights, biases and what the gate does: one argument of both directions.
-struct FeedForward {
-  ExpertWeights weights;
-  Activation activation;
-};
 
 void make_feed_forward(FeedForward* self, const Tensors& weights, const nb::tuple& activation) {
   new (self) FeedForward{expert_weights(weights, 0), parse_activation(activation)};
@@ -105,6 +95,10 @@ void bind_feed_forward(nb::module_& m) {
 }
 
 }  // namespace
+
+FoldInput fold_input(const Tensor& places, const Tensor& local_ids, const Tensor* row_weights) {
+  return {.places = places.view(), .local_ids = local_ids.view(), .row_weights = view_or_none(row_weights)};
+}
 
 Activation parse_activation(const nb::tuple& activation) {
   const auto kind = nb::cast<std::string>(activation[0]);

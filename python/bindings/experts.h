@@ -22,4 +22,12 @@ Activation parse_activation(const nb::tuple& activation);
 ExpertWeights expert_weights(const Tensors& tensors, std::size_t at);
 ExpertGradients expert_gradients(const Tensors& tensors, std::size_t at);
 
+// Weights, biases and what the gate does: one argument of both directions.
+struct FeedForward {
+  ExpertWeights weights;
+  Activation activation;
+};
+
+FoldInput fold_input(const Tensor& places, const Tensor& local_ids, const Tensor* row_weights);
+
 }  // namespace tokenyard::python

@@ -18,5 +18,6 @@ NB_MODULE(_core, m) {
   bind_safetensors(m);
   bind_weights(m);
   bind_experts(m);
+  bind_device_experts(m);
   bind_layer(m);
 }

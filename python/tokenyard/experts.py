@@ -1,83 +1,223 @@
-"""What experts compute: grouped matrix products and the gated feed-forward, on rows in any layout of a dispatch. On the CPU."""
+"""What experts compute: grouped matrix products and the gated feed-forward, on rows in any layout of a dispatch."""
+import numpy
+
 from . import _core
 from .arrays import Frame, as_array, frame_of, is_torch, on_cpu, tensor, torch_if_used
 from .errors import UsageError
 
 
+def on_device(array):
+    """Whether it is a torch tensor on a GPU."""
+    return is_torch(array) and array.device.type == "cuda"
+
+
 class RowGroups:
     """Which rows each local expert computes. Expert g has places begins[g] .. begins[g] + counts[g] - 1; the others are padding, never
-    read. Place p is row rows()[p] where rows are gathered (token_major, rank_slots), else row p."""
+    read. Place p is row rows()[p] where rows are gathered (token_major, rank_slots), else row p.
 
-    def __init__(self, core, local_ids=None):
-        self._core = core
+    Made of CUDA tensors its numbers stay on the device, nobody waits for them, and counts and begins are tensors.
+    """
+
+    def __init__(self, core, local_ids=None, tables=None):
+        self._core = core  # on the host; None where only the device knows
+        self._tables = tables or {}  # by device
         self.local_ids = local_ids  # of gathered rows: what unpermute() folds by
 
     @staticmethod
     def of(received, num_local_experts) -> "RowGroups":
-        """Of a Received, in its layout."""
+        """Of a Received, in its layout; on CUDA token_major needs a gather map."""
         core, frame = received._lease(), received._frame
-        if frame.device != "cpu":
-            raise UsageError("these rows are on a GPU; experts are computed on the CPU here")
-        groups = _core.RowGroups.of(core, num_local_experts)
-        return RowGroups(groups, core.local_ids(frame.place) if received.handle.layout in ("token_major", "rank_slots") else None)
+        is_gathered = received.handle.layout in ("token_major", "rank_slots")
+        if frame.device == "cpu":
+            return RowGroups(_core.RowGroups.of(core, num_local_experts), core.local_ids(frame.place) if is_gathered else None)
+        if not is_gathered:
+            capacity = received.rows.shape[1] if received.handle.layout == "expert_padded" else 0
+            return RowGroups._on_device(received.expert_counts, received.expert_offsets, capacity)
+        if received.handle.layout == "rank_slots" or received.expert_rows is None:
+            raise UsageError("these rows have no map from experts to rows; dispatch token_major with gather_map=True, or use RowGroups.gathered(local_ids)")
+        return RowGroups._on_device(received.expert_counts, received.expert_offsets, 0, received.expert_rows, received.local_ids)
 
     @staticmethod
     def of_counts(counts) -> "RowGroups":
         """Groups of so many rows, one behind the other."""
-        import numpy
-
         counts = numpy.asarray(counts, numpy.int64).reshape(-1)
-        offsets = numpy.concatenate([[0], numpy.cumsum(counts)])
-        return RowGroups.of_offsets(counts, offsets)
+        return RowGroups.of_offsets(counts, numpy.concatenate([[0], numpy.cumsum(counts)]))
 
     @staticmethod
     def of_offsets(counts, offsets) -> "RowGroups":
         """expert_major: counts [L], offsets [L+1], int32 or int64."""
+        if on_device(counts):
+            return RowGroups._on_device(counts, offsets)
         return RowGroups(_core.RowGroups.of_offsets(tensor(on_cpu(counts, "counts"), "counts"), tensor(on_cpu(offsets, "offsets"), "offsets")))
 
     @staticmethod
     def padded(counts, capacity) -> "RowGroups":
         """expert_padded: counts [L], rows [L,capacity,..]."""
+        if on_device(counts):
+            return RowGroups._on_device(counts, None, capacity)
         return RowGroups(_core.RowGroups.padded(tensor(on_cpu(counts, "counts"), "counts"), capacity))
 
     @staticmethod
     def gathered(local_ids, num_local_experts) -> "RowGroups":
         """token_major, rank_slots: local_ids [..,K], negative for none; by local expert, then (row, k)."""
+        if on_device(local_ids):
+            torch = torch_if_used()
+            ids = local_ids.reshape(-1).long()
+            ids = torch.where(ids < 0, num_local_experts, ids)
+            counts = torch.zeros(num_local_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))[:-1]
+            rows = torch.argsort(ids, stable=True) // local_ids.shape[-1]
+            return RowGroups._on_device(counts, counts.cumsum(0) - counts, 0, rows, local_ids.int())
         local_ids = on_cpu(local_ids, "local_ids")
         return RowGroups(_core.RowGroups.gathered(tensor(local_ids, "local_ids"), num_local_experts), local_ids)
 
-    places = property(lambda self: self._core.places, doc="How many places there are, padding included.")
-    begins = property(lambda self: self._core.begins, doc="[L]: where each expert's places begin.")
-    counts = property(lambda self: self._core.counts, doc="[L]: how many places each expert has.")
+    @staticmethod
+    def _on_device(counts, begins, capacity=0, rows=None, local_ids=None):
+        table = {"counts": counts.int().clone(), "begins": None if begins is None else begins.int().clone(), "capacity": capacity,
+                 "rows": None if rows is None else rows.int().clone()}
+        return RowGroups(None, local_ids, {counts.device: table})
+
+    def _host(self):
+        if self._core is None:
+            raise UsageError("the numbers of these groups are on a GPU; make RowGroups of CPU tensors for what the CPU computes or is to know")
+        return self._core
+
+    def table(self, x):
+        """{counts, begins, capacity, rows} on the GPU of x."""
+        if x.device not in self._tables:
+            torch, core = torch_if_used(), self._host()
+
+            def there(numbers):
+                return torch.tensor(numbers, dtype=torch.int32, device=x.device)
+
+            self._tables[x.device] = {"counts": there(core.counts), "begins": there(core.begins), "capacity": 0,
+                                      "rows": there(self.rows()) if self.is_gathered else None}
+        return self._tables[x.device]
+
+    def places_of(self, x):
+        """How many places there are (at most, on a GPU): those of rows x [N,..]."""
+        if self._core is not None:
+            return self._core.places
+        rows = next(iter(self._tables.values()))["rows"]
+        return x.shape[0] if rows is None else rows.numel()
+
+    def device_core(self, x, places):
+        """(the C++ groups for a GPU, what they look at)."""
+        table = self.table(x)
+        views = [None if table[name] is None else tensor(table[name], name) for name in ("counts", "begins", "rows")]
+        return _core.DeviceRowGroups(places, views[0], views[1], table["capacity"], views[2]), (table, views)
+
+    def _number(self, name):
+        return getattr(self._core, name) if self._core is not None else next(iter(self._tables.values()))[name]
+
+    places = property(lambda self: self._host().places, doc="How many places there are, padding included.")
+    begins = property(lambda self: self._number("begins"), doc="[L]: where each expert's places begin.")
+    counts = property(lambda self: self._number("counts"), doc="[L]: how many places each expert has.")
     is_gathered = property(lambda self: self.local_ids is not None, doc="Whether places are rows in another order.")
 
     def rows(self, framework="numpy"):
         """[places] int64 of gathered rows: the row of each place."""
-        return self._core.rows(frame_of(framework).place)
+        return self._host().rows(frame_of(framework).place)
 
     def has_padding(self) -> bool:
-        """Whether some places belong to no expert."""
-        return self.places != sum(self.counts)
+        """Whether some places belong to no expert; True where only the device knows."""
+        return self._core is None or self.places != sum(self.counts)
+
+
+class Cpu:
+    """The functions of experts.h, as Gpu has them."""
+
+    def __init__(self, groups, x):
+        self._groups = groups._host()
+
+    def product(self, x, w, bias, y):
+        _core.grouped_gemm(x, self._groups, w, bias, y)
+
+    def dgrad(self, dy, w, dx):
+        _core.grouped_gemm_dgrad(dy, self._groups, w, dx)
+
+    def wgrad(self, dy, x, dw):
+        _core.grouped_gemm_wgrad(dy, x, self._groups, dw)
+
+    def unpermute(self, places, local_ids, row_weights, out):
+        _core.unpermute(places, local_ids, row_weights, self._groups, out)
+
+    def forward(self, what, x, y, saves):
+        saved = _core.ExpertActivations() if saves else None
+        what.core.forward(x, self._groups, y, saved)
+        return saved
+
+    def backward(self, what, x, saved, dy, dx, gradients):
+        what.core.backward(x, dy, saved, self._groups, dx, gradients)
+
+
+class Gpu:
+    """The functions of device_experts.h, on torch's current stream."""
+
+    _experts = {}  # by (device, stream): the calls of one run in order
+
+    def __init__(self, groups, x):
+        torch = torch_if_used()
+        self._x, self._stream = x, torch.cuda.current_stream(x.device).cuda_stream
+        self._places = groups.places_of(x)
+        self._groups, self._keep = groups.device_core(x, self._places)
+        key = x.device.index, self._stream
+        if key not in Gpu._experts:
+            Gpu._experts[key] = _core.DeviceExperts(x.device.index)
+        self._core = Gpu._experts[key]
+
+    def product(self, x, w, bias, y):
+        self._core.grouped_gemm([x, w, bias], self._groups, y, self._stream)
+
+    def dgrad(self, dy, w, dx):
+        self._core.grouped_gemm_dgrad([dy, w], self._groups, dx, self._stream)
+
+    def wgrad(self, dy, x, dw):
+        self._core.grouped_gemm_wgrad([dy, x], self._groups, dw, self._stream)
+
+    def unpermute(self, places, local_ids, row_weights, out):
+        self._core.unpermute([places, local_ids, row_weights], self._groups, out, self._stream)
+
+    def forward(self, what, x, y, saves):
+        gate_up = None
+        if saves:
+            gate_up = torch_if_used().empty((self._places, 2 * what.arrays[0].shape[2]), dtype=self._x.dtype, device=self._x.device)
+        self._core.forward(what.core, [x, y, None if gate_up is None else tensor(gate_up, "gate_up")], self._groups, self._stream)
+        return gate_up
+
+    def backward(self, what, x, saved, dy, dx, gradients):
+        self._core.backward(what.core, [x, tensor(saved, "gate_up"), dy, dx], self._groups, gradients, self._stream)
+
+
+def backend(groups, x):
+    """What computes where x is."""
+    return (Gpu if on_device(x) else Cpu)(groups, x)
 
 
 def by_place(like, groups, columns, dtype=None):
-    """Memory [places, columns] in the framework of `like`; padding is zero."""
-    out = Frame.of(like).empty((groups.places, columns), dtype or tensor(like, "x").dtype)
+    """Memory [places, columns] where `like` [N,..] is; padding is zero."""
+    shape = (groups.places_of(like), columns)
+    out = like.new_empty(shape) if on_device(like) else Frame.of(like).empty(shape, dtype or tensor(like, "x").dtype)
     if groups.has_padding():
         out[...] = 0
     return out
 
 
+def _beside(array, what, x):
+    """The array, which has to be where x is."""
+    if on_device(x):
+        if not on_device(array) or array.device != x.device:
+            raise UsageError(f"{what} is {'on ' + str(array.device) if is_torch(array) else 'a ' + type(array).__name__}, and x on {x.device}; move it there")
+        return array
+    return on_cpu(array, what)
+
+
 def _flat(x, what):
     """[N,K], also of the [L,C,K] and [R,M,K] that some layouts have."""
-    x = on_cpu(x, what)
+    x = as_array(x, what)
+    x = x if on_device(x) else on_cpu(x, what)
     if len(x.shape) not in (2, 3):
         raise UsageError(f"{what} has the shape {list(x.shape)}; expected [N,K], or [L,C,K] of expert_padded")
     return x.reshape(-1, x.shape[-1])
-
-
-def _optional(array, what, dtype):
-    return None if array is None else tensor(on_cpu(array, what), what, dtype)
 
 
 def _wants_gradients(*arrays):
@@ -87,11 +227,12 @@ def _wants_gradients(*arrays):
 
 def product(x, groups, w, bias, dtype=None):
     """grouped_gemm() without gradients."""
-    x, w = _flat(x, "x"), on_cpu(w, "w")
+    x = _flat(x, "x")
+    w, bias = _beside(w, "w", x), None if bias is None else _beside(bias, "bias", x)
     if len(w.shape) != 3:
         raise UsageError(f"w has the shape {list(w.shape)}; expected [L,M,K]")
     y = by_place(x, groups, w.shape[1], dtype)
-    _core.grouped_gemm(tensor(x, "x", dtype), groups._core, tensor(w, "w", dtype), _optional(bias, "bias", dtype), tensor(y, "y", dtype))
+    backend(groups, x).product(tensor(x, "x", dtype), tensor(w, "w", dtype), None if bias is None else tensor(bias, "bias", dtype), tensor(y, "y", dtype))
     return y
 
 
@@ -100,7 +241,7 @@ def grouped_gemm(x, groups, w, bias=None, *, dtype=None):
 
     x [N,K] (or [L,C,K]), w [L,M,K], bias [L,M], all float32, bfloat16 or float16; dtype where the arrays cannot say. Products and sums
     are float32, each result is rounded once. Torch tensors that require gradients get them: of x through a product with w, of w and
-    bias in float32, rounded once. UsageError names what does not fit.
+    bias in float32, rounded once. On the CPU, or, for CUDA tensors, on torch's current stream. UsageError names what does not fit.
     """
     if _wants_gradients(x, w, bias):
         from .torch.experts import grouped_gemm as with_gradients
@@ -110,19 +251,20 @@ def grouped_gemm(x, groups, w, bias=None, *, dtype=None):
 
 
 class FeedForward:
-    """Weights and activation of the gated feed-forward, checked and as views that keep them alive."""
+    """Weights and activation of the gated feed-forward, checked and as views that keep them alive; all where x is."""
 
-    def __init__(self, w13, w2, w13_bias, w2_bias, activation, dtype=None):
+    def __init__(self, x, w13, w2, w13_bias, w2_bias, activation, dtype=None):
+        self._dtype = dtype
         names = ("w13", "w2", "w13_bias", "w2_bias")
-        self.arrays = [None if a is None else on_cpu(a, name) for name, a in zip(names, (w13, w2, w13_bias, w2_bias))]
-        self._views = [_optional(a, name, dtype) for name, a in zip(names, self.arrays)]
+        self.arrays = [None if a is None else _beside(a, name, x) for name, a in zip(names, (w13, w2, w13_bias, w2_bias))]
+        self._views = [None if a is None else tensor(a, name, dtype) for name, a in zip(names, self.arrays)]
         self.core = _core.FeedForward(self._views, activation)
 
-    def forward(self, x, groups, saved=None, dtype=None):
+    def forward(self, x, groups, saves=False):
+        """(y, what backward needs)."""
         x = _flat(x, "x")
-        y = by_place(x, groups, x.shape[1], dtype)
-        self.core.forward(tensor(x, "x", dtype), groups._core, tensor(y, "y", dtype), saved)
-        return y
+        y = by_place(x, groups, x.shape[1], self._dtype)
+        return y, backend(groups, x).forward(self, tensor(x, "x", self._dtype), tensor(y, "y", self._dtype), saves)
 
 
 def feed_forward(x, groups, w13, w2, *, w13_bias=None, w2_bias=None, activation="silu", limit=7.0, alpha=1.702, dtype=None):
@@ -135,7 +277,8 @@ def feed_forward(x, groups, w13, w2, *, w13_bias=None, w2_bias=None, activation=
         from .torch.experts import feed_forward as with_gradients
 
         return with_gradients(x, groups, w13, w2, w13_bias=w13_bias, w2_bias=w2_bias, activation=activation, limit=limit, alpha=alpha)
-    return FeedForward(w13, w2, w13_bias, w2_bias, (activation, limit, alpha), dtype).forward(as_array(x, "x"), groups, dtype=dtype)
+    x = as_array(x, "x")
+    return FeedForward(x, w13, w2, w13_bias, w2_bias, (activation, limit, alpha), dtype).forward(x, groups)[0]
 
 
 def unpermute(places, groups, row_weights=None, *, dtype=None):
@@ -145,9 +288,14 @@ def unpermute(places, groups, row_weights=None, *, dtype=None):
     """
     if not groups.is_gathered:
         raise UsageError("these rows are their places already: give them to combine, with weighting='at_expert'")
-    places = on_cpu(places, "places")
-    rows = int(groups.local_ids.numel() if is_torch(groups.local_ids) else groups.local_ids.size) // groups.local_ids.shape[-1]
-    out = Frame.of(places).empty((rows, places.shape[1]), dtype or tensor(places, "places").dtype)
-    _core.unpermute(tensor(places, "places", dtype), tensor(groups.local_ids, "local_ids"), _optional(row_weights, "row_weights", None), groups._core,
-                    tensor(out, "out", dtype))
+    places = _flat(places, "places")
+    ids = groups.local_ids
+    if on_device(places):
+        ids = ids.to(places.device)
+        out = places.new_empty((ids.numel() // ids.shape[-1], places.shape[1]))
+    else:
+        rows = int(numpy.prod(ids.shape[:-1]))
+        out = Frame.of(places).empty((rows, places.shape[1]), dtype or tensor(places, "places").dtype)
+    weights = None if row_weights is None else tensor(_beside(row_weights, "row_weights", places), "row_weights")
+    backend(groups, places).unpermute(tensor(places, "places", dtype), tensor(_beside(ids, "local_ids", places), "local_ids"), weights, tensor(out, "out", dtype))
     return out

@@ -1,9 +1,8 @@
-"""Grouped products and the gated feed-forward with gradients. On the CPU."""
+"""Grouped products and the gated feed-forward with gradients."""
 import torch
 
-from .. import _core
 from ..arrays import tensor
-from ..experts import FeedForward, by_place, product, unpermute
+from ..experts import FeedForward, backend, by_place, on_device, product, unpermute
 
 
 def _to_rows(groups, d_places, shape):
@@ -14,10 +13,20 @@ def _to_rows(groups, d_places, shape):
 
 def _sums_per_expert(dy, groups):
     """[L,M] float32."""
+    if on_device(dy):  # as a product with ones where a place is an expert's: nobody waits for the counts
+        table, place = groups.table(dy), torch.arange(len(dy), device=dy.device)
+        begins = table["begins"] if table["begins"] is not None else torch.arange(len(table["counts"]), device=dy.device) * table["capacity"]
+        begins = begins[:len(table["counts"]), None]
+        is_mine = (place >= begins) & (place < begins + table["counts"][:, None])
+        return is_mine.float() @ torch.where(is_mine.any(0)[:, None], dy.float(), 0.0)
     sums = torch.zeros(len(groups.counts), dy.shape[1])
     for expert, (begin, count) in enumerate(zip(groups.begins, groups.counts)):
         sums[expert] = dy[begin:begin + count].float().sum(0)
     return sums
+
+
+def _zeros(like):
+    return None if like is None else torch.zeros(like.shape, device=like.device)
 
 
 class _GroupedGemm(torch.autograd.Function):
@@ -30,16 +39,16 @@ class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (x, w), groups = ctx.saved_tensors, ctx.groups
-        dy, w = dy.contiguous(), w.contiguous()
+        dy, w, rows = dy.contiguous(), w.contiguous(), x.reshape(-1, x.shape[-1])
+        compute = backend(groups, rows)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             d_places = by_place(dy, groups, w.shape[2])
-            _core.grouped_gemm_dgrad(tensor(dy, "dy"), groups._core, tensor(w, "w"), tensor(d_places, "dx"))
+            compute.dgrad(tensor(dy, "dy"), tensor(w, "w"), tensor(d_places, "dx"))
             dx = _to_rows(groups, d_places, x.shape)
         if ctx.needs_input_grad[1]:
-            dw = torch.zeros(w.shape)
-            rows = x.reshape(-1, x.shape[-1])
-            _core.grouped_gemm_wgrad(tensor(dy, "dy"), tensor(rows, "x"), groups._core, tensor(dw, "dw"))
+            dw = _zeros(w)
+            compute.wgrad(tensor(dy, "dy"), tensor(rows, "x"), tensor(dw, "dw"))
         return dx, dw if dw is None else dw.to(w.dtype), _sums_per_expert(dy, groups).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None, None
 
 
@@ -47,17 +56,18 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w13, w2, w13_bias, w2_bias, groups, activation):
         ctx.save_for_backward(x, w13, w2, w13_bias, w2_bias)
-        ctx.groups, ctx.activation, ctx.saved = groups, activation, _core.ExpertActivations()
-        return FeedForward(w13, w2, w13_bias, w2_bias, activation).forward(x, groups, ctx.saved)
+        y, saved = FeedForward(x, w13, w2, w13_bias, w2_bias, activation).forward(x, groups, saves=True)
+        ctx.groups, ctx.activation, ctx.saved = groups, activation, saved
+        return y
 
     @staticmethod
     def backward(ctx, dy):
         x, *weights = ctx.saved_tensors
         groups, dy, rows = ctx.groups, dy.contiguous(), x.reshape(-1, x.shape[-1])
         d_places = by_place(dy, groups, dy.shape[1])
-        gradients = [None if w is None else torch.zeros(w.shape) for w in weights]
+        gradients = [_zeros(w) for w in weights]
         views = [None if g is None else tensor(g, "gradient") for g in gradients]
-        FeedForward(*weights, ctx.activation).core.backward(tensor(rows, "x"), tensor(dy, "dy"), ctx.saved, groups._core, tensor(d_places, "dx"), views)
+        backend(groups, rows).backward(FeedForward(x, *weights, ctx.activation), tensor(rows, "x"), ctx.saved, tensor(dy, "dy"), tensor(d_places, "dx"), views)
         return _to_rows(groups, d_places, x.shape), *(g if g is None else g.to(w.dtype) for g, w in zip(gradients, weights)), None, None
 
 
@@ -67,6 +77,7 @@ def grouped_gemm(x, groups, w, bias=None) -> torch.Tensor:
 
 
 def feed_forward(x, groups, w13, w2, *, w13_bias=None, w2_bias=None, activation="silu", limit=7.0, alpha=1.702) -> torch.Tensor:
-    """tokenyard.feed_forward() with gradients for x, weights and biases. Keeps gate and up of every place, float32, for backward."""
+    """tokenyard.feed_forward() with gradients for x, weights and biases. Keeps gate and up of every place for backward (float32; on a
+    GPU in the dtype of x)."""
     dense = [None if w is None else w.contiguous() for w in (w13, w2, w13_bias, w2_bias)]
     return _FeedForward.apply(x, *dense, groups, (activation, limit, alpha))
