@@ -55,6 +55,17 @@ class DeviceExperts {
   void grouped_gemm_wgrad(const ConstTensorView& dy, const ConstTensorView& x, const DeviceRowGroups& groups, const TensorView& dw,
                           void* stream);
 
+  // float8_e4m3 with block scales, as dispatch delivers rows (one float32 scale for 128 elements) and DeepSeek's checkpoints hold
+  // weights (one for 128 x 128): sums of 128 products are scaled and added in float32. x [N,K], scales [N, ceil(K/128)] dense; w [L,M,K],
+  // scales [L, ceil(M/128), ceil(K/128)]; bias and y bfloat16; K a multiple of 16, M of 8, rows of x 16 bytes aligned. UsageError on
+  // GPUs other than Hopper's, and without TY_CUTLASS.
+  struct Scaled {
+    ConstTensorView values{};
+    ConstTensorView scales{};
+  };
+  void grouped_gemm_scaled(const Scaled& x, const DeviceRowGroups& groups, const Scaled& w, const ConstTensorView& bias,
+                           const TensorView& y, void* stream);
+
   // Groups with `rows`, as all of these.
   void permute(const ConstTensorView& rows, const DeviceRowGroups& groups, const TensorView& out, void* stream);
   // Bit for bit what the CPU gives.

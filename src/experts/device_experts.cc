@@ -3,6 +3,8 @@
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "core/usage.h"
 #include "experts/cuda/products.h"
 #include "experts/row_block.h"
@@ -241,6 +243,52 @@ void DeviceExperts::grouped_gemm(const ConstTensorView& x, const DeviceRowGroups
   args.bias = data_of(bias);
   state_->products.run(args, stream_of(stream));
   check_launch("launch of grouped_gemm");
+}
+
+namespace {
+
+void check_scaled(const char* what, const ConstTensorView& view, Dtype dtype, std::initializer_list<std::int64_t> shape) {
+  std::string text;
+  for (const std::int64_t size : shape) text += fmt::format("{}{}", text.empty() ? "" : ", ", size);
+  const bool has_shape = view.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), view.shape.begin());
+  const bool is_dense =
+      has_shape && view.rows_contiguous() && (view.shape[0] <= 1 || view.strides[0] * view.shape[0] == view.num_elements());
+  if (!is_dense || view.dtype != dtype) {
+    usage_error("{} is {}; expected [{}] {}, dense", what, view ? describe(view) : "absent", text, name(dtype));
+  }
+}
+
+}  // namespace
+
+void DeviceExperts::grouped_gemm_scaled(const Scaled& x, const DeviceRowGroups& groups, const Scaled& w, const ConstTensorView& bias,
+                                        const TensorView& y, void* stream) {
+  const std::int64_t num_groups = size_at(groups.counts, 0), outputs = size_at(w.values, 1), inputs = size_at(w.values, 2);
+  const std::int64_t num_rows = groups.rows ? size_at(x.values, 0) : groups.places;
+  const auto blocks = [](std::int64_t elements) { return kernels::scale_blocks(elements); };
+  check_scaled("x", x.values, Dtype::float8_e4m3, {num_rows, inputs});
+  check_scaled("x's scales", x.scales, Dtype::float32, {num_rows, blocks(inputs)});
+  check_scaled("w", w.values, Dtype::float8_e4m3, {num_groups, outputs, inputs});
+  check_scaled("w's scales", w.scales, Dtype::float32, {num_groups, blocks(outputs), blocks(inputs)});
+  if (bias) check_scaled("bias", bias, Dtype::bfloat16, {num_groups, outputs});
+  check_rows("y", y, groups.places, outputs);
+  check_columns("x", inputs);
+  check_columns("y", outputs);
+  const auto addresses = reinterpret_cast<std::uintptr_t>(x.values.data) | reinterpret_cast<std::uintptr_t>(w.values.data) |
+                         reinterpret_cast<std::uintptr_t>(y.data);
+  if (y.dtype != Dtype::bfloat16 || inputs % 16 != 0 || outputs % 8 != 0 || stride_of(y) % 8 != 0 || addresses % 16 != 0) {
+    usage_error(
+        "x is {}, w {} and y {}; expected rows of a multiple of 16 float8, of a multiple of 8 bfloat16, and addresses that are multiples "
+        "of 16",
+        describe(x.values), describe(w.values), describe(y));
+  }
+  const CudaDeviceScope scope(state_->device);
+  kernels::ScaledArgs args;
+  args.hopper.grouped = forward_args(x.values, groups, true, w.values, y);
+  args.hopper.grouped.bias = data_of(bias);
+  args.x_scales = x.scales.as<float>();
+  args.w_scales = w.scales.as<float>();
+  state_->products.run_scaled(args, stream_of(stream));
+  check_launch("launch of grouped_gemm_scaled");
 }
 
 void DeviceExperts::grouped_gemm_dgrad(const ConstTensorView& dy, const DeviceRowGroups& groups, const ConstTensorView& w,

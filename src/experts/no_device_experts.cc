@@ -33,6 +33,10 @@ void DeviceExperts::grouped_gemm_wgrad(const ConstTensorView& /*dy*/, const Cons
                                        const TensorView& /*dw*/, void* /*stream*/) {
   refuse();
 }
+void DeviceExperts::grouped_gemm_scaled(const Scaled& /*x*/, const DeviceRowGroups& /*groups*/, const Scaled& /*w*/,
+                                        const ConstTensorView& /*bias*/, const TensorView& /*y*/, void* /*stream*/) {
+  refuse();
+}
 void DeviceExperts::permute(const ConstTensorView& /*rows*/, const DeviceRowGroups& /*groups*/, const TensorView& /*out*/,
                             void* /*stream*/) {
   refuse();

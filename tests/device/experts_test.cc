@@ -151,6 +151,74 @@ TEST_F(DeviceExpertsTest, ReplayedGraphsReadTheCountsOfTheirTime) {
   }
 }
 
+// float8 numbers and their scales, [rows, columns] with a scale for `block_rows` x 128 of them.
+struct ScaledNumbers {
+  ScaledNumbers(SeededRandom& random, std::int64_t of_rows, std::int64_t of_columns, std::int64_t of_block_rows)
+      : rows(of_rows), columns(of_columns), block_rows(of_block_rows), scale_columns((columns + 127) / 128) {
+    for (std::int64_t i = 0; i < rows * columns; ++i)
+      values.push_back(float_to_float8_e4m3(static_cast<float>(random.between(-1000, 1000)) / 8.0F));
+    for (std::int64_t i = 0; i < (rows + block_rows - 1) / block_rows * scale_columns; ++i) {
+      scales.push_back(static_cast<float>(random.between(100, 1000)) / 50000.0F);
+    }
+  }
+  void spoil_row(std::int64_t row) {
+    constexpr std::uint8_t kNan = 0x7f;
+    std::fill_n(values.begin() + row * columns, columns, kNan);
+    std::fill_n(scales.begin() + row * scale_columns, scale_columns, std::numeric_limits<float>::quiet_NaN());
+  }
+  double at(std::int64_t row, std::int64_t column) const {
+    return static_cast<double>(float8_e4m3_to_float(values[static_cast<std::size_t>(row * columns + column)])) *
+           scales[static_cast<std::size_t>(row / block_rows * scale_columns + column / 128)];
+  }
+  std::int64_t rows, columns, block_rows, scale_columns;
+  std::vector<std::uint8_t> values;
+  std::vector<float> scales;
+};
+
+TEST_F(DeviceExpertsTest, ScaledProductsAreTheirDefinitions) {
+  SeededRandom random;
+  DeviceExperts experts({.device = 0});
+  for (int round = 0; round < 8; ++round) {
+    const Case c = testing::random_case(random, 200);
+    const std::int64_t outputs = 8 * random.between(1, 40), inputs = 16 * random.between(1, 40), num = c.experts();
+    SCOPED_TRACE(c.describe() + "outputs " + std::to_string(outputs) + " inputs " + std::to_string(inputs));
+    ScaledNumbers x(random, c.num_rows, inputs, 1);
+    for (std::int64_t r = 0; r < c.num_rows; ++r) {
+      if (!c.is_read[static_cast<std::size_t>(r)]) x.spoil_row(r);
+    }
+    const std::int64_t blocks = (outputs + 127) / 128;
+    std::vector<ScaledNumbers> w;  // a matrix for each expert
+    std::vector<std::uint8_t> w_values;
+    std::vector<float> w_scales;
+    for (std::int64_t g = 0; g < num; ++g) {
+      w.emplace_back(random, outputs, inputs, 128);
+      w_values.insert(w_values.end(), w.back().values.begin(), w.back().values.end());
+      w_scales.insert(w_scales.end(), w.back().scales.begin(), w.back().scales.end());
+    }
+    const Buffer bias = Buffer::random(random, Dtype::bfloat16, num, outputs);
+    Uploads upload;
+    Buffer y = Buffer::nan(Dtype::bfloat16, c.groups.places, outputs, 8);
+    const TensorView y_on_device = upload(y);
+    const auto view = [](const ConstTensorView& flat, std::initializer_list<std::int64_t> shape) {
+      return ConstTensorView(flat.data, flat.dtype, shape);
+    };
+    const DeviceExperts::Scaled rows = {view(upload.numbers(x.values, Dtype::float8_e4m3), {c.num_rows, inputs}),
+                                        view(upload.numbers(x.scales, Dtype::float32), {c.num_rows, x.scale_columns})};
+    const DeviceExperts::Scaled weights = {view(upload.numbers(w_values, Dtype::float8_e4m3), {num, outputs, inputs}),
+                                           view(upload.numbers(w_scales, Dtype::float32), {num, blocks, x.scale_columns})};
+    experts.grouped_gemm_scaled(rows, upload(c.groups), weights, upload(bias), y_on_device, nullptr);
+    fetch(y_on_device, y);
+    expect_near(
+        y, c.groups,
+        [&](int g, std::int64_t p, std::int64_t o) {
+          double sum = bias.at(g, o);
+          for (std::int64_t i = 0; i < inputs; ++i) sum += x.at(c.row(p), i) * w[static_cast<std::size_t>(g)].at(o, i);
+          return sum;
+        },
+        "y");
+  }
+}
+
 TEST_F(DeviceExpertsTest, WrongArgumentsAreNamed) {
   Uploads upload;
   DeviceExperts experts({.device = 0});
@@ -171,6 +239,7 @@ TEST_F(DeviceExpertsTest, WrongArgumentsAreNamed) {
   wrong.counts = {counts.data, Dtype::int64, {2}};
   expect_usage_error([&] { experts.grouped_gemm(x, wrong, w, {}, y, nullptr); }, {"counts is [2] int64", "int32"});
   expect_usage_error([&] { experts.permute(x, groups, y, nullptr); }, {"groups have no rows"});
+  expect_usage_error([&] { experts.grouped_gemm_scaled({x, x}, groups, {w, w}, {}, y, nullptr); }, {"x is [4, 8] bfloat16", "float8_e4m3"});
   expect_usage_error([] { DeviceExperts({.device = 0, .sm_margin = 1 << 20}); }, {"sm_margin = 1048576"});
   expect_usage_error([] { DeviceExperts({.device = 4096}); }, {"device = 4096"});
 }

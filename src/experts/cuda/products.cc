@@ -61,49 +61,102 @@ void Products::run(GroupedArgs args, Stream stream) {
     return;
   }
   if (args.x_rows != nullptr) {  // the copy engine cannot gather
-    const std::int64_t row_bytes = static_cast<std::int64_t>(args.k) * size_of(args.dtype);
-    std::byte* rows = scratch_.take(Scratch::rows, args.groups.places * row_bytes, stream);
-    permute({.groups = args.groups,
-             .rows = args.x_rows,
-             .num_rows = args.num_rows,
-             .from = args.x,
-             .from_stride = args.x_stride * size_of(args.dtype),
-             .to = rows,
-             .to_stride = row_bytes,
-             .row_bytes = row_bytes},
-            stream);
-    args.x = rows;
+    const int bytes = size_of(args.dtype);
+    args.x = gather_rows({args, Scratch::rows, args.x, args.x_stride * bytes, static_cast<std::int64_t>(args.k) * bytes}, stream);
     args.x_stride = args.k;
     args.x_rows = nullptr;
   }
   run_on_hopper(*kernel, args, stream);
 }
 
+const std::byte* Products::gather_rows(const RowsToGather& rows, Stream stream) {
+  const GroupedArgs& args = rows.of;
+  std::byte* to = scratch_.take(rows.kind, args.groups.places * rows.row_bytes, stream);
+  permute({.groups = args.groups,
+           .rows = args.x_rows,
+           .num_rows = args.num_rows,
+           .from = rows.from,
+           .from_stride = rows.stride_bytes,
+           .to = to,
+           .to_stride = rows.row_bytes,
+           .row_bytes = rows.row_bytes},
+          stream);
+  return to;
+}
+
+namespace {
+
+// Parts of a piece of memory, one after the other.
+class Parts {
+ public:
+  Parts(std::byte* memory, int count) : next_(memory), count_(count) {}
+  template <class Entry>
+  void put(Entry*& part) {
+    part = reinterpret_cast<Entry*>(next_);
+    next_ += sizeof(Entry) * static_cast<std::size_t>(count_);
+  }
+  void put(GroupTable& table) {
+    put(table.a);
+    put(table.b);
+    put(table.d);
+    put(table.a_stride);
+    put(table.b_stride);
+    put(table.d_stride);
+  }
+
+ private:
+  std::byte* next_;
+  int count_;
+};
+
+void check_run(bool done) {
+  if (done) return;
+  cuda_check(cudaGetLastError(), "launch of a grouped product");
+  TY_ASSERT(!"CUTLASS refused a product that it was chosen for");
+}
+
+}  // namespace
+
 void Products::run_on_hopper(const HopperKernel& kernel, const GroupedArgs& args, Stream stream) {
   const int groups = args.groups.num_groups;
-  std::byte* next = scratch_.take(Scratch::table, static_cast<std::int64_t>(kTableBytesPerGroup) * groups, stream);
-  const auto part = [&next, groups](auto* example) {
-    using Entry = std::remove_pointer_t<decltype(example)>;
-    auto* begin = reinterpret_cast<Entry*>(next);
-    next += sizeof(Entry) * groups;
-    return begin;
-  };
+  Parts parts(scratch_.take(Scratch::table, static_cast<std::int64_t>(kTableBytesPerGroup) * groups, stream), groups);
   HopperArgs hopper = {.grouped = args, .table = {}, .num_sms = num_sms_, .stream = stream};
-  GroupTable& table = hopper.table;
-  table.a = part(table.a);
-  table.b = part(table.b);
-  table.d = part(table.d);
-  table.a_stride = part(table.a_stride);
-  table.b_stride = part(table.b_stride);
-  table.d_stride = part(table.d_stride);
-  table.shapes = part(table.shapes);
+  parts.put(hopper.table);
+  parts.put(hopper.table.shapes);  // the smallest last: all lie aligned
   hopper.workspace_bytes = kernel.workspace_bytes(hopper);
   hopper.workspace = scratch_.take(Scratch::workspace, static_cast<std::int64_t>(hopper.workspace_bytes), stream);
-  fill_group_table(args, table, stream);
-  if (!kernel.run(hopper)) {
-    cuda_check(cudaGetLastError(), "launch of a grouped product");
-    TY_ASSERT(!"CUTLASS refused a product that it was chosen for");
+  fill_group_table(args, hopper.table, stream);
+  check_run(kernel.run(hopper));
+}
+
+void Products::run_scaled(ScaledArgs args, Stream stream) {
+  GroupedArgs& grouped = args.hopper.grouped;
+  if (!is_hopper_ || !has_scaled_product()) {
+    usage_error(
+        "products of float8 rows need a Hopper GPU and a build with CUTLASS (-DTY_CUTLASS=ON, './dev deps --cutlass'); widen the rows to "
+        "bfloat16 instead");
   }
+  if (grouped.groups.num_groups == 0 || grouped.groups.places == 0) return;
+  if (grouped.x_rows != nullptr) {
+    const std::int64_t scale_bytes = scale_blocks(grouped.k) * static_cast<std::int64_t>(sizeof(float));
+    const auto* scales = reinterpret_cast<const std::byte*>(args.x_scales);
+    args.x_scales = reinterpret_cast<const float*>(gather_rows({grouped, Scratch::scales, scales, scale_bytes, scale_bytes}, stream));
+    grouped.x = gather_rows({grouped, Scratch::rows, grouped.x, grouped.x_stride, grouped.k}, stream);
+    grouped.x_stride = grouped.k;
+    grouped.x_rows = nullptr;
+  }
+  const int groups = grouped.groups.num_groups;
+  Parts parts(scratch_.take(Scratch::table, static_cast<std::int64_t>(kScaledTableBytesPerGroup) * groups, stream), groups);
+  parts.put(args.hopper.table);
+  parts.put(args.a_scales);
+  parts.put(args.b_scales);
+  parts.put(args.hopper.table.shapes);
+  args.hopper.num_sms = num_sms_;
+  args.hopper.stream = stream;
+  args.hopper.workspace_bytes = scaled_workspace_bytes(args);
+  args.hopper.workspace = scratch_.take(Scratch::workspace, static_cast<std::int64_t>(args.hopper.workspace_bytes), stream);
+  fill_scaled_table(args);
+  check_run(run_scaled_product(args));
 }
 
 }  // namespace tokenyard::experts_cuda

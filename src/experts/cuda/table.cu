@@ -4,6 +4,7 @@
 
 #include "experts/cuda/groups.cuh"
 #include "experts/cuda/kernels.h"
+#include "experts/cuda/scaled.h"
 
 namespace tokenyard::experts_cuda {
 namespace {
@@ -55,7 +56,31 @@ __global__ void fill(const __grid_constant__ GroupedArgs args, const __grid_cons
   table.d_stride[g] = args.y_stride;
 }
 
+__global__ void fill_scaled(const __grid_constant__ ScaledArgs scaled) {
+  const GroupedArgs& args = scaled.hopper.grouped;
+  const GroupTable& table = scaled.hopper.table;
+  const int g = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (g >= args.groups.num_groups) return;
+  const Span span = span_of(args.groups, g);
+  table.shapes[3 * g] = static_cast<std::int32_t>(span.count);
+  table.shapes[3 * g + 1] = args.n;
+  table.shapes[3 * g + 2] = args.k;
+  table.a[g] = args.x + span.begin * args.x_stride;
+  table.b[g] = args.w + static_cast<std::int64_t>(g) * args.n * args.k;
+  table.d[g] = args.y + span.begin * args.y_stride * static_cast<std::int64_t>(sizeof(std::uint16_t));
+  table.a_stride[g] = args.x_stride;
+  table.b_stride[g] = args.k;
+  table.d_stride[g] = args.y_stride;
+  scaled.a_scales[g] = scaled.x_scales + span.begin * scale_blocks(args.k);
+  scaled.b_scales[g] = scaled.w_scales + g * scale_blocks(args.n) * scale_blocks(args.k);
+}
+
 }  // namespace
+
+void fill_scaled_table(const ScaledArgs& args) {
+  const int blocks = (args.hopper.grouped.groups.num_groups + kThreads - 1) / kThreads;
+  if (blocks > 0) fill_scaled<<<blocks, kThreads, 0, args.hopper.stream>>>(args);
+}
 
 void fill_group_table(const GroupedArgs& args, const GroupTable& table, Stream stream) {
   const int blocks = (args.groups.num_groups + kThreads - 1) / kThreads;
