@@ -36,6 +36,7 @@ std::string given(const ConstTensorView& view) { return view ? describe(view) : 
 }  // namespace
 
 void to_float(const std::byte* from, Dtype dtype, std::int64_t count, float* to) {
+  if (count == 0) return;  // of no rows, the address may be null
   if (dtype == Dtype::float32) {
     std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
     return;
@@ -49,6 +50,7 @@ void to_float(const std::byte* from, Dtype dtype, std::int64_t count, float* to)
 }
 
 void from_float(const float* from, Dtype dtype, std::int64_t count, std::byte* to) {
+  if (count == 0) return;
   if (dtype == Dtype::float32) {
     std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
     return;
