@@ -16,19 +16,20 @@ namespace {
 
 RowGroups one_group(std::int64_t rows) { return {.places = rows, .begins = {0}, .counts = {rows}, .rows = {}}; }
 
-std::vector<float> floats(const ConstTensorView& view, std::int64_t row) {
-  std::vector<float> values(static_cast<std::size_t>(view.shape[1]));
-  to_float(view.row(row), view.dtype, view.shape[1], values.data());
-  return values;
+using Floats = std::vector<float>;
+
+Floats& read(const ConstTensorView& view, std::int64_t row, Floats& to) {
+  to.resize(static_cast<std::size_t>(view.shape[1]));
+  to_float(view.row(row), view.dtype, view.shape[1], to.data());
+  return to;
 }
 
-void scale_row(const ConstTensorView& from, std::int64_t row, float factor, const TensorView& to) {
-  std::vector<float> values = floats(from, row);
+void write_scaled(Floats& values, float factor, const TensorView& to, std::int64_t row) {
   for (float& value : values) value *= factor;
   from_float(values.data(), to.dtype, to.shape[1], to.row(row));
 }
 
-float dot(const std::vector<float>& a, const std::vector<float>& b) {
+float dot(const Floats& a, const Floats& b) {
   double sum = 0;
   for (std::size_t i = 0; i < a.size(); ++i) sum += static_cast<double>(a[i]) * b[i];
   return static_cast<float>(sum);
@@ -93,10 +94,11 @@ void DenseLayer::forward(const ConstTensorView& x, const TensorView& out, DenseA
   }
   if (!weights_.gate) return;
   step.scores.resize(static_cast<std::size_t>(x.shape[0]));
-  const std::vector<float> gate = floats(weights_.gate, 0);
+  Floats gate, row;
+  read(weights_.gate, 0, gate);
   for (std::int64_t t = 0; t < x.shape[0]; ++t) {
-    step.scores[t] = 1.0F / (1.0F + std::exp(-dot(floats(x, t), gate)));
-    scale_row(y, t, step.scores[t], out);
+    step.scores[t] = 1.0F / (1.0F + std::exp(-dot(read(x, t, row), gate)));
+    write_scaled(read(y, t, row), step.scores[t], out, t);
   }
 }
 
@@ -112,7 +114,8 @@ void DenseLayer::backward(const ConstTensorView& x, const ConstTensorView& d_out
   ConstTensorView d_y = d_out;
   if (weights_.gate) {
     const TensorView scaled = step.d_y.view(x.dtype, x.shape[0], x.shape[1]);
-    for (std::int64_t t = 0; t < x.shape[0]; ++t) scale_row(d_out, t, step.scores[t], scaled);
+    Floats row;
+    for (std::int64_t t = 0; t < x.shape[0]; ++t) write_scaled(read(d_out, t, row), step.scores[t], scaled, t);
     d_y = scaled;
   }
   if (ranks == nullptr) {
@@ -127,13 +130,14 @@ void DenseLayer::backward(const ConstTensorView& x, const ConstTensorView& d_out
     ranks->reduce_scatter_v(d_all, step.counts.counts(), d_x);
   }
   if (!weights_.gate) return;
-  const std::vector<float> gate = floats(weights_.gate, 0);
+  Floats gate, d_row, row;
+  read(weights_.gate, 0, gate);
   const ConstTensorView y = step.y.view(x.dtype, x.shape[0], x.shape[1]);
   for (std::int64_t t = 0; t < x.shape[0]; ++t) {
     const float score = step.scores[t];
-    const float d_logit = dot(floats(d_out, t), floats(y, t)) * score * (1.0F - score);
-    const std::vector<float> row = floats(x, t);
-    std::vector<float> d_row = floats(d_x, t);
+    const float d_logit = dot(read(d_out, t, d_row), read(y, t, row)) * score * (1.0F - score);
+    read(x, t, row);
+    read(d_x, t, d_row);
     for (std::size_t h = 0; h < row.size(); ++h) {
       d_row[h] += d_logit * gate[h];
       if (gradients.gate) gradients.gate.as<float>()[h] += d_logit * row[h];
