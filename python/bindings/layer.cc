@@ -121,12 +121,40 @@ void backward(HeldLayer& self, const Tensors& rows, const MoeStepOptions& option
   waiting([&] { self->backward(input, saved, d_x.writable(), into); });
 }
 
+using HeldDense = WithoutGil<DenseLayer>;
+
+// tensors: w13, w2, w13_bias, w2_bias, gate
+void make_dense(HeldDense* self, const HeldGroup* group, const Tensors& tensors, const nb::tuple& activation) {
+  const DenseWeights weights{expert_weights(tensors, 0), view_or_none(tensors.at(4))};
+  new (self) HeldDense(std::make_unique<DenseLayer>(group != nullptr ? **group : nullptr, weights, parse_activation(activation)));
+}
+
+void bind_dense(nb::module_& m) {
+  nb::class_<DenseActivations>(m, "DenseActivations").def(nb::init<>());
+  nb::class_<HeldDense>(m, "DenseLayer", "Views only: the caller keeps the weights.")
+      .def("__init__", make_dense, nb::arg("group").none(), nb::arg("weights"), nb::arg("activation"))
+      .def(
+          "forward",
+          [](HeldDense& self, const Tensor& x, const Tensor& out, DenseActivations* saved) {
+            waiting([&] { self->forward(x.view(), out.writable(), saved); });
+          },
+          nb::arg("x"), nb::arg("out"), nb::arg("saved").none())
+      .def(
+          "backward",
+          [](HeldDense& self, const Tensors& rows, const DenseActivations& saved, const Tensor& d_x, const Tensors& gradients) {
+            const DenseGradients into{expert_gradients(gradients, 0), writable_or_none(gradients.at(4))};
+            waiting([&] { self->backward(rows.at(0)->view(), rows.at(1)->view(), saved, d_x.writable(), into); });
+          },
+          nb::arg("x_d_out"), nb::arg("saved"), nb::arg("d_x"), nb::arg("gradients"));
+}
+
 }  // namespace
 
 void bind_layer(nb::module_& m) {
   bind_group_options(m);
   bind_group(m);
   bind_step(m);
+  bind_dense(m);
   nb::class_<HeldLayer>(m, "MoeLayer", "Views only: the caller keeps the weights.")
       .def("__init__", make_layer, nb::arg("group"), nb::arg("weights"), nb::arg("gate"), nb::arg("activation"),
            nb::arg("placement").none())

@@ -152,6 +152,12 @@ void bind_sources(nb::module_& m) {
       },
       nb::arg("family"), nb::arg("layer"), nb::arg("tensor"), nb::arg("shape"));
   m.def(
+      "dense_layer_source",
+      [](const std::string& family, int layer, const std::string& tensor, const ExpertShape& shape) {
+        return dense_layer_source(parse_model_family(family), layer, parse_expert_tensor(tensor), shape);
+      },
+      nb::arg("family"), nb::arg("layer"), nb::arg("tensor"), nb::arg("shape"));
+  m.def(
       "gate_source",
       [](const std::string& family, int layer) {
         const GateSource source = gate_source(parse_model_family(family), layer);

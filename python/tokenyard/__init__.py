@@ -11,7 +11,7 @@ from .errors import Error, TransportError, UsageError
 from .experts import RowGroups, feed_forward, grouped_gemm, unpermute
 from .exchange import Exchange, plan_memory
 from .launch import run_ranks
-from .layer import Activations, ExpertGroup, MoeLayer, mode_for_step
+from .layer import Activations, DenseLayer, ExpertGroup, MoeLayer, mode_for_step
 from .model import MoeModel, MoeWeights
 from .received import Pending, Received
 from .routing import Routing, dequantise, quantise, route
@@ -21,8 +21,8 @@ from .world import World
 __version__ = "0.1.0"
 
 __all__ = [
-    "Activations", "Collectives", "Error", "Exchange", "ExpertGroup", "Gate", "Instance", "ModelPreset", "MoeLayer", "MoeModel",
-    "MoeWeights", "Move", "Pending", "Placement", "Received", "Replica", "Routing", "RowGroups", "Topo", "TransportError", "UsageError",
-    "World", "dequantise", "feed_forward", "grouped_gemm", "mode_for_step", "model_preset", "model_presets", "moves", "parallel",
-    "plan_memory", "quantise", "route", "run_ranks", "topo", "unpermute", "weights",
+    "Activations", "Collectives", "DenseLayer", "Error", "Exchange", "ExpertGroup", "Gate", "Instance", "ModelPreset", "MoeLayer",
+    "MoeModel", "MoeWeights", "Move", "Pending", "Placement", "Received", "Replica", "Routing", "RowGroups", "Topo", "TransportError",
+    "UsageError", "World", "dequantise", "feed_forward", "grouped_gemm", "mode_for_step", "model_preset", "model_presets", "moves",
+    "parallel", "plan_memory", "quantise", "route", "run_ranks", "topo", "unpermute", "weights",
 ]

@@ -14,7 +14,7 @@ from .arrays import Frame, frame_of, is_torch, on_cpu, opaque, tensor, torch_if_
 from .errors import UsageError
 
 __all__ = [
-    "Checkpoint", "ExpertShape", "ExpertSource", "Run", "ShardMap", "TensorPlan", "Transfer", "Writer", "cut", "expert_shard", "expert_source",
+    "Checkpoint", "ExpertShape", "ExpertSource", "Run", "ShardMap", "TensorPlan", "Transfer", "Writer", "cut", "dense_layer_source", "expert_shard", "expert_source",
     "family_name", "full_shape", "gate_names", "gather_full", "initialise", "local_shape", "paste", "reshard", "reshard_plan",
     "shared_expert_source",
 ]
@@ -127,6 +127,11 @@ def expert_source(family, layer, tensor, shape) -> ExpertSource:
 def shared_expert_source(family, layer, tensor, shape) -> ExpertSource:
     """The same of the shared expert, as a tensor of one expert: shape.num_experts is 1."""
     return _core.shared_expert_source(family, layer, tensor, shape)
+
+
+def dense_layer_source(family, layer, tensor, shape) -> ExpertSource:
+    """The same of the feed-forward of a layer that has no experts. UsageError for gpt_oss, which has none."""
+    return _core.dense_layer_source(family, layer, tensor, shape)
 
 
 def gate_names(family, layer) -> tuple[str, str]:

@@ -210,6 +210,36 @@ def alone(**options):
     return group, local_weights(group)
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("dense_tp", [1, 2])
+def test_dense_layers(dense_tp, framework):
+    """Against the shared expert of the reference alone, and gradients along random directions."""
+    x, upstream, direction, full = rows(2), rows(3), rows(4), full_weights()
+
+    def dense(x, w13, w2, gate):
+        return np.array([feed_forward(row, w13[0], w2[0]) / (1 + np.exp(-gate[0] @ row)) for row in x]).reshape(x.shape)
+
+    def rank_main(world):
+        group = group_of(world, (4, 1, "virtual"), dense_tp=dense_tp)
+        mine = local_weights(group, framework)
+        layer = ty.DenseLayer(group if dense_tp > 1 else None, mine.shared_w13, mine.shared_w2, gate=mine.shared_gate)
+        saved = layer.new_activations()
+        out = layer(make(x[world.rank], "float32", framework), saved=saved)
+        assert is_of(out, framework)
+        d_x, gradients = layer.backward(make(x[world.rank], "float32", framework), make(upstream[world.rank], "float32", framework), saved)
+        return numbers(out), numbers(d_x), {name: numbers(g) for name, g in gradients.items()}
+
+    found, weights, eps = on_ranks(rank_main, 4), (full.shared_w13, full.shared_w2, full.shared_gate), 1e-6
+    for rank, (out, d_x, gradients) in enumerate(found):
+        np.testing.assert_allclose(out, dense(x[rank], *weights), rtol=1e-5, atol=1e-5)
+        values = [(dense(x[rank].astype(np.float64) + sign * eps * direction[rank], *weights) * upstream[rank]).sum() for sign in (1, -1)]
+        assert (d_x * direction[rank]).sum() == pytest.approx((values[0] - values[1]) / (2 * eps), rel=1e-4, abs=1e-3)
+        assert gradients.keys() == {"w13", "w2", "gate"}
+    along = np.random.default_rng(7).normal(size=full.shared_gate.shape)
+    values = [sum((dense(a.astype(np.float64), *weights[:2], full.shared_gate + sign * eps * along) * up).sum() for a, up in zip(x, upstream)) for sign in (1, -1)]
+    assert sum((gradients["gate"] * along).sum() for _, _, gradients in found) == pytest.approx((values[0] - values[1]) / (2 * eps), rel=1e-4, abs=1e-3)
+
+
 def test_errors():
     group, weights = alone()
     with pytest.raises(ty.UsageError, match="an expert group has no option 'colour'"):

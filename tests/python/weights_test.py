@@ -82,6 +82,7 @@ def test_a_further_even_cut():
     (lambda: tw.expert_source("llama", 0, "w13", SHAPE), "llama"),
     (lambda: tw.expert_source("qwen3_moe", 0, "w13_bias", SHAPE), "w13_bias: qwen3_moe has no expert biases"),
     (lambda: tw.shared_expert_source("qwen3_moe", 0, "w2", SHAPE), "qwen3_moe has no shared expert"),
+    (lambda: tw.dense_layer_source("gpt_oss", 0, "w2", SHAPE), "gpt_oss"),
     (lambda: tw.Checkpoint("/nowhere"), "/nowhere"),
 ])
 def test_errors(call, text):
@@ -191,6 +192,7 @@ def test_names_of_gates_and_shared_experts():
     assert tw.gate_names("glm4_moe", 2)[1] == "model.layers.2.mlp.gate.e_score_correction_bias"
     one = tw.ExpertShape(num_experts=1, hidden_size=6, expert_width=8)
     assert tw.shared_expert_source("deepseek_v3", 2, "w2", one).names == ["model.layers.2.mlp.shared_experts.down_proj.weight"]
+    assert tw.dense_layer_source("glm4_moe", 0, "w2", one).names == ["model.layers.0.mlp.down_proj.weight"]
     assert tw.family_name("glm-4.5-air") == "glm4_moe"
 
 
