@@ -49,15 +49,20 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const __grid_constant
 
 constexpr int kGatherThreads = 1024;
 
-// How many threads before this one have `flag`, and how many there are. By all threads of a block.
-__device__ __forceinline__ int rank_among(bool flag, int* total) {
+// The sum of the threads before this one, and of all. By all threads of a block.
+__device__ __forceinline__ int sum_before(int value, int* total) {
   __shared__ int of_warps[kGatherThreads / kWarp];
-  const unsigned ballot = __ballot_sync(kAllLanes, flag);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  int inclusive = value;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, inclusive, distance);
+    if (lane >= distance) inclusive += before;
+  }
   __syncthreads();  // the last sums have been read
-  if (lane == 0) of_warps[warp] = __popc(ballot);
+  if (lane == kWarp - 1) of_warps[warp] = inclusive;
   __syncthreads();
-  int before = __popc(ballot & ((1U << lane) - 1));
+  int before = inclusive - value;
   *total = 0;
   for (int w = 0; w < kGatherThreads / kWarp; ++w) {
     if (w < warp) before += of_warps[w];
@@ -88,13 +93,17 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const __grid_con
   if (mine > 0) atomicAdd(&begin, mine);
   __syncthreads();
   if (threadIdx.x == 0) args.begins[group] = begin;
+  constexpr int kIdsAtOnce = 16;
   std::int32_t next = begin;
-  for (std::int64_t first = 0; first < args.num_ids; first += kGatherThreads) {
-    const std::int64_t at = first + threadIdx.x;
-    const bool is_here = at < args.num_ids && args.local_ids[at] == group;
+  for (std::int64_t first = 0; first < args.num_ids; first += kGatherThreads * kIdsAtOnce) {
+    const std::int64_t at = first + static_cast<std::int64_t>(threadIdx.x) * kIdsAtOnce;
+    unsigned here = 0;  // a bit for each of this thread's ids
+#pragma unroll
+    for (int i = 0; i < kIdsAtOnce; ++i) here |= at + i < args.num_ids && args.local_ids[at + i] == group ? 1U << i : 0U;
     int total = 0;
-    const int before = rank_among(is_here, &total);
-    if (is_here) args.rows[next + before] = static_cast<std::int32_t>(at / args.top_k);
+    std::int32_t place = next + sum_before(__popc(here), &total);
+    for (; here != 0; here &= here - 1)
+      args.rows[place++] = static_cast<std::int32_t>((at + __ffs(static_cast<int>(here)) - 1) / args.top_k);
     next += total;
   }
 }
