@@ -139,6 +139,7 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
                       .routing = routing_args(job),
                       .source = source_args(job),
                       .handle = job.handle->view,
+                      .numbers = row_numbers_,
                       .host = host,
                       .cached = job.cached,
                       .last = !lays_out,
@@ -162,7 +163,7 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
                      .drop = job.layout_options.drop,
                      .expert_layout = shape.is_expert_layout()},
           .handle = job.handle->view,
-          .chunk_counts = plan_chunks_,
+          .numbers = row_numbers_,
           .counts = counts_,
           .host = host};
       phase("dispatch plan", stream, [&] { cuda::launch_plan(plan, stream); });

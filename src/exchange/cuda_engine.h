@@ -137,7 +137,7 @@ class CudaEngine final : public ExchangeEngine {
   // [depth]: where the last rows of a buffer were used; its next user waits for what is there.
   std::vector<cudaStream_t> receive_streams_, expert_streams_;
   DeviceBuffer scratch_;
-  std::int32_t* plan_chunks_ = nullptr;
+  cuda::RowNumbers row_numbers_;
   std::int32_t* counts_ = nullptr;
   std::int32_t* layout_chunks_ = nullptr;
   DeviceBuffer groups_;

@@ -17,11 +17,25 @@ __device__ inline unsigned lanes_below() { return (1U << lane_index()) - 1; }
 __device__ __forceinline__ std::int64_t grid_warp() { return static_cast<std::int64_t>(warp_index()) * gridDim.x + blockIdx.x; }
 __device__ __forceinline__ std::int64_t grid_warps() { return static_cast<std::int64_t>(warps_of_block()) * gridDim.x; }
 
+// The part that one warp has in work which many share.
+struct WarpShare {
+  std::int64_t index = 0;  // among the warps that share
+  std::int64_t count = 1;  // of them
+
+  // Of the warps [first, first + warps) of every block of the grid; neighbours run on different multiprocessors.
+  __device__ static WarpShare of(int first, int warps) {
+    return {.index = static_cast<std::int64_t>(warp_index() - first) * gridDim.x + blockIdx.x,
+            .count = static_cast<std::int64_t>(warps) * gridDim.x};
+  }
+};
+
 // Pieces of work, each for one warp. Warps begin with one each, and take the next as they come for it: some multiprocessors are
 // nearer to the links than others. The counter is zero between kernels.
 class Pieces {
  public:
-  __device__ explicit Pieces(std::uint32_t* counter) : counter_(counter), current_(grid_warp()) { take(); }
+  __device__ Pieces(std::uint32_t* counter, const WarpShare& share) : counter_(counter), count_(share.count), current_(share.index) {
+    take();
+  }
   __device__ std::int64_t current() const { return current_; }
   __device__ std::int64_t next() const { return __shfl_sync(kAllLanes, next_, 0); }
   __device__ void advance() {
@@ -32,9 +46,10 @@ class Pieces {
  private:
   // Long before it is needed, since it is a trip to the L2 cache.
   __device__ void take() {
-    if (lane_index() == 0) next_ = grid_warps() + atomicAdd(counter_, 1U);
+    if (lane_index() == 0) next_ = count_ + atomicAdd(counter_, 1U);
   }
   std::uint32_t* counter_;
+  std::int64_t count_;
   std::int64_t current_;
   std::int64_t next_ = 0;  // in lane 0
 };

@@ -109,9 +109,10 @@ __device__ inline Trouble trouble_with(const Context& c, int peer, Phase phase, 
   return {};
 }
 
-// Waits in this thread until `peer` has set the word to `least` or more, for call `call`. False: the call has failed.
+// Waits in this thread until `peer` has set the word to `least` or more, for call `call`; looks again after `pause_ns`. False: the call
+// has failed.
 __device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word, std::uint64_t least, int peer, Phase phase,
-                                     std::uint64_t call) {
+                                     std::uint64_t call, unsigned pause_ns = 0) {
   std::uint64_t seen;
   const auto is_set = [&] { return (seen = ptx::load_acquire(word)) >= least; };
   if (is_set()) return true;
@@ -124,6 +125,7 @@ __device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word
         mine.waiting_on = 0;
         return true;
       }
+      if (pause_ns != 0) __nanosleep(pause_ns);
     }
     const std::uint64_t last = protocol::flag_call(seen);
     mine.call = call;

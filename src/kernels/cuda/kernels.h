@@ -54,6 +54,15 @@ struct HostCounts {
   std::int32_t map_rows = 0;  // length of the gather map
 };
 
+constexpr int kPlanChunk = 128;  // tokens
+
+// A plan's slots in parts, as they are found: the slot of a row is base + before + number. Scratch, valid until the next plan.
+struct RowNumbers {
+  std::int32_t* number = nullptr;  // [M][R]: among the rows of its chunk for that rank, -1: none
+  std::int32_t* before = nullptr;  // [ceil(M / kPlanChunk)][R]: rows of earlier chunks
+  std::int32_t* base = nullptr;    // [R]: rows of lower ranks
+};
+
 struct PlanArgs {
   Context context;
   protocol::CallHeader header;  // call and handle_call are filled in by the kernel
@@ -61,11 +70,10 @@ struct PlanArgs {
   RoutingArgs routing;
   LimitArgs limits;
   HandleView handle;
-  std::int32_t* chunk_counts = nullptr;  // scratch [ceil(M / kPlanChunk)][R]
-  std::int32_t* counts = nullptr;        // scratch: this rank's row of the count matrix, zero between kernels
-  HostCounts* host = nullptr;            // pinned
+  RowNumbers numbers;
+  std::int32_t* counts = nullptr;  // scratch: this rank's row of the count matrix, zero between kernels
+  HostCounts* host = nullptr;      // pinned
 };
-constexpr int kPlanChunk = 256;
 
 // Rows as the caller has them; quantised on the way when asked.
 struct SourceArgs {
@@ -89,8 +97,9 @@ struct MoveArgs {
   RoutingArgs routing;      // not read when cached
   SourceArgs source;
   HandleView handle;
+  RowNumbers numbers;          // of the plan; throughput mode, unless cached
   HostCounts* host = nullptr;  // latency mode, pinned
-  bool cached = false;         // slots of the handle are final, no records travel
+  bool cached = false;         // slots are the handle's, no records travel
   bool last = false;           // ends the call
   int blocks = 1;              // of the grid: at most what may be resident at once beside everything else on the device
 };
@@ -171,8 +180,8 @@ void launch_wait_reads(const Context& context, Stream stream);
 // Within a combine, at_source: waits until every rank's weights are here.
 void launch_wait_weights(const Context& context, Stream stream);
 void launch_plan(const PlanArgs& args, Stream stream);
-// Throughput: every row once to each of its ranks, into its slot; then waits for every source, and turns its records into the
-// handle's received rows [0, receive_rows).
+// Throughput: every row once to each of its ranks, into its slot, which the handle learns; then waits for every source, and turns its
+// records into the handle's received rows [0, receive_rows).
 void launch_move(const MoveArgs& args, Stream stream);
 void launch_slots(const MoveArgs& args, Stream stream);     // latency mode: moves, waits and lands in slots that need no plan
 void launch_layout(const LayoutArgs& args, Stream stream);  // several kernels

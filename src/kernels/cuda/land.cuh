@@ -22,8 +22,8 @@ __device__ inline int source_of(const std::int32_t* source_begin, int ranks, std
   return low;
 }
 
-// The share of this warp.
-__device__ inline void land_pairs(const MoveArgs& args) {
+// This warp's share of the received pairs.
+__device__ inline void land_pairs(const MoveArgs& args, const WarpShare& share) {
   const Context& c = args.context;
   const HandleView& handle = args.handle;
   const std::byte* records = receive_records(c, c.rank, args.buffer);
@@ -31,9 +31,9 @@ __device__ inline void land_pairs(const MoveArgs& args) {
   const std::int32_t rows = handle.header->num_rows;
   const auto top_k = static_cast<unsigned>(handle.top_k);
   const unsigned pairs = static_cast<unsigned>(c.shape.receive_rows) * top_k;  // at most 2^31
-  const auto step = static_cast<unsigned>(grid_warps()) * kLanes;
+  const auto step = static_cast<unsigned>(share.count) * kLanes;
   constexpr int kAtOnce = 4;  // loads under way
-  for (unsigned begin = static_cast<unsigned>(grid_warp()) * kLanes + lane_index(); begin < pairs; begin += kAtOnce * step) {
+  for (unsigned begin = static_cast<unsigned>(share.index) * kLanes + lane_index(); begin < pairs; begin += kAtOnce * step) {
     ReceivedPair pair[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -52,29 +52,26 @@ __device__ inline void land_pairs(const MoveArgs& args) {
   }
 }
 
-// By a warp that has sent the records of its share: the last one tells every rank.
-__device__ inline void publish_records(const Context& c) {
+// By a warp that has sent the records of its share: the last of `warps` tells every rank.
+__device__ inline void publish_records(const Context& c, std::int64_t warps) {
   __syncwarp();
   bool last = false;
-  if (lane_index() == 0) last = ptx::add_acquire_release(&c.tickets[kRecordsTicket], 1U) == grid_warps() - 1;
+  if (lane_index() == 0) last = ptx::add_acquire_release(&c.tickets[kRecordsTicket], 1U) == warps - 1;
   if (!__any_sync(kAllLanes, last)) return;
   const std::uint64_t call = call_number(c);
   for (int i = lane_index(); i < c.ranks; i += kLanes) set_flag(c, Flag::records, (c.rank + 1 + i) % c.ranks, call);
 }
 
-__device__ inline bool records_are_here(const Context& c) {
-  const std::uint64_t call = call_number(c);
-  bool here = true;
-  for (int peer = lane_index(); peer < c.ranks; peer += kLanes) {
-    here = ptx::load_acquire(flag_of(c, Flag::records, peer)) >= protocol::flag_word(call) && here;
-  }
-  return __all_sync(kAllLanes, here) != 0;
-}
-
 // False: the call has failed.
 __device__ inline bool wait_for_records(const Context& c) {
+  // Many warps wait for long: without pauses they keep those who move rows from the line in which all flags lie.
+  constexpr unsigned kPauseNs = 500;
+  const std::uint64_t call = call_number(c);
   bool good = true;
-  for (int peer = lane_index(); peer < c.ranks; peer += kLanes) good = wait_for_flag(c, Flag::records, peer, Phase::dispatch_rows) && good;
+  for (int peer = lane_index(); peer < c.ranks; peer += kLanes) {
+    const std::uint64_t* const word = flag_of(c, Flag::records, peer);
+    good = wait_for_word(c, word, protocol::flag_word(call), peer, Phase::dispatch_rows, call, kPauseNs) && good;
+  }
   return __all_sync(kAllLanes, good) != 0;
 }
 

@@ -7,6 +7,12 @@
 
 namespace tokenyard::cuda {
 
+// A block has two kinds of warps: movers move rows, and behind them clerks see to what is beside the rows.
+__device__ inline int movers_of_block() { return warps_of_block() - kClerks; }
+__device__ inline bool is_mover() { return warp_index() < movers_of_block(); }
+__device__ inline WarpShare mover_share() { return WarpShare::of(0, movers_of_block()); }
+__device__ inline WarpShare clerk_share() { return WarpShare::of(movers_of_block(), kClerks); }
+
 // Opens the call of a cached dispatch; behind a plan every rank is known to have begun. Block-uniform.
 __device__ inline bool begin_move(const MoveArgs& args) {
   const Context& c = args.context;
@@ -21,9 +27,20 @@ __device__ inline std::int32_t tokens_of(const MoveArgs& args) {
   return args.cached ? args.handle.header->num_tokens : args.routing.num_tokens;
 }
 
+// The index of a token's row at `rank`, -1: none.
+__device__ inline std::int32_t slot_of(const MoveArgs& args, std::int32_t token, int rank) {
+  const std::int64_t ranks = args.context.ranks;
+  if (args.cached) return args.handle.slots[token * ranks + rank];
+  const std::int32_t number = args.numbers.number[token * ranks + rank];
+  const std::int32_t before = args.numbers.before[token / kPlanChunk * ranks + rank];  // all three loaded at once
+  const std::int32_t base = args.numbers.base[rank];
+  return number < 0 ? -1 : base + before + number;
+}
+
 // A token's destinations among 32 ranks, of which each lane has one. Pointers only where `present` has the lane's bit.
 struct Targets {
   int first_rank = 0;
+  std::int32_t slot = -1;
   unsigned present = 0;
   std::byte* row = nullptr;
   std::byte* scales = nullptr;
@@ -33,9 +50,10 @@ struct Targets {
 __device__ inline Targets targets_of(const MoveJob& job, std::int32_t token, int first_rank) {
   const Context& c = job.args.context;
   const int rank = first_rank + lane_index();
-  const std::int32_t slot = rank < c.ranks ? job.args.handle.slots[static_cast<std::int64_t>(token) * c.ranks + rank] : -1;
+  const std::int32_t slot = rank < c.ranks ? slot_of(job.args, token, rank) : -1;
   Targets targets;
   targets.first_rank = first_rank;
+  targets.slot = slot;
   targets.present = __ballot_sync(kAllLanes, slot >= 0);
   if (slot < 0) return targets;
   const int buffer = buffer_of(c, rank, job.args.buffer);
@@ -98,49 +116,34 @@ __device__ inline void write_records(const MoveArgs& args, std::int32_t token, c
   });
 }
 
-// What a warp does beside its rows: sends scales and records of its share of the tokens, and lands its share of what arrives.
-class BesideRows {
- public:
-  __device__ explicit BesideRows(const MoveJob& job) : job_(job) {}
-  // While a row is under way.
-  __device__ void go_on() {
-    if (!has_sent_) {
-      send();
-    } else if (!has_landed_ && !job_.args.cached && records_are_here(job_.args.context)) {
-      land();
+// The records and the scales of this warp's share of the tokens, and the slots for the handle. Not for a cached dispatch, of which only
+// scales travel.
+__device__ inline void send_beside(const MoveJob& job, const WarpShare& share) {
+  const MoveArgs& args = job.args;
+  const Context& c = args.context;
+  const std::int32_t tokens = tokens_of(args);
+  if (args.cached && job.scales.units == 0) return;
+  for (auto token = static_cast<std::int32_t>(share.index); token < tokens; token += static_cast<std::int32_t>(share.count)) {
+    TokenChoices choices;
+    if (!args.cached) choices = choices_of(args.routing, c.rank, token);
+    std::int32_t ordinal = 0;
+    for (int first = 0; first < c.ranks; first += kLanes) {
+      const Targets targets = targets_of(job, token, first);
+      move_scales(job, token, targets);
+      if (args.cached) continue;
+      write_records(args, token, choices, targets, ordinal);
+      const int rank = first + lane_index();
+      if (rank < c.ranks) args.handle.slots[static_cast<std::int64_t>(token) * c.ranks + rank] = targets.slot;
     }
   }
-  __device__ void finish() {
-    if (!has_sent_) send();
-    if (!has_landed_ && !job_.args.cached && wait_for_records(job_.args.context)) land();
-  }
+}
 
- private:
-  __device__ void send() {
-    has_sent_ = true;
-    const Context& c = job_.args.context;
-    const std::int32_t tokens = tokens_of(job_.args);
-    if (job_.args.cached && job_.scales.units == 0) return;
-    for (auto token = static_cast<std::int32_t>(grid_warp()); token < tokens; token += static_cast<std::int32_t>(grid_warps())) {
-      TokenChoices choices;
-      if (!job_.args.cached) choices = choices_of(job_.args.routing, c.rank, token);
-      std::int32_t ordinal = 0;
-      for (int first = 0; first < c.ranks; first += kLanes) {
-        const Targets targets = targets_of(job_, token, first);
-        move_scales(job_, token, targets);
-        if (!job_.args.cached) write_records(job_.args, token, choices, targets, ordinal);
-      }
-    }
-    if (!job_.args.cached) publish_records(c);
-  }
-  __device__ void land() {
-    has_landed_ = true;
-    land_pairs(job_.args);
-  }
-
-  const MoveJob& job_;
-  bool has_sent_ = false;
-  bool has_landed_ = false;
-};
+// What a clerk does: everything that is not a row, while others move rows.
+__device__ inline void work_beside_rows(const MoveJob& job, const WarpShare& share) {
+  send_beside(job, share);
+  if (job.args.cached) return;
+  publish_records(job.args.context, share.count);
+  if (wait_for_records(job.args.context)) land_pairs(job.args, share);
+}
 
 }  // namespace tokenyard::cuda

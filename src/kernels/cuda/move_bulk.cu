@@ -1,4 +1,4 @@
-// Moves rows by bulk copies, one warp a row: into shared memory and from there to each rank, two rows under way per warp.
+// Moves rows by bulk copies, one mover a row: into shared memory and from there to each rank, two rows under way per mover.
 // Quantised rows are made in shared memory instead of loaded.
 
 #include <cuda_runtime_api.h>
@@ -13,29 +13,43 @@
 namespace tokenyard::cuda {
 namespace {
 
-constexpr int kMaxWarps = 16;
+constexpr int kMaxMovers = 16;
 constexpr int kStages = 2;  // of one row each; a third was not faster
 
-struct WarpMemory {
+struct MoverMemory {
   std::byte* stages;  // [kStages][row_bytes]
   std::byte* scales;  // of one row, where rows are quantised
   bulk::Barrier* barriers;
 };
 
-__host__ __device__ std::int64_t warp_bytes(const MoveJob& job) {
+__host__ __device__ std::int64_t mover_bytes(const MoveJob& job) {
   const std::int64_t scales = job.args.source.quantise ? protocol::align_up(job.scales.row_bytes, 16) : 0;
   return kStages * job.args.source.row_bytes + scales;
 }
 
 // By lane 0.
-__device__ void prefetch(const MoveJob& job, std::int32_t token, const WarpMemory& memory, int stage) {
+__device__ void prefetch(const MoveJob& job, std::int32_t token, const MoverMemory& memory, int stage) {
   const auto bytes = static_cast<std::uint32_t>(job.args.source.row_bytes);
   memory.barriers[stage].expect(bytes);
   bulk::load(memory.stages + stage * job.args.source.row_bytes, row_at(job.args.source, token), bytes, memory.barriers[stage]);
 }
 
+// The first row, which is the caller's, before anything is known of the call. It has arrived before the block ends.
+__device__ void begin_rows(const MoveJob& job, std::int32_t tokens, const MoverMemory& memory) {
+  if (lane_index() == 0) {
+    for (int i = 0; i < kStages; ++i) memory.barriers[i].init(1);
+    bulk::publish_barriers();
+    const std::int64_t first = mover_share().index;
+    if (first < tokens) prefetch(job, static_cast<std::int32_t>(first), memory, 0);
+  }
+  __syncwarp();
+}
+__device__ void abandon_rows(std::int32_t tokens, const MoverMemory& memory) {
+  if (mover_share().index < tokens) memory.barriers[0].wait(0);
+}
+
 // The whole row and its scales, by the warp; lane 0 may then store the row.
-__device__ void quantise_row(const MoveJob& job, std::int32_t token, const WarpMemory& memory, int stage) {
+__device__ void quantise_row(const MoveJob& job, std::int32_t token, const MoverMemory& memory, int stage) {
   const SourceArgs& source = job.args.source;
   // The stores that read this stage were committed two rows ago, so all but the last group have been read.
   if (lane_index() == 0) bulk::wait_read<kStages - 1>();
@@ -68,19 +82,11 @@ __device__ void store_scales(const MoveJob& job, std::int32_t token, const std::
 }
 
 template <bool kQuantise>
-__device__ void move_rows(const MoveJob& job, const WarpMemory& memory) {
+__device__ void move_rows(const MoveJob& job, std::int32_t tokens, const MoverMemory& memory) {
   const MoveArgs& args = job.args;
-  const std::int32_t tokens = tokens_of(args);
-  Pieces next(&args.context.tickets[kRowsTicket]);
-  BesideRows beside(job);
+  Pieces next(&args.context.tickets[kRowsTicket], mover_share());
   int stage = 0;
   std::uint32_t parity = 0;
-  if (!kQuantise && lane_index() == 0) {
-    for (int i = 0; i < kStages; ++i) memory.barriers[i].init(1);
-    bulk::publish_barriers();
-    if (next.current() < tokens) prefetch(job, static_cast<std::int32_t>(next.current()), memory, stage);
-  }
-  __syncwarp();
   for (; next.current() < tokens; next.advance()) {
     const auto token = static_cast<std::int32_t>(next.current());
     if constexpr (kQuantise) {
@@ -95,11 +101,9 @@ __device__ void move_rows(const MoveJob& job, const WarpMemory& memory) {
       prefetch(job, static_cast<std::int32_t>(ahead), memory, stage ^ 1);
     }
     __syncwarp();
-    beside.go_on();
     stage ^= 1;
     if (stage == 0) parity ^= 1;
   }
-  beside.finish();
   if (lane_index() != 0) return;
   // This thread's bulk stores are complete, and ordered before the flag that is_last_block leads to.
   bulk::drain();
@@ -107,12 +111,23 @@ __device__ void move_rows(const MoveJob& job, const WarpMemory& memory) {
 }
 
 template <bool kQuantise>
-__global__ void __launch_bounds__(kMaxWarps* kLanes, 1) move_rows_bulk(const __grid_constant__ MoveJob job) {
+__global__ void __launch_bounds__((kMaxMovers + kClerks) * kLanes, 1) move_rows_bulk(const __grid_constant__ MoveJob job) {
   extern __shared__ __align__(128) std::byte shared[];
-  __shared__ bulk::Barrier barriers[kMaxWarps][kStages];
-  if (begin_move(job.args)) {
-    std::byte* mine = shared + warp_index() * warp_bytes(job);
-    move_rows<kQuantise>(job, {mine, mine + kStages * job.args.source.row_bytes, barriers[warp_index()]});
+  __shared__ bulk::Barrier barriers[kMaxMovers][kStages];
+  const std::int32_t tokens = tokens_of(job.args);
+  MoverMemory memory{};
+  if (is_mover()) {
+    std::byte* const mine = shared + warp_index() * mover_bytes(job);
+    memory = {mine, mine + kStages * job.args.source.row_bytes, barriers[warp_index()]};
+    if (!kQuantise) begin_rows(job, tokens, memory);
+  }
+  const bool good = begin_move(job.args);
+  if (!is_mover()) {
+    if (good) work_beside_rows(job, clerk_share());
+  } else if (good) {
+    move_rows<kQuantise>(job, tokens, memory);
+  } else if (!kQuantise) {
+    abandon_rows(tokens, memory);
   }
   __syncwarp();
   finish_move(job);
@@ -123,10 +138,10 @@ const Preloaded preloaded({{move_rows_bulk<false>, kAllSharedMemory}, {move_rows
 }  // namespace
 
 bool launch_move_bulk(const MoveJob& job, Stream stream) {
-  const std::int64_t bytes = warp_bytes(job);
-  const std::int64_t warps = std::min<std::int64_t>(kMaxWarps, most_shared_bytes() / bytes);
-  if (warps < 1) return false;
-  const Launch launch(job.args.blocks, static_cast<int>(warps) * kLanes, static_cast<std::size_t>(warps * bytes), stream,
+  const std::int64_t bytes = mover_bytes(job);
+  const std::int64_t movers = std::min<std::int64_t>(kMaxMovers, most_shared_bytes() / bytes);
+  if (movers < 1) return false;
+  const Launch launch(job.args.blocks, static_cast<int>(movers + kClerks) * kLanes, static_cast<std::size_t>(movers * bytes), stream,
                       Resident::together);
   launch(job.args.source.quantise ? move_rows_bulk<true> : move_rows_bulk<false>, job);
   return true;

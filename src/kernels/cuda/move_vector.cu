@@ -7,7 +7,8 @@
 namespace tokenyard::cuda {
 namespace {
 
-constexpr int kVectorThreads = 512;
+constexpr int kMovers = 16;
+constexpr int kVectorThreads = (kMovers + kClerks) * kLanes;
 constexpr int kUnroll = 7;  // loads under way in each lane
 constexpr int kPieceBytes = kUnroll * kLanes * 16;
 constexpr int kPieceBlocks = kPieceBytes / kQuantiseBlock;
@@ -68,21 +69,26 @@ __device__ void move_row(const MoveJob& job, std::int32_t token, const Targets& 
 }
 
 template <bool kQuantise>
-__global__ void __launch_bounds__(kVectorThreads, 1) move_rows_vector(const __grid_constant__ MoveJob job) {
+__device__ void move_rows(const MoveJob& job) {
   extern __shared__ PieceStage stages[];
-  const MoveArgs& args = job.args;
-  if (begin_move(args)) {
-    const Context& c = args.context;
-    const std::int32_t tokens = tokens_of(args);
-    BesideRows beside(job);
-    for (Pieces next(&c.tickets[kRowsTicket]); next.current() < tokens; next.advance()) {
-      const auto token = static_cast<std::int32_t>(next.current());
-      for (int first = 0; first < c.ranks; first += kLanes) {
-        move_row<kQuantise>(job, token, targets_of(job, token, first), kQuantise ? &stages[warp_index()] : nullptr);
-      }
-      beside.go_on();
+  const Context& c = job.args.context;
+  const std::int32_t tokens = tokens_of(job.args);
+  for (Pieces next(&c.tickets[kRowsTicket], mover_share()); next.current() < tokens; next.advance()) {
+    const auto token = static_cast<std::int32_t>(next.current());
+    for (int first = 0; first < c.ranks; first += kLanes) {
+      move_row<kQuantise>(job, token, targets_of(job, token, first), kQuantise ? &stages[warp_index()] : nullptr);
     }
-    beside.finish();
+  }
+}
+
+template <bool kQuantise>
+__global__ void __launch_bounds__(kVectorThreads, 1) move_rows_vector(const __grid_constant__ MoveJob job) {
+  if (begin_move(job.args)) {
+    if (is_mover()) {
+      move_rows<kQuantise>(job);
+    } else {
+      work_beside_rows(job, clerk_share());
+    }
   }
   finish_move(job);
 }
@@ -93,7 +99,7 @@ const Preloaded preloaded({{move_rows_vector<false>}, {move_rows_vector<true>, k
 
 void launch_move_vector(const MoveJob& job, Stream stream) {
   const bool quantise = job.args.source.quantise;
-  constexpr std::size_t kShared = kVectorThreads / kLanes * sizeof(PieceStage);
+  constexpr std::size_t kShared = kMovers * sizeof(PieceStage);
   const Launch launch(job.args.blocks, kVectorThreads, quantise ? kShared : 0, stream, Resident::together);
   launch(quantise ? move_rows_vector<true> : move_rows_vector<false>, job);
 }

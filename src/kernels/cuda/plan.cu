@@ -1,4 +1,4 @@
-// Who gets what, and where: every block counts a chunk of tokens, the last one exchanges counts with all ranks and places rows.
+// Who gets what, and where: every block counts a chunk of tokens, the last one exchanges counts with all ranks.
 
 #include <algorithm>
 
@@ -59,11 +59,11 @@ __device__ void mark_tile(const PlanArgs& args, const Tile& tile, std::int32_t* 
   add_id_counts(c, ids);
 }
 
-// Numbers the rows for each rank within the chunk, one rank per warp. The running number stays in chunk_counts between tiles.
+// Numbers the rows for each rank within the chunk, one rank per warp. The running number stays in numbers.before between tiles.
 __device__ void number_tile(const PlanArgs& args, const Tile& tile, bool is_first, bool is_last) {
   const Context& c = args.context;
   const volatile std::uint64_t* masks = tile.masks;  // volatile: atomics have written them behind the L1 cache
-  std::int32_t* running = args.chunk_counts + static_cast<std::int64_t>(blockIdx.x) * c.ranks;
+  std::int32_t* running = args.numbers.before + static_cast<std::int64_t>(blockIdx.x) * c.ranks;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     std::int32_t rows = is_first ? 0 : running[rank];
     for (int begin = 0; begin < tile.tokens; begin += kLanes) {
@@ -72,7 +72,7 @@ __device__ void number_tile(const PlanArgs& args, const Tile& tile, bool is_firs
       const unsigned present = __ballot_sync(kAllLanes, mask != 0);
       if (t < tile.tokens) {
         const std::int64_t at = static_cast<std::int64_t>(tile.first + t) * c.ranks + rank;
-        args.handle.slots[at] = mask != 0 ? rows + __popc(present & lanes_below()) : -1;
+        args.numbers.number[at] = mask != 0 ? rows + __popc(present & lanes_below()) : -1;
         args.handle.k_masks[at] = mask;
       }
       rows += __popc(present);
@@ -185,34 +185,23 @@ __device__ bool everything_fits(const PlanArgs& args, const std::int32_t* sums, 
   return false;
 }
 
-// Numbers within chunks become indices at the destination: behind the rows of lower ranks, and of this rank's earlier chunks.
-__device__ void place_rows(const PlanArgs& args, std::uint64_t call) {
+// Rows of earlier chunks. By all warps.
+__device__ void scan_chunks(const PlanArgs& args) {
   const Context& c = args.context;
   const int chunks = (args.routing.num_tokens + kPlanChunk - 1) / kPlanChunk;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
+    exclusive_scan_column(args.numbers.before + rank, c.ranks, chunks, 0);
+  }
+}
+
+// Rows of lower ranks. By warps from the last one on: the first ones have more to do.
+__device__ void find_bases(const PlanArgs& args, std::uint64_t call) {
+  const Context& c = args.context;
+  for (int rank = warps_of_block() - 1 - warp_index(); rank < c.ranks; rank += warps_of_block()) {
     std::int32_t base = 0;
     for (int source = lane_index(); source < c.rank; source += kLanes) base += count_row(c, c.rank, source, call)[rank];
     base = __reduce_add_sync(kAllLanes, base);
-    exclusive_scan_column(args.chunk_counts + rank, c.ranks, chunks, base);
-  }
-  __syncthreads();
-  std::int32_t* slots = args.handle.slots;
-  const auto ranks = static_cast<unsigned>(c.ranks);
-  const unsigned count = static_cast<unsigned>(args.routing.num_tokens) * ranks;  // the arrays would not fit memory if it overflowed
-  constexpr int kAtOnce = 8;                                                      // loads under way
-  for (unsigned begin = threadIdx.x; begin < count; begin += kAtOnce * kPlanThreads) {
-    std::int32_t slot[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const unsigned at = begin + i * kPlanThreads;
-      slot[i] = at < count ? slots[at] : -1;
-      const unsigned token = at / ranks;
-      if (slot[i] >= 0) slot[i] += args.chunk_counts[static_cast<std::int64_t>(token / kPlanChunk) * c.ranks + (at - token * ranks)];
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (slot[i] >= 0) slots[begin + i * kPlanThreads] = slot[i];
-    }
+    if (lane_index() == 0) args.numbers.base[rank] = base;
   }
 }
 
@@ -249,15 +238,16 @@ __device__ void fill_handle(const PlanArgs& args, const std::int32_t* sums, cons
 }
 
 // By the last block. Block-uniform; false: the call has failed.
-__device__ bool exchange_and_place(const PlanArgs& args, std::uint64_t call, std::int32_t* sums, LastMemory& memory) {
+__device__ bool exchange_counts(const PlanArgs& args, std::uint64_t call, std::int32_t* sums, LastMemory& memory) {
   const Context& c = args.context;
   if (block_has_failed(c) || !settle(c)) return false;
   publish_counts(args, call);
+  scan_chunks(args);  // while others' counts are on their way
   if (!wait_until_begun(c, args.header, Phase::dispatch_counts)) return false;
   sum_counts(args, call, sums);
   if (!everything_fits(args, sums, memory)) return false;
   fill_handle(args, sums, memory, call);
-  place_rows(args, call);
+  find_bases(args, call);
   return true;
 }
 
@@ -269,7 +259,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_dispatch(const __grid_const
   if (!is_last_block(c, kPlanTicket)) return;
   const std::uint64_t call = call_number(c);
   const int words = static_cast<int>(c.shape.count_words());
-  if (!exchange_and_place(args, call, words <= kHistogramWords ? chunk.counts : args.counts, last)) {
+  if (!exchange_counts(args, call, words <= kHistogramWords ? chunk.counts : args.counts, last)) {
     __syncthreads();
     clear_counts(c, args.handle, args.routing.num_tokens, args.routing.local_experts);
     clear_sent(c, args.handle, args.routing.num_tokens);
