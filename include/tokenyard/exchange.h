@@ -70,6 +70,8 @@ class Received {
   const Handle& handle() const;
   // Gives the rows back. On cuda what reads them must be on the stream of the dispatch, or on `stream` (a cudaStream_t).
   void release(void* stream = nullptr);
+  // cuda: rows are read on this stream (a cudaStream_t), too: when they are given back, their memory waits for what is there then.
+  void read_on(void* stream);
 
  private:
   std::shared_ptr<exchange_internal::ReceivedState> state_;

@@ -2,6 +2,7 @@
 // The enumerations and options of an exchange. Every option is named at the call: {.layout = Layout::expert_major}.
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -67,6 +68,12 @@ struct DispatchInput {
   ConstTensorView topk_weights{};  // [T,K] float32, optional (absent: weights 1)
 };
 
+// Device memory of the caller for [rows, row_bytes] and [rows, scale_bytes]; it stays until the rows of the dispatch are released.
+struct OutMemory {
+  void* rows = nullptr;
+  void* scales = nullptr;
+};
+
 struct DispatchOptions {
   std::optional<int> placement{};  // what Exchange::add returned; default: the first one added
   Layout layout = Layout::token_major;
@@ -80,6 +87,8 @@ struct DispatchOptions {
   bool copy_out = false;             // rows go to memory of the caller (out_rows) or of the Received, not a lease
   TensorView out_rows{};             // with copy_out, optional: where rows go
   TensorView out_scales{};
+  // cuda, with copy_out: asked for memory when the number of rows is known, on the thread that finishes the dispatch.
+  std::function<OutMemory(std::int64_t rows, std::int64_t row_bytes, std::int64_t scale_bytes)> allocate_out{};
   std::int64_t token_base = 0;            // shifts the replica choice, see Placement::replica_for
   std::optional<ScaleFormat> quantise{};  // rows bfloat16/float16/float32 in, fp8 and scales out
   void* stream = nullptr;                 // cuda: the cudaStream_t that made the input, and on which the output becomes valid

@@ -29,6 +29,7 @@ void bind_options(nb::module_& m);
 void bind_received(nb::module_& m);
 void bind_exchange(nb::module_& m);
 void bind_collective(nb::module_& m);
+void bind_device_collective(nb::module_& m);
 void bind_topo(nb::module_& m);
 void bind_parallel(nb::module_& m);
 void bind_safetensors(nb::module_& m);

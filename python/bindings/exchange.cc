@@ -1,6 +1,7 @@
 #include "tokenyard/exchange.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
@@ -97,22 +98,47 @@ void bind_results(nb::module_& m) {
       .def_ro("end_ns", &PhaseSpan::end_ns);
 }
 
-Received dispatch(Held& self, const DispatchInput& input, const DispatchOptions& options, const Handle* handle) {
+// memory: (allocate, out_rows, out_scales), each of them or None. allocate(rows, row_bytes, scale_bytes) -> (pointer, pointer) gives the
+// memory of rows. Whoever calls keeps all of it.
+DispatchOptions with_memory(DispatchOptions options, const nb::tuple& memory) {
+  const nb::handle allocate = memory[0], out_rows = memory[1], out_scales = memory[2];
+  if (!out_rows.is_none()) options.out_rows = nb::cast<const Tensor&>(out_rows).writable();
+  if (!out_scales.is_none()) options.out_scales = nb::cast<const Tensor&>(out_scales).writable();
+  if (allocate.is_none()) return options;
+  options.allocate_out = [allocate](std::int64_t rows, std::int64_t row_bytes, std::int64_t scale_bytes) -> OutMemory {
+    const nb::gil_scoped_acquire acquired;
+    const auto [given, scales] = nb::cast<std::pair<std::uintptr_t, std::uintptr_t>>(allocate(rows, row_bytes, scale_bytes));
+    return {reinterpret_cast<void*>(given), reinterpret_cast<void*>(scales)};
+  };
+  return options;
+}
+
+Received dispatch(Held& self, const DispatchInput& input, const DispatchOptions& given, const Handle* handle, const nb::tuple& memory) {
+  const DispatchOptions options = with_memory(given, memory);
   return waiting([&] { return handle != nullptr ? self->dispatch(input, *handle, options) : self->dispatch(input, options); });
 }
 
 bool runs_on_thread(const Held& self) { return self->options().device == Device::cpu; }
 
-Started<Received> start_dispatch(Held& self, const DispatchInput& input, const DispatchOptions& options, const Handle* handle) {
+Started<Received> start_dispatch(Held& self, const DispatchInput& input, const DispatchOptions& given, const Handle* handle,
+                                 const nb::tuple& memory) {
+  const DispatchOptions options = with_memory(given, memory);
   auto start = [&] { return handle != nullptr ? self->start_dispatch(input, *handle, options) : self->start_dispatch(input, options); };
   return {waiting(start), runs_on_thread(self)};
 }
 
-Combined combine(Held& self, const Tensor& y, const Handle& handle, const CombineOptions& options) {
+CombineOptions with_out(CombineOptions options, const Tensor* out) {
+  if (out != nullptr) options.out = out->writable();
+  return options;
+}
+
+Combined combine(Held& self, const Tensor& y, const Handle& handle, const CombineOptions& given, const Tensor* out) {
+  const CombineOptions options = with_out(given, out);
   return waiting([&] { return self->combine(y.view(), handle, options); });
 }
 
-Started<Combined> start_combine(Held& self, const Tensor& y, const Handle& handle, const CombineOptions& options) {
+Started<Combined> start_combine(Held& self, const Tensor& y, const Handle& handle, const CombineOptions& given, const Tensor* out) {
+  const CombineOptions options = with_out(given, out);
   return {waiting([&] { return self->start_combine(y.view(), handle, options); }), runs_on_thread(self)};
 }
 
@@ -139,10 +165,10 @@ nb::object expert_rows(const nb::object& self, const Handle& handle, const std::
 std::vector<MemoryItem> memory_plan(const ExchangeOptions& options, int ranks) { return Exchange::memory_plan(options, ranks).items; }
 
 void bind_calls(nb::class_<Held>& exchange) {
-  exchange.def("dispatch", dispatch, nb::arg("input"), nb::arg("options"), nb::arg("handle").none())
-      .def("start_dispatch", start_dispatch, nb::arg("input"), nb::arg("options"), nb::arg("handle").none())
-      .def("combine", combine, nb::arg("y"), nb::arg("handle"), nb::arg("options"))
-      .def("start_combine", start_combine, nb::arg("y"), nb::arg("handle"), nb::arg("options"))
+  exchange.def("dispatch", dispatch, nb::arg("input"), nb::arg("options"), nb::arg("handle").none(), nb::arg("memory"))
+      .def("start_dispatch", start_dispatch, nb::arg("input"), nb::arg("options"), nb::arg("handle").none(), nb::arg("memory"))
+      .def("combine", combine, nb::arg("y"), nb::arg("handle"), nb::arg("options"), nb::arg("out").none())
+      .def("start_combine", start_combine, nb::arg("y"), nb::arg("handle"), nb::arg("options"), nb::arg("out").none())
       .def("dispatch_backward", dispatch_backward, nb::arg("handle"), nb::arg("grad_rows"), nb::arg("grad_row_weights").none())
       .def("combine_backward", combine_backward, nb::arg("handle"), nb::arg("grad_out"), nb::arg("y").none(), nb::arg("options"))
       .def("expert_rows", expert_rows, nb::arg("handle"), nb::arg("dtype"), nb::arg("hidden_size"), nb::arg("place"), nb::arg("stream"));

@@ -13,6 +13,7 @@ NB_MODULE(_core, m) {
   bind_received(m);
   bind_exchange(m);
   bind_collective(m);
+  bind_device_collective(m);
   bind_topo(m);
   bind_parallel(m);
   bind_safetensors(m);

@@ -27,12 +27,6 @@ void tensor_in(nb::class_<Options>& options, const char* attribute) {
       attribute, [](const Options& self) { return describe(self.*kMember); },
       [](Options& self, const Tensor& tensor) { self.*kMember = tensor.view(); });
 }
-template <auto kMember, class Options>
-void tensor_out(nb::class_<Options>& options, const char* attribute) {
-  options.def_prop_rw(
-      attribute, [](const Options& self) { return describe(self.*kMember); },
-      [](Options& self, const Tensor& tensor) { self.*kMember = tensor.writable(); });
-}
 
 // A cudaStream_t as the number that frameworks show.
 template <class Options>
@@ -89,8 +83,6 @@ void bind_dispatch_options(nb::module_& m) {
           [](O& self, const std::string& text) { self.quantise = parse_scale_format(text); });
   word<&O::layout, parse_layout>(options, "layout");
   word<&O::sizing, parse_sizing>(options, "sizing");
-  tensor_out<&O::out_rows>(options, "out_rows");
-  tensor_out<&O::out_scales>(options, "out_scales");
   stream(options);
 }
 
@@ -104,7 +96,6 @@ void bind_combine_options(nb::module_& m) {
   tensor_in<&O::row_weights>(options, "row_weights");
   tensor_in<&O::bias0>(options, "bias0");
   tensor_in<&O::bias1>(options, "bias1");
-  tensor_out<&O::out>(options, "out");
   stream(options);
 }
 

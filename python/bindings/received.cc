@@ -20,6 +20,11 @@ nb::object metadata(const Received& self, const Place& place) {
   return export_array((self.*kMetadata)(), std::make_shared<Handle>(self.handle()), place);
 }
 
+std::vector<std::int64_t> rows_shape(const Received& self) {
+  const TensorView view = self.rows();
+  return {view.shape.begin(), view.shape.begin() + view.ndim};
+}
+
 }  // namespace
 
 void bind_received(nb::module_& m) {
@@ -39,6 +44,9 @@ void bind_received(nb::module_& m) {
   nb::class_<Received>(m, "Received")
       .def("rows", rows<&Received::rows>, nb::arg("place"))
       .def("scales", rows<&Received::scales>, nb::arg("place"))
+      .def("rows_shape", rows_shape)
+      .def(
+          "read_on", [](Received& self, std::uintptr_t stream) { self.read_on(reinterpret_cast<void*>(stream)); }, nb::arg("stream"))
       .def_prop_ro("num_rows", &Received::num_rows)
       .def_prop_ro("handle", &Received::handle, nb::rv_policy::copy)
       .def("num_rows_device", metadata<&Received::num_rows_device>, nb::arg("place"))

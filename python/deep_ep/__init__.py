@@ -2,7 +2,15 @@
 
 It adapts names, tuples and events; the exchange is tokenyard's. CPU tensors with a gloo group work as CUDA tensors do.
 """
+from importlib.metadata import PackageNotFoundError, version
+
 import torch
+
+try:
+    raise ImportError(f"DeepEP {version('deep_ep')} is installed, and this drop-in of tokenyard has its name: pip uninstall deep_ep, or do without "
+                      "the drop-in")
+except PackageNotFoundError:
+    pass
 
 topk_idx_t = torch.int64
 

@@ -1,6 +1,5 @@
 """DeepEP's Buffer: dispatch and combine of large batches. Low latency is in low_latency.py."""
-import itertools
-from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,11 +9,9 @@ from tokenyard import UsageError
 from .config import Config
 from .events import EventHandle, EventOverlap, Lane
 from .groups import world_of
+from .handles import Handles, Known
 from .low_latency import LowLatency
-from .room import Room, padded_columns, rows_and_scales, stretched
-
-_serials = itertools.count(1)
-KEPT_HANDLES = 256  # of recent dispatches; an older one's routing travels again when it is used
+from .room import Room, fitted, padded_columns, rows_and_scales
 
 
 def align(value, multiple):
@@ -37,7 +34,7 @@ class Buffer(LowLatency):
         self.low_latency_mode, self.explicitly_destroy, self.enable_shrink = low_latency_mode, explicitly_destroy, enable_shrink
         self._lane = Lane()
         self._room = Room(self.world)
-        self._handles = OrderedDict()  # serial -> (generation, Handle)
+        self._handles = Handles()
         self._init_low_latency()
 
     def destroy(self) -> None:
@@ -82,8 +79,9 @@ class Buffer(LowLatency):
         """(tokens per rank, tokens per group of 8 ranks or None, tokens per expert, whether a token goes to a rank, event)."""
         def task():
             in_rank = self._in_rank(topk_idx, num_experts)
-            chosen = topk_idx[topk_idx >= 0]
-            per_expert = torch.bincount(chosen, minlength=num_experts).int()
+            chosen = torch.where(topk_idx < 0, num_experts, topk_idx.long()).flatten()
+            per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_idx.device)
+            per_expert = per_expert.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))[:num_experts].contiguous()
             nodes = None
             if self.group_size > 8:
                 nodes = in_rank.view(-1, self.group_size // 8, 8).any(2).sum(0, dtype=torch.int32)
@@ -117,40 +115,30 @@ class Buffer(LowLatency):
     def _route(self, x, scales, ids, weights, num_experts, in_rank, per_expert):
         """One new dispatch: (Received, counts [src][dst], tokens per local expert of all ranks' per_expert)."""
         counts = in_rank.sum(0).tolist() + ([] if per_expert is None else per_expert.tolist())
-        row_bytes = x.shape[1] * max(x.element_size(), 2)  # fp8 in, bfloat16 back
-        scale_bytes = 0 if scales is None else scales.shape[1] * scales.element_size()
-        exchange, told = self._agree(x.device, x.shape[0], max(row_bytes, 4 * align(ids.shape[1], 4)), scale_bytes, ids.shape[1], num_experts, counts)
-        received = exchange.dispatch(x, ids, weights, scales=scales, placement=self._room.placement(num_experts))
+        exchange, told = self._agree(x.device, x.shape[0], *_bytes_of(x, scales, ids), num_experts, counts)
+        received = exchange.dispatch(x, ids, weights, scales=scales, placement=self._room.placement(num_experts), copy_out=True)
         return received, told[:, :self.group_size], told[:, self.group_size:].sum(0)
 
-    def _remember(self, received):
-        """The number under which a handle is found again; it travels in the second tensor of the tuple."""
-        serial = next(_serials)
-        self._handles[serial] = (self._room.generation, received.handle)
-        while len(self._handles) > KEPT_HANDLES:
-            self._handles.popitem(last=False)
-        return serial
-
-    def _handle_of(self, handle):
-        """The exchange's handle for a tuple whose tensors are all that is left of a dispatch."""
-        _, serials, _, source, in_rank, _ = handle
-        generation, known = self._handles.get(int(serials[0, 0]), (0, None))
-        if known is not None and generation == self._room.generation and known.num_rows == source.shape[0]:
+    def _known_of(self, handle):
+        """The dispatch that a tuple stands for. When only its tensors are left, their routing travels again."""
+        known = self._handles.find(handle[1], self._room.generation)
+        if known is not None:
             return known
+        in_rank = handle[4]
         rows = torch.zeros(in_rank.shape[0], 16, dtype=torch.uint8, device=in_rank.device)
         received, _, _ = self._route(rows, None, self._rank_ids(in_rank), None, self.group_size, in_rank, None)
-        return received.handle
+        return Known(self._room.generation, received.handle, received.handle.num_rows)
 
     def _rank_ids(self, in_rank):
         """Routing of whole ranks: one expert for each."""
         return torch.where(in_rank, torch.arange(self.group_size, device=in_rank.device), -1)
 
-    def _tuple_of(self, received, counts, in_rank, config):
+    def _tuple_of(self, received, rows, prefix, source, in_rank, config):
+        """DeepEP's handle; rows: how many combine takes."""
         channels = max(1, (config.num_sms if config else Buffer.num_sms) // 2)
-        device = in_rank.device
-        prefix = torch.as_tensor(np.cumsum(counts, 0), dtype=torch.int32).to(device)
-        serials = torch.full((self.group_size, channels), self._remember(received), dtype=torch.int32, device=device)
-        return prefix, serials, torch.zeros_like(serials), received.source_token.clone(), in_rank, torch.zeros_like(in_rank, dtype=torch.int32)
+        known = Known(self._room.generation, received.handle, rows)
+        serials = self._handles.remember(known, (self.group_size, channels), in_rank.device)
+        return prefix, serials, torch.zeros_like(serials), source, in_rank, torch.zeros_like(in_rank, dtype=torch.int32)
 
     def dispatch(self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None, is_token_in_rank=None, num_tokens_per_expert=None,
                  topk_idx=None, topk_weights=None, expert_alignment=1, num_worst_tokens=0, config=None, previous_event=None, async_finish=False,
@@ -164,12 +152,14 @@ class Buffer(LowLatency):
                 raise UsageError("dispatch without is_token_in_rank or num_tokens_per_expert; get_dispatch_layout makes both")
             if num_worst_tokens and topk_idx is None:
                 raise UsageError(f"num_worst_tokens = {num_worst_tokens} without topk_idx; it needs the top-k")
-            task = lambda: self._dispatch(rows, scales, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights, expert_alignment,  # noqa: E731
-                                          num_worst_tokens, config)
-        result, event = self._lane.run(task, previous_event=previous_event, asynchronous=async_finish, like=rows)
+            task = partial(self._dispatch_worst, rows, scales, is_token_in_rank, num_tokens_per_expert.shape[0], topk_idx, topk_weights,
+                           num_worst_tokens, config) if num_worst_tokens else partial(
+                               self._dispatch, rows, scales, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights, expert_alignment, config)
+        result, event = self._lane.run(task, previous_event=previous_event, asynchronous=async_finish, like=rows,
+                                       reads=(rows, scales, topk_idx, topk_weights, is_token_in_rank))
         return *result, event
 
-    def _dispatch(self, x, scales, in_rank, per_expert, topk_idx, topk_weights, alignment, num_worst_tokens, config):
+    def _dispatch(self, x, scales, in_rank, per_expert, topk_idx, topk_weights, alignment, config):
         num_experts = per_expert.shape[0]
         if topk_idx is None:
             received, counts, totals = self._route(x, scales, self._rank_ids(in_rank), None, self.group_size, in_rank, per_expert)
@@ -183,38 +173,51 @@ class Buffer(LowLatency):
                 self._reject(f"is_token_in_rank[{token}] = {in_rank[token].tolist()} but topk_idx[{token}] = {topk_idx[token].tolist()} of {num_experts} experts")
             received, counts, _ = self._route(x, scales, topk_idx, topk_weights, num_experts, in_rank, None)
             local_counts = received.expert_counts.tolist()
-            ids = received.local_ids.to(topk_idx.dtype)
-            weights = None if topk_weights is None else torch.where(ids >= 0, received.row_weights, 0)
-        recv_x = received.rows.clone()
-        recv_scales = None if scales is None else received.scales.clone()
-        made = self._tuple_of(received, counts, in_rank, config)
-        received.release()
-        if num_worst_tokens:
-            if recv_x.shape[0] > num_worst_tokens:
-                raise UsageError(f"{recv_x.shape[0]} rows came, num_worst_tokens is {num_worst_tokens}; use ranks x the most tokens of a rank")
-            recv_x, recv_scales = stretched(recv_x, num_worst_tokens), stretched(recv_scales, num_worst_tokens)
-            ids, weights, local_counts = stretched(ids, num_worst_tokens, -1), stretched(weights, num_worst_tokens, 0), []
-        local_counts = [align(count, alignment) for count in local_counts]
-        return recv_x if scales is None else (recv_x, recv_scales), ids, weights, local_counts, made
+            ids, weights = _choices(received, topk_idx, topk_weights)
+        prefix = torch.as_tensor(np.cumsum(counts, 0), dtype=torch.int32).to(in_rank.device)
+        recv_x = received.rows
+        made = self._tuple_of(received, recv_x.shape[0], prefix, received.source_token.clone(), in_rank, config)
+        return _payload(recv_x, received.scales), ids, weights, [align(count, alignment) for count in local_counts], made
+
+    def _dispatch_worst(self, x, scales, in_rank, num_experts, topk_idx, topk_weights, num_worst_tokens, config):
+        """Nothing here waits for the device or asks other ranks, so that a CUDA graph may hold it."""
+        tokens = num_worst_tokens // self.group_size
+        if x.shape[0] > tokens:
+            raise UsageError(f"num_worst_tokens = {num_worst_tokens} for {self.group_size} ranks leaves {tokens} tokens to each, and this rank has "
+                             f"{x.shape[0]}; give ranks x the most tokens of a rank")
+        if num_experts % self.group_size:
+            raise UsageError(f"num_experts = {num_experts} on {self.group_size} ranks; DeepEP's layout needs a multiple")
+        row_bytes, scale_bytes, top_k = _bytes_of(x, scales, topk_idx)
+        exchange = self._room.exchange_for(x.device, max_tokens_per_rank=tokens, max_row_bytes=row_bytes, max_scale_bytes=scale_bytes, top_k=top_k,
+                                           max_local_experts=num_experts // self.group_size)
+        received = exchange.dispatch(x, topk_idx, topk_weights, scales=scales, placement=self._room.placement(num_experts), sizing="capacity",
+                                     copy_out=True)
+        rows = received.rows
+        prefix = torch.zeros(self.group_size, self.group_size, dtype=torch.int32, device=x.device)
+        prefix[:, self.rank] = received.rank_counts.cumsum(0)  # what other ranks get is not known here
+        made = self._tuple_of(received, rows.shape[0], prefix, fitted(received.source_token, num_worst_tokens, -1).clone(), in_rank, config)
+        ids, weights = _choices(received, topk_idx, topk_weights)
+        recv_x = _payload(fitted(rows, num_worst_tokens), fitted(received.scales, num_worst_tokens))
+        return recv_x, fitted(ids, num_worst_tokens, -1), fitted(weights, num_worst_tokens, 0), [], made
 
     def _dispatch_cached(self, x, scales, handle):
-        known = self._handle_of(handle)
-        received = self._room.exchange.dispatch(x, handle=known, scales=scales)
-        result = received.rows.clone() if scales is None else (received.rows.clone(), received.scales.clone())
-        return result, None, None, None, None
+        known = self._known_of(handle)
+        received = self._room.exchange_for(x.device).dispatch(x, handle=known.handle, scales=scales, copy_out=True)
+        rows = handle[3].shape[0]
+        return _payload(fitted(received.rows, rows), fitted(received.scales, rows)), None, None, None, None
 
     def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None, async_finish=False, allocate_on_comm_stream=False):
         """(sums [T,H], sums of topk_weights [T,K] or None, event): float32, biases first, ranks ascending; weights element by element."""
         def task():
-            known = self._handle_of(handle)
-            rows = handle[3].shape[0]
-            sums = self._room.exchange.combine(x[:rows].contiguous(), known, bias=bias)
+            known = self._known_of(handle)
+            exchange = self._room.exchange_for(x.device)
+            sums = exchange.combine(fitted(x, known.rows).contiguous(), known.handle, bias=bias)
             if topk_weights is None:
                 return sums, None
-            weights = self._room.exchange.combine(padded_columns(topk_weights[:rows]), known)
+            weights = exchange.combine(padded_columns(fitted(topk_weights, known.rows)), known.handle)
             return sums, weights[:, :topk_weights.shape[1]].contiguous()
 
-        result, event = self._lane.run(task, previous_event=previous_event, asynchronous=async_finish, like=x)
+        result, event = self._lane.run(task, previous_event=previous_event, asynchronous=async_finish, like=x, reads=(x, topk_weights, bias))
         return *result, event
 
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
@@ -223,3 +226,19 @@ class Buffer(LowLatency):
         memory = torch.zeros(max(0, num_bytes - offset), dtype=torch.uint8)
         flat = memory[:memory.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         return flat if size is None else flat[:size.numel()].view(size)
+
+
+def _payload(rows, scales):
+    return rows if scales is None else (rows, scales)
+
+
+def _bytes_of(x, scales, ids):
+    """(bytes of a row either way, of its scales, top-k): fp8 goes, bfloat16 comes back, and so do weights."""
+    row_bytes = max(x.shape[1] * max(x.element_size(), 2), 4 * align(ids.shape[1], 4))
+    return row_bytes, 0 if scales is None else scales.shape[1] * scales.element_size(), ids.shape[1]
+
+
+def _choices(received, topk_idx, topk_weights):
+    """(local experts, -1 elsewhere, in the dtype of topk_idx; their weights, 0 elsewhere)."""
+    ids = received.local_ids.to(topk_idx.dtype)
+    return ids, None if topk_weights is None else torch.where(ids >= 0, received.row_weights, 0)

@@ -74,8 +74,8 @@ class Lane:
             self._stream = torch.cuda.Stream()
         return self._stream
 
-    def run(self, task, *, previous_event=None, asynchronous=False, like=None):
-        """(what task returned, its EventOverlap)."""
+    def run(self, task, *, previous_event=None, asynchronous=False, like=None, reads=()):
+        """(what task returned, its EventOverlap). reads: tensors of the caller, who may let go of them and of the event."""
         if not asynchronous or not uses_cuda(like):
             wait_for(previous_event)
             return task(), EventOverlap(EventHandle() if asynchronous else None)
@@ -87,4 +87,6 @@ class Lane:
             event = EventHandle()  # after everything that makes the result
         for tensor in tensors_of(result):
             tensor.record_stream(torch.cuda.current_stream())
+        for tensor in tensors_of(reads):
+            tensor.record_stream(self.stream)
         return result, EventOverlap(event, (task,))

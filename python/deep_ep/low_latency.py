@@ -4,7 +4,7 @@ import torch
 from tokenyard import UsageError
 
 from .events import EventOverlap
-from .room import Room
+from .room import Room, is_capturing
 
 
 class LowLatencyHandle(tuple):
@@ -16,6 +16,7 @@ class LowLatencyHandle(tuple):
 class LowLatency:
     def _init_low_latency(self):
         self._low_latency_room = Room(self.world, mode="latency")
+        self._combine_buffers = {}  # by shape: graphs read them for as long as the buffer lives
         self._combine_buffer = None
 
     @staticmethod
@@ -57,15 +58,15 @@ class LowLatency:
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(results.counts)
 
-        event, hook = self._go(exchange.dispatch, exchange.start_dispatch, start, fill, async_finish, return_recv_hook, x)
+        event, hook = self._go(exchange.dispatch, exchange.start_dispatch, start, fill, async_finish, return_recv_hook, (x, topk_idx))
         return results.shown(), results.counts, results.handle, event, hook
 
-    def _go(self, call, start_call, start, fill, async_finish, return_recv_hook, like):
+    def _go(self, call, start_call, start, fill, async_finish, return_recv_hook, reads):
         """Runs a call now, or starts it and leaves its end to the hook: (event, hook)."""
         if return_recv_hook:
             pending = start(start_call)
             return EventOverlap(None), lambda: fill(pending.finish())
-        _, event = self._lane.run(lambda: fill(start(call)), asynchronous=async_finish, like=like)
+        _, event = self._lane.run(lambda: fill(start(call)), asynchronous=async_finish, like=reads[0], reads=reads)
         return event, None
 
     def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False, async_finish=False,
@@ -84,14 +85,18 @@ class LowLatency:
         def start(call):
             return call(rows.contiguous(), handle.exchange_handle, weighting="at_source", source_weights=topk_weights, out=sums)
 
-        event, hook = self._go(exchange.combine, exchange.start_combine, start, lambda result: None, async_finish, return_recv_hook, rows)
+        event, hook = self._go(exchange.combine, exchange.start_combine, start, lambda result: None, async_finish, return_recv_hook,
+                               (rows, topk_weights, sums))
         return sums, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle):
         """[L,R*M,H] bfloat16 that low_latency_combine(zero_copy=True) reads."""
         shape = (handle[0].shape[0], handle[0].shape[1], handle[3])
-        if self._combine_buffer is None or self._combine_buffer.shape != shape:
-            self._combine_buffer = torch.empty(shape, dtype=torch.bfloat16, device=handle[0].device)
+        if shape not in self._combine_buffers:
+            if is_capturing(handle[0].device):
+                raise UsageError(f"a graph is being captured, and this is the first buffer of shape {list(shape)}; ask for it once before the capture")
+            self._combine_buffers[shape] = torch.empty(shape, dtype=torch.bfloat16, device=handle[0].device)
+        self._combine_buffer = self._combine_buffers[shape]
         return self._combine_buffer
 
     def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
@@ -120,7 +125,8 @@ class _Results:
             self.scales = torch.empty((local, columns, self.slots), dtype=self.flat_scales.dtype, device=device).transpose(1, 2)
         self.counts = torch.empty(local, dtype=torch.int32, device=device)
         source = torch.empty((local, self.slots), dtype=torch.int32, device=device)
-        ranges = torch.empty((local, buffer.group_size), dtype=torch.int64, device=device)
+        self.halves = torch.empty((local, buffer.group_size, 2), dtype=torch.int32, device=device)  # of begin << 32 | count, as memory has them
+        ranges = self.halves.view(torch.int64).squeeze(2)
         self.handle = LowLatencyHandle((source, ranges, num_max, hidden, num_experts))
 
     def fill(self, received):
@@ -128,8 +134,7 @@ class _Results:
             self.scales.copy_(self.flat_scales.view(self.scales.shape))
         self.counts.copy_(received.expert_counts)
         self.handle[0].copy_(received.source_token)
-        begin, count = received.ranges.long().unbind(2)
-        self.handle[1].copy_((begin << 32) | count)
+        self.halves.copy_(received.ranges.flip(2))
         self.handle.exchange_handle = received.handle
 
     def shown(self):

@@ -1,8 +1,15 @@
 """The exchange behind a buffer: made at the first call, and anew when a call needs more."""
-from tokenyard import Exchange, Placement
+import torch
+
+from tokenyard import Exchange, Placement, UsageError
 from tokenyard.world import World
 
 _NEEDS = ("max_tokens_per_rank", "max_row_bytes", "max_scale_bytes", "top_k", "max_local_experts")
+
+
+def is_capturing(device) -> bool:
+    """Whether calls on the current stream become part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Room:
@@ -12,23 +19,32 @@ class Room:
         self.world, self._options = world, options
         self._shape = dict.fromkeys(_NEEDS, 1)
         self._placements = {}
+        self._captured = []  # exchanges that graphs use: they stay as long as the buffer
         self.exchange = None
         self.generation = 0  # handles of an earlier one are of no use
 
     def exchange_for(self, device, **needs) -> Exchange:
         shape = {name: max(self._shape[name], needs.get(name, 1)) for name in _NEEDS}
         shape["max_row_bytes"] += -shape["max_row_bytes"] % 16
+        capturing = is_capturing(device)
         if self.exchange is None or shape != self._shape:
+            if capturing:
+                grown = ", ".join(f"{name} = {shape[name]} (now {self._shape[name]})" for name in _NEEDS if shape[name] != self._shape[name])
+                raise UsageError(f"a graph is being captured, and this call needs new buffers for {grown}; make it once before the capture")
             self.exchange = None  # frees its memory first
             self._shape, self._placements = shape, {}
             place = {"device": "cuda", "device_index": device.index} if device.type == "cuda" else {"device": "cpu"}
             self.exchange = Exchange(self.world, hidden_size=0, dtype="uint8", **place, **shape, **self._options)
             self.generation += 1
+        if capturing and self.exchange not in self._captured:
+            self._captured.append(self.exchange)
         return self.exchange
 
     def placement(self, num_experts: int) -> Placement:
         """Contiguous windows of experts, registered with the exchange."""
         if num_experts not in self._placements:
+            if is_capturing(torch.device(self.exchange.device)):
+                raise UsageError(f"a graph is being captured, and this is the first call with num_experts = {num_experts}; make it once before the capture")
             self._placements[num_experts] = Placement.uniform(num_experts, self.world.size)
             self.exchange.add(self._placements[num_experts])
         return self._placements[num_experts]
@@ -55,3 +71,8 @@ def stretched(tensor, rows, fill=None):
     if fill is not None:
         longer[tensor.shape[0]:] = fill
     return longer
+
+
+def fitted(tensor, rows, fill=None):
+    """As stretched(), or with fewer rows."""
+    return tensor if tensor is None else stretched(tensor[:rows], rows, fill)

@@ -1,4 +1,5 @@
 """NumPy and torch arrays on their way in and out. What NumPy lacks, bfloat16 and fp8, is uint16 and uint8 there."""
+import atexit
 import sys
 
 import numpy
@@ -16,6 +17,13 @@ _numpy_names[numpy.dtype("uint16")] = "bfloat16"
 def torch_if_used():
     """torch when somebody has imported it: nobody else can have handed us a tensor."""
     return sys.modules.get("torch")
+
+
+def current_stream(device_index) -> int:
+    """torch's current stream on a GPU, without the object that torch.cuda.current_stream() makes, which takes longer than a launch."""
+    torch = sys.modules["torch"]
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return torch.cuda.current_stream(device_index).cuda_stream if raw is None else raw(device_index)
 
 
 def is_torch(array) -> bool:
@@ -54,7 +62,9 @@ def on_cpu(value, what):
 
 
 def _view(array, dtype):
-    if is_torch(array):  # without DLPack, which takes torch longer than a small exchange
+    if name := _torch_names.get(array.dtype):  # without DLPack, which takes torch longer than a small exchange
+        return _core.Tensor(array, dtype or name, array.data_ptr(), array.element_size(), array.shape, array.stride())
+    if is_torch(array):
         name = dtype or _names_of_torch().get(array.dtype)
         return None if name is None else _core.Tensor(array, name, array.data_ptr(), array.element_size(), array.shape, array.stride())
     if name := dtype or _numpy_names.get(array.dtype):
@@ -77,7 +87,7 @@ def tensor(array, what, dtype=None):
 
 def opaque(array, what, dtype=None):
     """As tensor(), for elements that only travel: a type that the library does not know goes as bytes."""
-    if dtype is None and array.dtype not in (_names_of_torch() if is_torch(array) else _numpy_names):
+    if dtype is None and array.dtype not in _torch_names and array.dtype not in (_names_of_torch() if is_torch(array) else _numpy_names):
         array = array.view(torch_if_used().uint8 if is_torch(array) else numpy.uint8)
     return tensor(array, what, dtype)
 
@@ -101,6 +111,29 @@ def frame_of(framework):
     if framework == "torch":
         import torch  # noqa: F401
     return Frame.of_framework(framework == "torch")
+
+
+class TorchMemory:
+    """Rows and scales of a dispatch on a GPU in memory of torch's allocator, which is asked for it when their number is known."""
+
+    def __init__(self, device_index):
+        self._index, self._stream = device_index, current_stream(device_index)
+        self.rows = self.scales = None
+
+    def __call__(self, rows, row_bytes, scale_bytes):
+        if current_stream(self._index) == self._stream:
+            return self._allocate(rows, row_bytes, scale_bytes)
+        torch = torch_if_used()  # the allocator hands memory on in the order of the stream that will write it
+        with torch.cuda.stream(torch.cuda.ExternalStream(self._stream, device=self._index)):
+            return self._allocate(rows, row_bytes, scale_bytes)
+
+    def _allocate(self, rows, row_bytes, scale_bytes):
+        torch = torch_if_used()
+        self.rows = torch.empty((rows, row_bytes), dtype=torch.uint8, device=torch.device("cuda", self._index))
+        if not scale_bytes:
+            return self.rows.data_ptr(), 0
+        self.scales = self.rows.new_empty((rows, scale_bytes))
+        return self.rows.data_ptr(), self.scales.data_ptr()
 
 
 class Frame:
@@ -134,3 +167,6 @@ class Frame:
             torch = torch_if_used()
             return torch.empty(shape, dtype=getattr(torch, {"float8_e4m3": "float8_e4m3fn", "ue8m0": "uint8"}.get(dtype, dtype)))
         return numpy.empty(shape, {"bfloat16": "uint16", "float8_e4m3": "uint8", "ue8m0": "uint8"}.get(dtype, dtype))
+
+
+atexit.register(Frame._all.clear)  # torch can keep modules beyond the end, and the C++ module misses whatever of it they hold

@@ -1,9 +1,15 @@
 """The exchange: dispatch sends rows to the ranks of their experts, combine brings sums back."""
 from . import _core
-from .arrays import Frame, as_array, is_torch, opaque, shown_as, tensor, torch_if_used, writable
+from .arrays import Frame, TorchMemory, as_array, current_stream, is_torch, opaque, shown_as, tensor, torch_if_used, writable
 from .errors import UsageError
 from .received import Pending, Received
 from .world import World
+
+
+# The words and numbers of a dispatch, which its options are made of once, with their defaults.
+_WORDS = {"layout": "token_major", "sizing": None, "mode": None, "gather_map": False, "alignment": 1, "zero_padding": False,
+          "expert_capacity": 0, "drop": False, "copy_out": False, "token_base": 0, "quantise": None}
+_COPY_OUT, _QUANTISE = (list(_WORDS).index(name) for name in ("copy_out", "quantise"))
 
 
 def _set(options, name, value):
@@ -39,6 +45,25 @@ def plan_memory(ranks, placement=None, *, hidden_size, top_k, max_tokens_per_ran
     return _core.memory_plan(_options(_shape_options(_as_list(placement), hidden_size, dtype, combine_dtype, options)), ranks)
 
 
+def _scales_dtype(quantise):
+    return torch_if_used().int32 if quantise == "ue8m0" else torch_if_used().float32
+
+
+def _more_of_combine(source_weights, row_weights, bias, dtype):
+    """[(name, array, dtype)] of what most calls do not give."""
+    more = []
+    if source_weights is not None:
+        more.append(("source_weights", source_weights, None))
+    if row_weights is not None:
+        more.append(("row_weights", row_weights, None))
+    if bias is not None:
+        biases = bias if isinstance(bias, (tuple, list)) else (bias,)
+        if len(biases) > 2:
+            raise UsageError(f"{len(biases)} biases; combine adds at most two")
+        more += [(f"bias{i}", one, dtype) for i, one in enumerate(biases)]
+    return more
+
+
 def _as_list(placement):
     return [] if placement is None else [placement] if isinstance(placement, _core.Placement) else list(placement)
 
@@ -65,13 +90,14 @@ class Exchange:
         placements = _as_list(placement)
         options.update(top_k=top_k, max_tokens_per_rank=max_tokens_per_rank, device=device, mode=mode, timeout_ms=timeout_ms)
         self._core = _core.Exchange(world._core, _options(_shape_options(placements, hidden_size, dtype, combine_dtype, options)))
+        self.hidden_size, self.top_k, self.dtype, self.device = hidden_size, top_k, dtype, device
         self._world = world
         self._in_flight = []  # started calls whose inputs may still be read
-        self._device = device
+        self._index = self._core.options().device_index  # the GPU
         self._mode = mode
         self._numbers = {}
         self._known_options = {}  # made once for every combination of words and numbers that is used
-        self.hidden_size, self.top_k, self.dtype = hidden_size, top_k, dtype
+        self._frames = {}
         for one in placements:
             self.add(one)
 
@@ -88,24 +114,32 @@ class Exchange:
             raise UsageError(f"{placement!r} is not registered with this exchange; call add(placement) on all ranks first")
         return self._numbers[placement.hash]
 
-    def _frame(self, array):
-        if self._device == "cpu":
-            if is_torch(array) and array.device.type != "cpu":
+    def _check_place(self, array):
+        if self.device == "cpu":
+            if is_torch(array) and not array.is_cpu:
                 raise UsageError(f"a tensor on {array.device} for an exchange with device='cpu'; move it, or make the exchange with device='cuda'")
-            return Frame.of(array)
-        if not is_torch(array) or array.device.type != "cuda":
+        elif not is_torch(array) or not array.is_cuda:
             raise UsageError("an exchange with device='cuda' takes torch tensors on its GPU")
-        return Frame.of(array, "cuda", array.device.index)
+
+    def _frame(self, array):
+        self._check_place(array)
+        kind = type(array)
+        if kind not in self._frames:
+            self._frames[kind] = Frame.of(array, self.device, max(self._index, 0))
+        return self._frames[kind]
 
     def _stream(self):
-        return torch_if_used().cuda.current_stream().cuda_stream if self._device == "cuda" else 0
+        return current_stream(self._index) if self.device == "cuda" else 0
 
     def _use_stream(self, options):
-        if self._device == "cuda":
+        if self.device == "cuda":
             options.stream = self._stream()
 
-    def _dispatch_call(self, x, topk_ids, topk_weights, *, handle=None, scales=None, dtype=None, **options):
-        """(what must stay alive, arguments of the core, how its result is shown)"""
+    def _is_capturing(self):
+        return self.device == "cuda" and torch_if_used().cuda.is_current_stream_capturing()
+
+    def _dispatch_call(self, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype):
+        """(what must stay alive, arguments of the core, how its result is shown); words: values for _WORDS."""
         if topk_ids is None and handle is None:
             raise UsageError("dispatch without topk_ids; give them, or the handle of an earlier dispatch whose routing is to be used again")
         x = as_array(x, "x")
@@ -115,38 +149,39 @@ class Exchange:
         given.rows = view
         for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights), ("scales", scales)):
             if value is not None:
-                self._frame(array := as_array(value, name))
+                self._check_place(array := as_array(value, name))
                 keep.append(view := (opaque if name == "scales" else tensor)(array, name))
                 setattr(given, name, view)
-        rows_dtype = frame.float8 if options.get("quantise") else x.dtype
+        copy_out, quantise = words[_COPY_OUT], words[_QUANTISE]
+        rows_dtype = frame.float8 if quantise else x.dtype
         scales_dtype = None if scales is None else array.dtype  # the last of the loop
-        arguments = given, self._dispatch_options(keep, options), handle
-        return keep, arguments, lambda core: Received(core, frame, rows_dtype, scales_dtype)
+        memory = rows_out = scales_out = None
+        if out_rows is not None:
+            keep.append(rows_out := writable(out_rows, "out_rows"))
+        if out_scales is not None:
+            keep.append(scales_out := writable(out_scales, "out_scales"))
+        if copy_out and out_rows is None and self.device == "cuda":
+            keep.append(memory := TorchMemory(self._index))
+            if quantise:
+                scales_dtype = _scales_dtype(quantise)
+        arguments = given, self._dispatch_options(words, placement), handle, (memory, rows_out, scales_out)
+        return keep, arguments, lambda core: Received(core, frame, rows_dtype, scales_dtype, memory)
 
-    def _dispatch_options(self, keep, given):
-        out_rows, out_scales, placement = (given.pop(name, None) for name in ("out_rows", "out_scales", "placement"))
+    def _dispatch_options(self, words, placement):
         try:
-            options = self._known_options.get(key := tuple(given.items()))
+            options = self._known_options.get(words)
         except TypeError:  # a list, say: no option is one
-            key, options = None, None
+            words, options = tuple(words), self._new_dispatch_options(words)
         if options is None:
-            options = self._known_options[key] = self._new_dispatch_options(given)
-        if out_rows is not None or out_scales is not None:
-            options = self._new_dispatch_options(given)
-            for name, value in (("out_rows", out_rows), ("out_scales", out_scales)):
-                if value is not None:
-                    keep.append(view := writable(value, name))
-                    setattr(options, name, view)
+            options = self._known_options[words] = self._new_dispatch_options(words)
         options.placement = None if placement is None else self._number_of(placement)
         self._use_stream(options)
         return options
 
-    def _new_dispatch_options(self, given):
-        options = _core.DispatchOptions()
-        _set(options, "sizing", given.get("sizing") or ("capacity" if (given.get("mode") or self._mode) == "latency" else "exact"))
+    def _new_dispatch_options(self, words):
+        options, given = _core.DispatchOptions(), dict(zip(_WORDS, words))
+        _set(options, "sizing", given["sizing"] or ("capacity" if (given["mode"] or self._mode) == "latency" else "exact"))
         for name, value in given.items():
-            if not hasattr(options, name):
-                raise TypeError(f"dispatch has no argument {name!r}")
             if value is not None:
                 _set(options, name, value)
         return options
@@ -162,18 +197,20 @@ class Exchange:
         layout: token_major, expert_major, expert_padded, rank_slots (latency mode). sizing: "exact" waits for the number of rows,
         "capacity" does not and shapes results for receive_rows; default: exact in throughput mode. gather_map: token_major, also
         expert_rows and expert_offsets. alignment: expert_major, groups start at multiples. expert_capacity, drop: limits per expert.
-        copy_out: rows in memory of their own (or in out_rows, out_scales) instead of a lease. token_base shifts the choice of
+        copy_out: rows in memory of their own (or in out_rows, out_scales; on cuda of torch's allocator) instead of a lease. token_base shifts the choice of
         replicas. quantise: "float32", "float32_pow2" or "ue8m0" scales, rows become fp8. dtype: what x means where the array cannot say.
         """
-        keep, arguments, shown = self._dispatch_call(
-            x, topk_ids, topk_weights, handle=handle, scales=scales, dtype=dtype, placement=placement, layout=layout, sizing=sizing,
-            mode=mode, gather_map=gather_map, alignment=alignment, zero_padding=zero_padding, expert_capacity=expert_capacity, drop=drop,
-            copy_out=copy_out, out_rows=out_rows, out_scales=out_scales, token_base=token_base, quantise=quantise)
+        words = layout, sizing, mode, gather_map, alignment, zero_padding, expert_capacity, drop, copy_out, token_base, quantise  # as _WORDS
+        keep, arguments, shown = self._dispatch_call(x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
         return self._run(self._core.dispatch, keep, arguments, shown)
 
-    def start_dispatch(self, x, topk_ids=None, topk_weights=None, **options) -> Pending:
+    def start_dispatch(self, x, topk_ids=None, topk_weights=None, *, handle=None, scales=None, placement=None, out_rows=None, out_scales=None,
+                       dtype=None, **options) -> Pending:
         """The first half of dispatch, with its arguments: never waits. x and the others stay untouched until finish()."""
-        keep, arguments, shown = self._dispatch_call(x, topk_ids, topk_weights, **options)
+        for name in options.keys() - _WORDS.keys():
+            raise TypeError(f"dispatch has no argument {name!r}")
+        words = tuple({**_WORDS, **options}.values())
+        keep, arguments, shown = self._dispatch_call(x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
         return self._start(self._core.start_dispatch, keep, arguments, shown)
 
     @staticmethod
@@ -184,7 +221,8 @@ class Exchange:
 
     def _start(self, call, keep, arguments, shown):
         pending = Pending(call(*arguments), (self, keep), shown)
-        self._in_flight = [other for other in self._in_flight if not other.is_over()] + [pending]
+        capturing = self._is_capturing()  # then nobody may ask an event, and what was finished is enough to know
+        self._in_flight = [other for other in self._in_flight if not (other.is_finished() if capturing else other.is_over())] + [pending]
         return pending
 
     def _combine_call(self, rows, handle, *, weighting="none", order="rank_ascending", fold=True, source_weights=None, row_weights=None,
@@ -192,25 +230,37 @@ class Exchange:
         rows = as_array(rows, "rows")
         frame = self._frame(rows)
         keep = [y := tensor(rows, "rows", dtype)]
-        options = _core.CombineOptions()
-        for name, value in (("weighting", weighting), ("order", order), ("fold", fold)):
-            _set(options, name, value)
-        biases = () if bias is None else bias if isinstance(bias, (tuple, list)) else (bias,)
-        if len(biases) > 2:
-            raise UsageError(f"{len(biases)} biases; combine adds at most two")
-        for name, value, kind in (("source_weights", source_weights, None), ("row_weights", row_weights, None), ("out", out, None),
-                                  *((f"bias{i}", one, dtype) for i, one in enumerate(biases))):
-            if value is not None:
-                self._frame(array := as_array(value, name))
-                keep.append(view := writable(value, name, kind) if name == "out" else tensor(array, name, kind))
-                setattr(options, name, view)
+        more = _more_of_combine(source_weights, row_weights, bias, dtype)
+        options = self._combine_options(weighting, order, fold, known=not more)
+        for name, value, kind in more:
+            self._check_place(array := as_array(value, name))
+            keep.append(view := tensor(array, name, kind))
+            setattr(options, name, view)
+        target = None
+        if out is not None:
+            self._check_place(array := as_array(out, "out"))
+            keep.append(target := writable(array, "out"))
+        elif self.device == "cuda" and isinstance(handle, _core.Handle):
+            out = rows.new_empty((handle.num_tokens, rows.shape[-1]))
+            keep.append(target := tensor(out, "out", dtype))
         self._use_stream(options)
 
         def shown(core):
             sums = out if out is not None else shown_as(core.out(frame.place), rows.dtype)
             return sums if row_weights is None else (sums, core.combined_weights(frame.place))
 
-        return keep, (y, handle, options), shown
+        return keep, (y, handle, options, target), shown
+
+    def _combine_options(self, weighting, order, fold, known):
+        """known: nothing else is set, so that one made before will do."""
+        options = self._known_options.get(key := (weighting, order, fold)) if known else None
+        if options is None:
+            options = _core.CombineOptions()
+            for name, value in (("weighting", weighting), ("order", order), ("fold", fold)):
+                _set(options, name, value)
+            if known:
+                self._known_options[key] = options
+        return options
 
     def combine(self, rows, handle, *, weighting="none", order="rank_ascending", fold=True, source_weights=None, row_weights=None, bias=None,
                 out=None, dtype=None):
@@ -245,7 +295,7 @@ class Exchange:
         of the sums; rows as they were combined, for at_expert and at_source. Collective."""
         grad_out = as_array(grad_out, "grad_out")
         frame = self._frame(grad_out)
-        _, (view, _, options), _ = self._combine_call(grad_out, handle, weighting=weighting, source_weights=source_weights, dtype=dtype)
+        _, (view, _, options, _), _ = self._combine_call(grad_out, handle, weighting=weighting, source_weights=source_weights, dtype=dtype)
         saved = None if rows is None else tensor(as_array(rows, "rows"), "rows", dtype)
         gradient = self._core.combine_backward(handle, view, saved, options)
         return Received(gradient.rows, frame, grad_out.dtype), gradient.topk_weights(frame.place)

@@ -9,11 +9,14 @@ class Received:
     Unless copied out they are a lease on a receive buffer of the exchange: it goes back when this object and every array of rows
     or scales taken from it are gone (`with` and release() let go of this object's part). All arrays are in the framework of the
     input; metadata is int32, float32 for weights, and stays valid for good. -1, and weight 0, where there is no row. None for
-    what a layout does not have. Letters: N rows received, L local experts, C expert capacity, R ranks, M max_tokens_per_rank.
+    what a layout does not have. On cuda arrays are valid on the stream of the dispatch; other streams wait for it as for any tensor's.
+    Rows copied out are in memory of torch's allocator: their record_stream() is torch's own. For a lease record_stream() here says that
+    another stream reads it. Letters: N rows received, L local experts, C expert capacity, R ranks, M max_tokens_per_rank.
     """
 
-    def __init__(self, core, frame, rows_dtype=None, scales_dtype=None):
+    def __init__(self, core, frame, rows_dtype=None, scales_dtype=None, memory=None):
         self._core = core
+        self._memory = memory  # of torch's allocator
         self._frame = frame
         self._rows_dtype = rows_dtype
         self._scales_dtype = scales_dtype
@@ -27,12 +30,27 @@ class Received:
     @property
     def rows(self):
         """[N,H] token_major, [N',H] expert_major, [L,C,H] expert_padded, [R,M,H] rank_slots; the dtype of the input."""
-        return shown_as(self._lease().rows(self._frame.place), self._rows_dtype)
+        core = self._lease()
+        return shown_as(core.rows(self._frame.place), self._rows_dtype) if self._memory is None else self._own(self._memory.rows, self._rows_dtype)
 
     @property
     def scales(self):
         """As rows, with S instead of H; None without scales."""
-        return shown_as(self._lease().scales(self._frame.place), self._scales_dtype)
+        core = self._lease()
+        if self._memory is None:
+            return shown_as(core.scales(self._frame.place), self._scales_dtype)
+        return None if self._memory.scales is None else self._own(self._memory.scales, self._scales_dtype)
+
+    def _own(self, memory, dtype):
+        flat = memory.view(dtype)
+        return flat.view(*self._core.rows_shape()[:-1], flat.shape[1])
+
+    def record_stream(self, stream) -> None:
+        """cuda: what this torch stream has been given by the time the rows are released still reads them."""
+        self._lease().read_on(stream.cuda_stream)
+        for memory in (self._memory.rows, self._memory.scales) if self._memory else ():
+            if memory is not None:
+                memory.record_stream(stream)
 
     @property
     def num_rows(self) -> int:
@@ -41,7 +59,7 @@ class Received:
 
     def release(self) -> None:
         """Lets go of the rows: their buffer is free once the arrays taken from here are gone, too."""
-        self._core = None
+        self._core = self._memory = None
 
     def __enter__(self):
         return self
@@ -86,6 +104,10 @@ class Pending:
     def ready(self) -> bool:
         """Whether finish() would not wait. Never waits."""
         return self._core.ready()
+
+    def is_finished(self) -> bool:
+        """Whether finish() has returned, or failed."""
+        return self._keep is None
 
     def is_over(self) -> bool:
         """Whether nobody reads the inputs any more."""

@@ -182,6 +182,9 @@ int top_k_of(const ConstTensorView& topk_ids) {
 }
 
 void check_dispatch(const ExchangeEngine& engine, const DispatchInput& input, const DispatchOptions& options, const HandleFacts* cached) {
+  if (options.allocate_out && (engine.options().device != Device::cuda || !options.copy_out || options.out_rows))
+    usage_error("allocate_out with device = {}, copy_out = {} and out_rows {}; it is for cuda, with copy_out and without out_rows",
+                name(engine.options().device), options.copy_out, describe(options.out_rows));
   if (cached == nullptr) {
     check_ids(engine, input);
     check_rows(engine, input, options, input.topk_ids.shape[0]);

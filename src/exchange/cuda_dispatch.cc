@@ -237,7 +237,8 @@ Received CudaEngine::finish_dispatch(CudaDispatch& job, cudaStream_t stream) {
     phase("dispatch spread", stream, [&] { cuda::launch_spread(spread, stream); });
     cuda_check(cudaGetLastError(), "enqueueing the copy of received rows");
   }
-  state->before_free = [stream](void* reader) {
+  state->before_free = [stream, device = device_](void* reader) {
+    const CudaDeviceScope scope(device);
     if (reader != nullptr) order_streams(static_cast<cudaStream_t>(reader), stream, value_or_throw(make_cuda_event()));
   };
   return Received(std::move(state));
@@ -248,6 +249,13 @@ void CudaEngine::place_output(const CudaDispatch& job, cudaStream_t stream, Rece
   const RowSource& source = *job.source;
   const std::int64_t rows = job.handle->total_rows();
   const std::int64_t row_part = protocol::align_up(rows * source.row_bytes(), 64);
+  if (job.options.copy_out && job.options.allocate_out) {
+    const OutMemory given = job.options.allocate_out(rows, source.row_bytes(), source.scale_bytes());
+    state.rows.data = given.rows;
+    if (state.scales) state.scales.data = given.scales;
+    state.lease.reset();
+    return;
+  }
   if (job.options.copy_out && job.options.out_rows) {
     if (job.options.out_rows.shape[0] < rows || (state.scales && job.options.out_scales.shape[0] < rows)) {
       usage_error("out_rows has {} rows and out_scales {}; this dispatch may fill {}: give as many", job.options.out_rows.shape[0],
@@ -281,7 +289,9 @@ std::byte* CudaEngine::expert_memory(int buffer, std::int64_t bytes, cudaStream_
       if (expert_memory_[each].bytes < bytes) expert_memory_[each] = {blocks_->take(bytes, stream), bytes};
     }
   }
-  return expert_memory_[buffer].data.get();
+  const std::shared_ptr<std::byte>& data = expert_memory_[buffer].data;
+  if (is_capturing(stream)) captured_expert_memory_.insert(data);
+  return data.get();
 }
 
 void CudaEngine::enter_buffers(const CudaDispatch& job, cudaStream_t stream) {

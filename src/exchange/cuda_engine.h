@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <optional>
+#include <set>
 #include <vector>
 
 #include "exchange/cuda_stream.h"
@@ -133,7 +134,8 @@ class CudaEngine final : public ExchangeEngine {
     std::shared_ptr<std::byte> data;
     std::int64_t bytes = 0;
   };
-  std::vector<ExpertMemory> expert_memory_;  // [depth], of the expert layouts
+  std::vector<ExpertMemory> expert_memory_;                      // [depth], of the expert layouts
+  std::set<std::shared_ptr<std::byte>> captured_expert_memory_;  // replays use it, also when it has grown since
   // [depth]: where the last rows of a buffer were used; its next user waits for what is there.
   std::vector<cudaStream_t> receive_streams_, expert_streams_;
   DeviceBuffer scratch_;

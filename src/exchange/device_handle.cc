@@ -1,7 +1,6 @@
 #include "exchange/device_handle.h"
 
 #include <algorithm>
-#include <tuple>
 #include <utility>
 
 #include "core/usage.h"
@@ -11,6 +10,26 @@ namespace tokenyard::exchange_internal {
 namespace {
 
 ConstTensorView list(const std::int32_t* data, std::int64_t count) { return dense_view(data, Dtype::int32, {count}); }
+
+// Lets this thread allocate while it captures a graph: what is allocated is no part of the graph.
+class BesideCapture {
+ public:
+  BesideCapture() { cuda_check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+  ~BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCapture(const BesideCapture&) = delete;
+  BesideCapture& operator=(const BesideCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Takes a block of at least `bytes`, and not of far more, out of these; null without one.
+std::byte* take_from(std::multimap<std::int64_t, std::byte*>& blocks, std::int64_t bytes, std::int64_t& size) {
+  const auto found = blocks.lower_bound(bytes);
+  if (found == blocks.end() || found->first > 2 * bytes + (1 << 20)) return nullptr;
+  size = found->first;
+  return blocks.extract(found).mapped();
+}
 
 }  // namespace
 
@@ -25,6 +44,7 @@ BlockPool::BlockPool(int device) : device_(device), stream_(value_or_throw(borro
 
 BlockPool::~BlockPool() {
   const CudaDeviceScope scope(device_);
+  free_.merge(free_captured_);
   for (const auto& [bytes, block] : free_) cudaFreeAsync(block, stream_.get());
   cudaStreamSynchronize(stream_.get());
   cudaMemPoolDestroy(memory_);
@@ -33,6 +53,7 @@ BlockPool::~BlockPool() {
 std::byte* BlockPool::allocate(std::int64_t bytes) {
   void* block = nullptr;
   const std::string what = fmt::format("{} bytes of memory on GPU {}", bytes, device_);
+  const BesideCapture allowed;
   cuda_check(cudaMallocFromPoolAsync(&block, static_cast<std::size_t>(bytes), memory_, stream_.get()), what);
   cuda_check(cudaStreamSynchronize(stream_.get()), what);
   return static_cast<std::byte*>(block);
@@ -45,25 +66,15 @@ void BlockPool::reserve(std::int64_t bytes) {
 
 std::shared_ptr<std::byte> BlockPool::take(std::int64_t bytes, cuda::Stream stream) {
   bytes = std::max<std::int64_t>(bytes, 1);
+  const bool captured = is_capturing(stream);
   const std::lock_guard lock(mutex_);
-  std::byte* block = nullptr;
   std::int64_t size = bytes;
-  const auto found = free_.lower_bound(bytes);
-  if (found != free_.end() && found->first <= 2 * bytes + (1 << 20)) {
-    std::tie(size, block) = *found;
-    free_.erase(found);
-  } else {
-    if (is_capturing(stream)) {
-      usage_error(
-          "a graph is being captured, and this call needs {} bytes of device memory that no earlier call has left; make the same "
-          "call once before the capture, and release what it returned",
-          bytes);
-    }
-    block = allocate(bytes);
-  }
-  return {block, [pool = shared_from_this(), size](std::byte* back) {
+  std::byte* block = captured ? take_from(free_captured_, bytes, size) : nullptr;
+  if (block == nullptr) block = take_from(free_, bytes, size);
+  if (block == nullptr) block = allocate(bytes);
+  return {block, [pool = shared_from_this(), size, captured](std::byte* back) {
             const std::lock_guard returning(pool->mutex_);
-            pool->free_.emplace(size, back);
+            (captured ? pool->free_captured_ : pool->free_).emplace(size, back);
           }};
 }
 

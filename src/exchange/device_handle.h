@@ -21,19 +21,23 @@ class BlockPool : public std::enable_shared_from_this<BlockPool> {
   ~BlockPool();
   BlockPool(const BlockPool&) = delete;
   BlockPool& operator=(const BlockPool&) = delete;
-  // At least `bytes`, from what came back before, else allocated: UsageError while `stream` captures a graph, which must not allocate.
+  // At least `bytes`, from what came back before, else allocated. What is taken while `stream` captures a graph comes back for later
+  // captures alone: replays write to it for as long as the graph lives.
   std::shared_ptr<std::byte> take(std::int64_t bytes, cuda::Stream stream);
   // Takes memory from the system now, so that later blocks come out of it: what the system gives later may wait for kernels.
   void reserve(std::int64_t bytes);
 
  private:
+  using Blocks = std::multimap<std::int64_t, std::byte*>;  // by size
+
   std::byte* allocate(std::int64_t bytes);
 
   int device_;
   std::shared_ptr<CUstream_st> stream_;
   cudaMemPool_t memory_ = nullptr;
   std::mutex mutex_;
-  std::multimap<std::int64_t, std::byte*> free_;
+  Blocks free_;
+  Blocks free_captured_;
 };
 
 // Counts that the device tells the host, in pinned memory that is used again.

@@ -37,11 +37,12 @@ const Handle& Received::handle() const { return held(state_, "Received").handle;
 
 void Received::release(void* stream) {
   ReceivedState& state = held(state_, "Received");
-  if (state.lease && state.before_free) state.before_free(stream);
+  state.give_back(stream);
   state.rows = {};
   state.scales = {};
-  state.lease.reset();
 }
+
+void Received::read_on(void* stream) { held(state_, "Received").readers.push_back(stream); }
 
 ConstTensorView Received::num_rows_device() const { return handle_of(state_).views().num_rows; }
 ConstTensorView Received::local_ids() const { return handle_of(state_).views().local_ids; }

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <map>
 
+#include "core/log.h"
 #include "core/usage.h"
 #include "exchange/memory_plan.h"
 
@@ -42,6 +43,23 @@ std::pair<std::string, std::string> first_difference(const std::string& mine, co
 }
 
 }  // namespace
+
+void ReceivedState::give_back(void* stream) {
+  if (lease && before_free) {
+    readers.push_back(stream);
+    for (void* const reader : readers) before_free(reader);
+  }
+  readers.clear();
+  lease.reset();
+}
+
+ReceivedState::~ReceivedState() {
+  try {
+    give_back(nullptr);
+  } catch (const std::exception& error) {
+    log_info("exchange: while rows were given back: {}", error.what());
+  }
+}
 
 RegisteredPlacement registered(const Placement& placement, int rank) {
   RegisteredPlacement entry{placement, std::vector<std::int32_t>(placement.local_experts(rank).size(), 0)};

@@ -17,6 +17,13 @@ struct ReceivedState {
   TensorView scales;
   std::shared_ptr<void> lease;             // of a receive buffer, of expert memory, or the memory itself
   std::function<void(void*)> before_free;  // cuda: told the stream on which rows are still read
+  std::vector<void*> readers;              // cuda: such streams
+
+  ReceivedState() = default;
+  ReceivedState(const ReceivedState&) = delete;
+  ReceivedState& operator=(const ReceivedState&) = delete;
+  ~ReceivedState();
+  void give_back(void* stream);
 };
 
 template <class Result>

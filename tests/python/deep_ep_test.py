@@ -1,5 +1,9 @@
 """The deep_ep drop-in on CPU ranks with a gloo group, against plain loops. DeepEP's own test programs are run by hand: docs/deep_ep.md."""
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -346,3 +350,16 @@ def test_a_training_step_as_trainers_make_it(tmp_path):
         return y.shape[0]
 
     assert on_group(main, tmp_path) == TOKENS
+
+
+def test_deep_ep_itself_is_not_shadowed(tmp_path):
+    """Where DeepEP is installed the drop-in is neither built nor imported."""
+    info = tmp_path / "deep_ep-1.2.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: deep_ep\nVersion: 1.2.1\n", encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, "-c", "import deep_ep"], env=env, capture_output=True, text=True, timeout=60)
+    assert "ImportError: DeepEP 1.2.1 is installed, and this drop-in of tokenyard has its name: pip uninstall deep_ep" in done.stderr
+    build = f"import sysconfig, runpy; sysconfig.get_paths = lambda: dict.fromkeys(('purelib', 'platlib'), {str(tmp_path)!r}); runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", build], cwd=Path(__file__).parents[2] / "python", capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "its package is named deep_ep, too: pip uninstall deep_ep first" in done.stderr

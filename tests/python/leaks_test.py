@@ -7,6 +7,7 @@ import timeit
 import tracemalloc
 
 import numpy as np
+import pytest
 
 import tokenyard as ty
 from support import HIDDEN, make_exchange, on_ranks
@@ -86,3 +87,23 @@ rows = exchange.dispatch(np.ones((4, 8), np.float32), np.ones((4, 1), np.int64))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_nanobind_reports_no_leak_from_rank_processes_with_torch(tmp_path):
+    pytest.importorskip("torch")
+    program = tmp_path / "program.py"
+    program.write_text("""
+import sys, torch, tokenyard as ty
+def rank_main(world, meeting):
+    import deep_ep, torch.distributed as dist
+    dist.init_process_group("gloo", init_method=meeting, rank=world.rank, world_size=world.size)
+    buffer = deep_ep.Buffer(dist.group.WORLD, low_latency_mode=True)
+    x, ids = torch.ones(4, 256).bfloat16(), torch.tensor([[0, 1]] * 4)
+    rows, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, 4, 4, use_fp8=False)
+    buffer.low_latency_combine(rows, ids, torch.ones(4, 2), handle)
+    dist.destroy_process_group()
+if __name__ == "__main__":
+    ty.run_ranks(rank_main, 2, sys.argv[1], start_method="spawn")
+""", encoding="utf-8")
+    done = subprocess.run([sys.executable, program, f"file://{tmp_path}/meeting"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "leaked" not in done.stderr, done.stderr

@@ -43,7 +43,7 @@ class ExpertInput:
 class MoEDispatcher:
     """Brings tokens to their experts and the weighted sums of what those computed back: y[t] = sum over k of w[t,k] f_e(x[t]).
 
-    kind: "single" (a world of one), "all_gather", "all_to_all" (CPU tensors), "direct" (the exchange), or "auto": single or direct.
+    kind: "single" (a world of one), "all_gather", "all_to_all" (collectives; on GPUs by NCCL), "direct" (the exchange), or "auto": single or direct.
     All give the same sums, for inputs and gradients (up to the order of float32 sums over a rank's own experts). Stages, in order:
 
         p = d.dispatch_preprocess(x, topk_ids, topk_weights)     s = d.dispatch(p)     e = d.dispatch_postprocess(s)
@@ -65,8 +65,6 @@ class MoEDispatcher:
             kind = "single" if world.size == 1 and exchange is None else "direct"
         if kind == "single" and world.size != 1:
             raise UsageError(f"kind = 'single' in a world of {world.size} ranks; use 'direct', or 'auto'")
-        if kind in ("all_gather", "all_to_all") and device != "cpu":
-            raise UsageError(f"kind = {kind!r} with device = {device!r}; it moves CPU tensors: use 'direct'")
         self.kind, self.world, self.placement = kind, world, placement
         self._runner = Thread() if device == "cpu" else Stream()
         if kind == "direct":

@@ -99,7 +99,7 @@ class AllGather:
 
     def __init__(self, world, placement, device, timeout_ms):
         self._world, self._placement = world, placement
-        self._collectives = Collectives(world, timeout_ms=timeout_ms)
+        self._collectives = Collectives(world, device=torch.device(device).type, timeout_ms=timeout_ms)
         self._local = LocalExperts(placement, device)
 
     def dispatch(self, x, ids, weights):
@@ -143,7 +143,7 @@ class AllToAll:
 
     def __init__(self, world, placement, device, timeout_ms):
         self._world, self._placement = world, placement
-        self._collectives = Collectives(world, timeout_ms=timeout_ms)
+        self._collectives = Collectives(world, device=torch.device(device).type, timeout_ms=timeout_ms)
         self._local = LocalExperts(placement, device)
 
     def _forth(self, routes, x):
