@@ -24,18 +24,18 @@ __device__ void send_weights(const CombineArgs& args) {
   }
 }
 
-__global__ void __launch_bounds__(kCombineThreads, 1) combine_weights_kernel(const __grid_constant__ CombineArgs args) {
+__global__ void __launch_bounds__(kCombineThreads, 1) send_weights_kernel(const __grid_constant__ CombineArgs args) {
   if (begin_combine(args)) send_weights(args);
   if (is_last_block(args.context, kCombineEnd) && !block_has_failed(args.context)) set_flag_everywhere(args.context, Flag::weights);
 }
 
-const Preloaded preloaded({{combine_weights_kernel}});
+const Preloaded preloaded({{send_weights_kernel}});
 
 }  // namespace
 
 void launch_combine_weights(const CombineArgs& args, Stream stream) {
   const CombineLaunch launch(args, stream, Resident::any);
-  launch(combine_weights_kernel, args);
+  launch(send_weights_kernel, args);
 }
 
 }  // namespace tokenyard::cuda
