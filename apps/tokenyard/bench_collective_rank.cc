@@ -122,6 +122,9 @@ class CollectiveRank {
   void gather() { direct_->all_gather_v(view(terms_.data(), mine_), counts_, view(gathered_.data(), total_), stream_.get()); }
   void reduce() { direct_->reduce_scatter_v(view(terms_.data(), total_), counts_, view(sums_.data(), mine_), stream_.get()); }
 
+  void call_nccl_gather() { nccl_->all_gather(terms_.data(), gathered_.data(), mine_ * row_bytes_, stream_.get()); }
+  void call_nccl_reduce() { nccl_->reduce_scatter(terms_.data(), sums_.data(), mine_ * settings_.hidden_size, dtype_, stream_.get()); }
+
   // Elements in [1, 2), which are finite in every type and round when they are added.
   std::vector<std::byte> elements(int rank) const {
     std::mt19937 random(static_cast<unsigned>(rank + 1));
@@ -142,8 +145,17 @@ class CollectiveRank {
     return bytes;
   }
 
+  // NCCL connects ranks when they first talk, and then waits for what is on its way: not behind a gate.
+  void connect() {
+    if (!nccl_) return;
+    call_nccl_gather();
+    call_nccl_reduce();
+    direct_->wait(stream_.get());
+  }
+
   // Against the same call on the CPU.
   void check() {
+    connect();
     std::vector<std::byte> in = elements(world_.rank());
     cuda_check(cudaMemcpy(terms_.data(), in.data(), in.size(), cudaMemcpyHostToDevice), "copying rows to the GPU");
     world_.barrier();
@@ -182,9 +194,8 @@ class CollectiveRank {
     time("all_gather_v", [&] { gather(); });
     time("reduce_scatter_v", [&] { reduce(); });
     if (!nccl_) return;
-    time("nccl_all_gather_v", [&] { nccl_->all_gather(terms_.data(), gathered_.data(), mine_ * row_bytes_, stream_.get()); });
-    time("nccl_reduce_scatter_v",
-         [&] { nccl_->reduce_scatter(terms_.data(), sums_.data(), mine_ * settings_.hidden_size, dtype_, stream_.get()); });
+    time("nccl_all_gather_v", [&] { call_nccl_gather(); });
+    time("nccl_reduce_scatter_v", [&] { call_nccl_reduce(); });
   }
 
   json report() {

@@ -33,10 +33,13 @@ struct RowSequence {
   Byte* data;
   std::int64_t row_bytes, stride;
 
-  __device__ __forceinline__ Byte* at(std::int64_t offset) const {
-    if (row_bytes == stride) return data + offset;
-    const std::int64_t row = offset / row_bytes;
-    return data + row * stride + (offset - row * row_bytes);
+  __device__ bool is_dense() const { return row_bytes == stride; }
+  __device__ Byte* at(std::int64_t offset) const {
+    return is_dense() ? data + offset : data + offset / row_bytes * stride + offset % row_bytes;
+  }
+  // How many bytes lie behind each other from there on, `most` at most.
+  __device__ std::int64_t run(std::int64_t offset, std::int64_t most) const {
+    return is_dense() ? most : min(most, row_bytes - offset % row_bytes);
   }
 };
 template <class Byte>
@@ -113,54 +116,105 @@ __device__ bool begin_collective(const DirectCollectiveArgs& args) {
 
 // ---- work on a chunk, by the whole block ----
 
-template <class Word, class From, class To>
-__device__ __forceinline__ void copy_chunk(const RowSequence<From>& from, const RowSequence<To>& to, std::int64_t begin,
-                                           std::int64_t bytes) {
-  constexpr int kBatch = 4;  // loads of a thread under way
-  constexpr std::int64_t kStep = static_cast<std::int64_t>(kDirectThreads) * sizeof(Word);
-  for (std::int64_t at = threadIdx.x * sizeof(Word); at < bytes; at += kBatch * kStep) {
-    Word words[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (at + i * kStep < bytes) words[i] = load_word<Word>(from.at(begin + at + i * kStep));
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (at + i * kStep < bytes) *reinterpret_cast<Word*>(to.at(begin + at + i * kStep)) = words[i];
-    }
+// step(from, to, at, size) for each run of [begin, begin + bytes) that lies in one piece in both; `at` counts from begin.
+template <class Step>
+__device__ __forceinline__ void for_each_run(const RowSequence<const std::byte>& from, const RowSequence<std::byte>& to, std::int64_t begin,
+                                             std::int64_t bytes, Step&& step) {
+#pragma unroll 1
+  for (std::int64_t at = 0; at < bytes;) {
+    const std::int64_t size = to.run(begin + at, from.run(begin + at, bytes - at));
+    step(from.at(begin + at), to.at(begin + at), at, size);
+    at += size;
   }
+}
+
+// kWords words of this thread, from `at` on.
+template <class Word>
+constexpr std::int64_t kStep = static_cast<std::int64_t>(kDirectThreads) * sizeof(Word);
+template <class Word, int kWords>
+__device__ __forceinline__ void copy_words(const std::byte* from, std::byte* to) {
+  Word words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = load_word<Word>(from + i * kStep<Word>);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) *reinterpret_cast<Word*>(to + i * kStep<Word>) = words[i];
+}
+
+template <class Word>
+__device__ __forceinline__ void copy_chunk(const RowSequence<const std::byte>& from, const RowSequence<std::byte>& to, std::int64_t begin,
+                                           std::int64_t bytes) {
+  constexpr int kBatch = 8;  // loads of a thread under way
+  for_each_run(from, to, begin, bytes, [](const std::byte* source, std::byte* target, std::int64_t, std::int64_t size) {
+    std::int64_t at = threadIdx.x * sizeof(Word);
+#pragma unroll 1
+    for (; at + (kBatch - 1) * kStep<Word> < size; at += kBatch * kStep<Word>) copy_words<Word, kBatch>(source + at, target + at);
+#pragma unroll 1
+    for (; at < size; at += kStep<Word>) copy_words<Word, 1>(source + at, target + at);
+  });
+}
+
+// Where the n-th chunk of a lane lies for every rank: in slots that lie `pitch` apart, this rank's own among its rows.
+struct Terms {
+  const std::byte* slots;
+  std::int64_t pitch;
+  int rank, ranks;
+  __device__ __forceinline__ const std::byte* at(int term, const std::byte* own, std::int64_t offset) const {
+    return term == rank ? own : slots + term * pitch + offset;
+  }
+};
+
+// kWords words of this thread, from `offset` of the chunk on. Those of two ranks are under way at once.
+template <class Sum, int kWords>
+__device__ __forceinline__ void sum_words(const Terms& terms, const std::byte* own, std::byte* out, std::int64_t offset) {
+  using Word = typename Sum::Word;
+  Sum sums[kWords];
+  const auto load = [&](int term, Word(&words)[kWords]) {
+    const std::byte* const from = terms.at(term, own, offset);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = load_word<Word>(from + i * kStep<Word>);
+  };
+  const auto add = [&](const Word(&words)[kWords]) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) sums[i].add(words[i]);
+  };
+  int term = 0;
+#pragma unroll 1
+  for (; term + 1 < terms.ranks; term += 2) {
+    Word first[kWords], second[kWords];
+    load(term, first);
+    load(term + 1, second);
+    add(first);
+    add(second);
+  }
+  if (term < terms.ranks) {
+    Word last[kWords];
+    load(term, last);
+    add(last);
+  }
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) *reinterpret_cast<Word*>(out + i * kStep<Word>) = sums[i].rounded();
 }
 
 template <class Sum>
 __device__ __forceinline__ void sum_chunk(const DirectCollectiveArgs& args, const LaneCut& cut, int lane, std::int64_t n) {
   using Word = typename Sum::Word;
-  constexpr int kBatch = 2;
-  constexpr std::int64_t kStep = static_cast<std::int64_t>(kDirectThreads) * sizeof(Word);
+  constexpr int kBatch = 2;  // as many as there are registers for
   const Context& c = args.context;
-  const RowSequence<const std::byte> own = rows_of(args.in, args.send[c.rank], args.row_bytes);
-  const RowSequence<std::byte> out = rows_of(args.out, args.receive[c.rank], args.row_bytes);
-  const std::int64_t begin = cut.begin(lane, n), bytes = cut.bytes(lane, n);
-  for (std::int64_t at = threadIdx.x * sizeof(Word); at < bytes; at += kBatch * kStep) {
-    Sum sums[kBatch];
+  const Terms terms{.slots = slot_at(args, c.rank, 0, lane, n),
+                    .pitch = args.lanes.slot(1, 0, 0) - args.lanes.slot(0, 0, 0),
+                    .rank = c.rank,
+                    .ranks = c.ranks};
+  const RowSequence<const std::byte> from = rows_of(args.in, args.send[c.rank], args.row_bytes);
+  const RowSequence<std::byte> to = rows_of(args.out, args.receive[c.rank], args.row_bytes);
+  for_each_run(from, to, cut.begin(lane, n), cut.bytes(lane, n),
+               [&](const std::byte* own, std::byte* out, std::int64_t begin, std::int64_t size) {
+                 std::int64_t at = threadIdx.x * sizeof(Word);
 #pragma unroll 1
-    for (int rank = 0; rank < c.ranks; ++rank) {
-      const std::byte* const slot = slot_at(args, c.rank, rank, lane, n);
-      Word words[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const std::int64_t offset = at + i * kStep;
-        if (offset < bytes) words[i] = load_word<Word>(rank == c.rank ? own.at(begin + offset) : slot + offset);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (at + i * kStep < bytes) sums[i].add(words[i]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (at + i * kStep < bytes) *reinterpret_cast<Word*>(out.at(begin + at + i * kStep)) = sums[i].rounded();
-    }
-  }
+                 for (; at + (kBatch - 1) * kStep<Word> < size; at += kBatch * kStep<Word>)
+                   sum_words<Sum, kBatch>(terms, own + at, out + at, begin + at);
+#pragma unroll 1
+                 for (; at < size; at += kStep<Word>) sum_words<Sum, 1>(terms, own + at, out + at, begin + at);
+               });
 }
 
 // ---- roles ----
