@@ -59,10 +59,12 @@ void add_bench(CLI::App& program) {
       "  tokenyard bench --mode latency --tokens 16 --layout rank_slots\n"
       "  tokenyard bench --placement tp:2 --layout expert_major\n"
       "  tokenyard bench sweep --ranks 2,4 --tokens 16,256,4096 --svg sweep.svg\n"
-      "  tokenyard bench compare before.json now.json");
+      "  tokenyard bench compare before.json now.json\n"
+      "  tokenyard bench collective --ranks 2 --json collective.json");
   add_bench_sweep(*app);
   add_bench_compare(*app);
   add_bench_chart(*app);
+  add_bench_collective(*app);
   add_bench_experts(*app);
   app->callback([app, command] {
     if (app->get_subcommands().empty()) run_bench(*app, *command);

@@ -1,15 +1,14 @@
 // One rank of a benchmark on GPUs: checks the results first, then measures with events on the stream.
 
-#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <atomic>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "bench_gpu.h"
 #include "bench_samples.h"
 #include "check.h"
 #include "core/usage.h"
@@ -25,36 +24,6 @@ namespace {
 
 using exchange_internal::CudaCollectiveExchange;
 using nlohmann::json;
-
-// Holds a stream back until the host says go, so that what is enqueued behind it runs without gaps.
-class Gate {
- public:
-  explicit Gate(cudaStream_t stream) : stream_(stream), word_(value_or_throw(make_pinned_buffer(sizeof(std::uint32_t)))) {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    cuda_check(cudaGetDriverEntryPointByVersion("cuStreamWaitValue32", &found, 11070, cudaEnableDefault, &result), "cuStreamWaitValue32");
-    wait_ = reinterpret_cast<decltype(&cuStreamWaitValue32)>(found);
-  }
-  void close() {
-    ++turn_;
-    if (wait_(stream_, reinterpret_cast<CUdeviceptr>(word_.data()), turn_, CU_STREAM_WAIT_VALUE_GEQ) != CUDA_SUCCESS)
-      throw Error("cuStreamWaitValue32 failed; this driver has no stream memory operations");
-  }
-  void open() { std::atomic_ref<std::uint32_t>(*word_.as<std::uint32_t>()).store(turn_); }
-
- private:
-  cudaStream_t stream_;
-  PinnedBuffer word_;
-  decltype(&cuStreamWaitValue32) wait_ = nullptr;
-  std::uint32_t turn_ = 0;
-};
-
-using TimedEvent = CudaHandle<cudaEvent_t, cudaEventDestroy>;
-TimedEvent timed_event() {
-  cudaEvent_t event = nullptr;
-  cuda_check(cudaEventCreate(&event), "cudaEventCreate");
-  return TimedEvent(event);
-}
 
 // A tensor of the host, in device memory.
 struct Uploaded {
@@ -84,14 +53,6 @@ DeviceBatch upload(const Batch& batch, int device) {
                      {}};
   result.input = {result.rows.view, result.scales.view, result.ids.view, result.weights.view};
   return result;
-}
-
-int device_of(const World& world) {
-  int devices = 0;
-  cuda_check(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
-  const int device = world.local_rank() % std::max(devices, 1);
-  cuda_check(cudaSetDevice(device), "cudaSetDevice");
-  return device;
 }
 
 // An exchange so small that its dispatch is a barrier of all GPUs.
@@ -320,7 +281,7 @@ class CudaBenchRank {
   const Placement placement_;
   const Layout layout_;
   CudaStream stream_;
-  Gate gate_;
+  StreamGate gate_;
   TimedEvent begin_, end_;
   Exchange barrier_;
   Exchange exchange_;

@@ -16,4 +16,8 @@ nlohmann::json measure_experts(const ExpertsSettings& /*settings*/) {
   usage_error("bench experts: this build of tokenyard has no device code; configure it with -DTY_CUDA=ON on a machine with a GPU");
 }
 
+nlohmann::json bench_collective_role(const World& /*world*/, const nlohmann::json& /*settings*/, Progress& /*progress*/) {
+  usage_error("bench collective: this build of tokenyard has no device code; configure it with -DTY_CUDA=ON");
+}
+
 }  // namespace tokenyard::cli

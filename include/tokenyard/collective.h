@@ -51,13 +51,19 @@ class Collectives {
 
 struct DeviceCollectiveOptions {
   int device_index = -1;  // the GPU of this rank; -1: the current device
-  // NCCL launches from the calling thread. Off, each call costs a thread of NCCL's, tens of us, and every wait has its deadline; on, a
+  // cuda_peer: by kernels over memory of GPUs that address each other. nccl: one rank per GPU. automatic: cuda_peer where all ranks
+  // are on one host, else nccl.
+  Transport transport = Transport::automatic;
+  // cuda_peer, both the same on all ranks: per pair of ranks, longer transfers go in rounds; multiprocessors, 0: the usual.
+  std::int64_t staging_bytes = 16 << 20;
+  int sm_budget = 0;
+  // nccl launches from the calling thread. Off, each call costs a thread of NCCL's, tens of us, and every wait has its deadline; on, a
   // peer that is lost while NCCL connects is waited for.
   bool launch_here = false;
   int timeout_ms = 100'000;
 };
 
-// One table of an all_to_all_v, as in Collectives: rows dense, counts on the host.
+// One table of an all_to_all_v, as in Collectives: counts on the host.
 struct AllToAllRows {
   ConstTensorView in;
   std::span<const std::int64_t> send_counts;
@@ -65,27 +71,36 @@ struct AllToAllRows {
   std::span<const std::int64_t> receive_counts;
 };
 
-// The same over rows in the memory of GPUs, by NCCL: one rank per GPU. Calls enqueue on `stream` (a cudaStream_t) and return; rows
-// are dense. Of what ranks call, nothing is agreed: calls that differ end at the deadline of wait(). Errors are final. Destruction is
-// local and ends what is under way: a barrier of the world belongs before it, once streams are done.
+// The same over rows in the memory of GPUs: same bits as on CPUs. Calls enqueue on `stream` (a cudaStream_t) and return; calls run one
+// after the other, whatever their streams. An error of a call that was only enqueued is told by the next call, check() or wait().
+// Destruction waits for what is enqueued (cuda_peer) or ends it (nccl): a barrier of the world belongs before it, once streams are done.
+//
+// cuda_peer: no call waits for the device, and all may be captured into graphs that are replayed any number of times, by all ranks
+// alike. UsageError: peers in that call fail with TransportError(aborted) and the reason, the next call is fine. After timeout,
+// peer_lost and mismatch every later call repeats the error. Rows whose bytes, addresses and strides are multiples of 16 move fastest.
+// nccl: rows are dense. Of what ranks call, nothing is agreed: calls that differ end at the deadline of wait(). Errors are final.
 class DeviceCollectives {
  public:
-  // Collective. UsageError where NCCL is not there or two ranks use one GPU; TransportError where that is so on another rank.
+  // Collective. UsageError where the transport cannot serve these ranks and GPUs, with the reason; TransportError where that is so on
+  // another rank.
   static std::unique_ptr<DeviceCollectives> create(const World& world, const DeviceCollectiveOptions& options = {});
   virtual ~DeviceCollectives() = default;
 
   virtual void all_gather_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out, void* stream) = 0;
   virtual void reduce_scatter_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out, void* stream) = 0;
-  // All tables travel together.
+  // nccl: all tables travel together.
   virtual void all_to_all_v(std::span<const AllToAllRows> tables, void* stream) = 0;
 
-  // The host waits until done() says so, or for what was enqueued on `stream`. TransportError(timeout, peer_lost, system): what NCCL
-  // has under way is ended, so that the stream goes on.
+  // The host waits until done() says so, or for what was enqueued on `stream`. TransportError(timeout, peer_lost, system): what is
+  // under way ends, so that the stream goes on.
   virtual void wait_until(const std::function<bool()>& done) = 0;
   virtual void wait(void* stream) = 0;
+  // Throws what is known of earlier calls; waits for nothing.
+  virtual void check() = 0;
 
   virtual const World& world() const = 0;
-  virtual std::string library_version() const = 0;  // "2.28.9"
+  virtual Transport transport() const = 0;
+  virtual std::string library_version() const = 0;  // of NCCL: "2.28.9"; cuda_peer: empty
 };
 
 }  // namespace tokenyard

@@ -18,7 +18,7 @@ enum class Layout : std::uint8_t { token_major, expert_major, expert_padded, ran
 enum class Sizing : std::uint8_t { exact, capacity };
 enum class Order : std::uint8_t { rank_ascending, topk };
 enum class Weighting : std::uint8_t { none, at_input, at_expert, at_source };
-enum class Transport : std::uint8_t { automatic, inproc, shm, mpi, cuda_peer };
+enum class Transport : std::uint8_t { automatic, inproc, shm, mpi, cuda_peer, nccl };
 enum class Device : std::uint8_t { cpu, cuda };
 
 std::string_view name(Mode mode);

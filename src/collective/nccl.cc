@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "collective/call.h"
+#include "collective/device_collectives.h"
 #include "core/deadline.h"
 #include "core/usage.h"
 #include "kernels/cuda/collective.h"
@@ -142,7 +143,11 @@ class NcclCollectives final : public DeviceCollectives {
       return state == cudaSuccess;
     });
   }
+  void check() override {
+    if (gave_up_) throw TransportError(*gave_up_);
+  }
   const World& world() const override { return world_; }
+  Transport transport() const override { return Transport::nccl; }
   std::string library_version() const override { return nccl::version_text(library_.version); }
 
  private:
@@ -326,14 +331,11 @@ void NcclCollectives::fail(Failure failure) {
 }
 
 }  // namespace
-}  // namespace tokenyard::collective_internal
 
-namespace tokenyard {
-
-std::unique_ptr<DeviceCollectives> DeviceCollectives::create(const World& world, const DeviceCollectiveOptions& options) {
-  const int device = collective_internal::device_of(options);
-  const nccl::UniqueId id = collective_internal::agree(world, options, device);
-  return std::make_unique<collective_internal::NcclCollectives>(world, options, device, id);
+std::unique_ptr<DeviceCollectives> make_nccl(const World& world, const DeviceCollectiveOptions& options) {
+  const int device = device_of(options);
+  const nccl::UniqueId id = agree(world, options, device);
+  return std::make_unique<NcclCollectives>(world, options, device, id);
 }
 
-}  // namespace tokenyard
+}  // namespace tokenyard::collective_internal

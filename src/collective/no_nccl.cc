@@ -1,10 +1,10 @@
-#include "tokenyard/collective.h"
+#include "collective/device_collectives.h"
 #include "tokenyard/error.h"
 
-namespace tokenyard {
+namespace tokenyard::collective_internal {
 
-std::unique_ptr<DeviceCollectives> DeviceCollectives::create(const World&, const DeviceCollectiveOptions&) {
-  throw UsageError("collectives on GPUs are not built in; configure with -DTY_CUDA=ON -DTY_NCCL=ON, which needs nothing of NCCL");
+std::unique_ptr<DeviceCollectives> make_nccl(const World&, const DeviceCollectiveOptions&) {
+  throw UsageError("collectives over NCCL are not built in; configure with -DTY_CUDA=ON -DTY_NCCL=ON, which needs nothing of NCCL");
 }
 
-}  // namespace tokenyard
+}  // namespace tokenyard::collective_internal

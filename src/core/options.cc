@@ -27,6 +27,7 @@ constexpr NamedValue<Transport> kTransports[] = {
     {Transport::shm, "shm"},
     {Transport::mpi, "mpi"},
     {Transport::cuda_peer, "cuda_peer"},
+    {Transport::nccl, "nccl"},
 };
 constexpr NamedValue<Device> kDevices[] = {{Device::cpu, "cpu"}, {Device::cuda, "cuda"}};
 

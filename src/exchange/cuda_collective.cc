@@ -58,6 +58,7 @@ CudaCollectiveExchange::CudaCollectiveExchange(const World& world, const Placeme
       placement_(placement),
       options_(options),
       collectives_(DeviceCollectives::create(world, {.device_index = options.device_index,
+                                                     .transport = Transport::nccl,
                                                      .launch_here = true,
                                                      .timeout_ms = options.timeout_ms > 0 ? options.timeout_ms : world.timeout_ms()})) {
   if (placement.ranks() != ranks_) usage_error("the placement is for {} ranks, the world has {}", placement.ranks(), ranks_);

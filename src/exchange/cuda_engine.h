@@ -7,15 +7,15 @@
 #include <set>
 #include <vector>
 
-#include "exchange/cuda_stream.h"
 #include "exchange/cuda_trace.h"
 #include "exchange/device_arena.h"
 #include "exchange/device_handle.h"
 #include "exchange/exchange_engine.h"
 #include "exchange/lease_board.h"
-#include "exchange/lost_watch.h"
 #include "exchange/row_transport.h"
-#include "exchange/sm_budget.h"
+#include "memory/cuda_stream.h"
+#include "memory/sm_budget.h"
+#include "world/lost_watch.h"
 
 namespace tokenyard::exchange_internal {
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <utility>
 
-#include "exchange/cuda_stream.h"
+#include "memory/cuda_stream.h"
 
 namespace tokenyard::exchange_internal {
 namespace {

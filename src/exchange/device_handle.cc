@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "core/usage.h"
-#include "exchange/cuda_stream.h"
+#include "memory/cuda_stream.h"
 
 namespace tokenyard::exchange_internal {
 namespace {

@@ -46,6 +46,7 @@ tl::expected<Library, Missing> load() {
   look_up("ncclSend", calls.send);
   look_up("ncclRecv", calls.recv);
   look_up("ncclAllGather", calls.all_gather);
+  look_up("ncclReduceScatter", calls.reduce_scatter);
   if (calls.get_version != nullptr) calls.get_version(&calls.version);
   if (look_up.missing() != nullptr || calls.version < kOldest) {
     const std::string what = look_up.missing() != nullptr ? fmt::format(" without {}", look_up.missing()) : "";
@@ -62,12 +63,6 @@ tl::expected<const Library*, Missing> library() {
   static const tl::expected<Library, Missing> loaded = load();
   if (!loaded) return tl::unexpected(loaded.error());
   return &*loaded;
-}
-
-// Its encoding changed with 2.9, long before the oldest one that serves.
-std::string version_text(int version) {
-  if (version < 10'000) return fmt::format("{}.{}.{}", version / 1000, version / 100 % 10, version % 100);
-  return fmt::format("{}.{}.{}", version / 10'000, version / 100 % 100, version % 100);
 }
 
 Backend backend() {

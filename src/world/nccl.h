@@ -7,6 +7,7 @@
 #include <string>
 #include <tl/expected.hpp>
 
+#include "tokenyard/dtype.h"
 #include "tokenyard/topo.h"
 
 struct CUstream_st;
@@ -16,6 +17,13 @@ namespace tokenyard::nccl {
 using Comm = void*;
 enum class Result : int { success = 0, in_progress = 7 };
 constexpr int kBytes = 0;  // ncclInt8
+constexpr int kSum = 0;
+// Of float32, bfloat16 and float16.
+constexpr int type_of(Dtype dtype) {
+  constexpr int kHalf = 6, kFloat = 7, kBfloat16 = 9;
+  if (dtype == Dtype::float32) return kFloat;
+  return dtype == Dtype::float16 ? kHalf : kBfloat16;
+}
 constexpr int kOldest = 21400;
 
 struct UniqueId {
@@ -45,6 +53,7 @@ struct Library {
   Result (*send)(const void*, std::size_t, int type, int peer, Comm, CUstream_st*) = nullptr;
   Result (*recv)(void*, std::size_t, int type, int peer, Comm, CUstream_st*) = nullptr;
   Result (*all_gather)(const void*, void*, std::size_t, int type, Comm, CUstream_st*) = nullptr;
+  Result (*reduce_scatter)(const void*, void*, std::size_t, int type, int operation, Comm, CUstream_st*) = nullptr;
 };
 
 struct Missing {
@@ -54,7 +63,11 @@ struct Missing {
 
 // Loaded once: TOKENYARD_NCCL, a file or a name, else libnccl.so.2.
 tl::expected<const Library*, Missing> library();
-std::string version_text(int version);  // "2.28.9"
+// "2.28.9". The encoding changed with 2.9, long before the oldest one that serves.
+inline std::string version_text(int version) {
+  const int major = version < 10'000 ? 1000 : 10'000;
+  return std::to_string(version / major) + "." + std::to_string(version / 100 % (major / 100)) + "." + std::to_string(version % 100);
+}
 
 // For topo: the collectives, and whether this build, this machine and its GPUs have them.
 Backend backend();

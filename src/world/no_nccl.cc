@@ -4,6 +4,10 @@
 
 namespace tokenyard::nccl {
 
+tl::expected<const Library*, Missing> library() {
+  return tl::unexpected(Missing{"configured without TY_NCCL", "configure with -DTY_CUDA=ON -DTY_NCCL=ON"});
+}
+
 Backend backend() {
   return {.name = "nccl",
           .kind = "collective",

@@ -6,7 +6,7 @@
 
 #include "device/gpus.h"
 #include "device/twin.h"
-#include "exchange/sm_budget.h"
+#include "memory/sm_budget.h"
 #include "multirank/exchange_rejection.h"
 
 namespace tokenyard::device_test {
@@ -187,7 +187,7 @@ TEST_F(DeviceErrors, ExchangesShareTheMultiprocessorsOfAGpu) {
   World world = std::move(World::in_process(1)[0]);
   Batch batch(world);
   ExchangeOptions most = batch.options(), some = batch.options();
-  most.sm_budget = exchange_internal::multiprocessors_of(most.device_index) - 1;
+  most.sm_budget = multiprocessors_of(most.device_index) - 1;
   some.sm_budget = 2;
   {
     const Exchange first(world, most);

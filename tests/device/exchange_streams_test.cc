@@ -6,14 +6,13 @@
 #include "device/gate.h"
 #include "device/gpus.h"
 #include "device/twin.h"
-#include "exchange/cuda_stream.h"
+#include "memory/cuda_stream.h"
 #include "multirank/exchange_rejection.h"
 #include "multirank/world_failures.h"
 
 namespace tokenyard::device_test {
 namespace {
 
-using exchange_internal::order_streams;
 using exchange_test::expect_rejection;
 using world_test::comes_true;
 

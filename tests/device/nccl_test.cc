@@ -139,7 +139,8 @@ class ThroughGpus final : public Collectives {
 
 void check_random_calls(const World& world, std::uint64_t seed, bool launch_here) {
   const int gpu = use_gpu_of(world.rank());
-  const auto device = DeviceCollectives::create(world, {.device_index = gpu, .launch_here = launch_here, .timeout_ms = 20'000});
+  const auto device = DeviceCollectives::create(
+      world, {.device_index = gpu, .transport = Transport::nccl, .launch_here = launch_here, .timeout_ms = 20'000});
   ThroughGpus through(*device);
   collective_test::check_collectives(through, {.seed = seed, .rounds = 15});
 }
@@ -165,7 +166,7 @@ TEST_F(Nccl, RanksThatShareAGpuAreRefused) {
   run_ranks(2, [](World& world) {
     cuda_check(cudaSetDevice(0), "cudaSetDevice");
     try {
-      DeviceCollectives::create(world, {.device_index = 0});
+      DeviceCollectives::create(world, {.device_index = 0, .transport = Transport::nccl});
       ADD_FAILURE() << "not refused";
     } catch (const UsageError& error) {
       EXPECT_NE(std::string(error.what()).find("ranks 0 and 1 both use GPU"), std::string::npos) << error.what();
@@ -178,7 +179,7 @@ TEST_F(NcclOnGpus, ARankThatDoesNotCallEndsInATimeout) {
   std::atomic<bool> gave_up{false};
   run_ranks(2, [&](World& world) {
     const int gpu = use_gpu_of(world.rank());
-    const auto device = DeviceCollectives::create(world, {.device_index = gpu, .timeout_ms = 2'000});
+    const auto device = DeviceCollectives::create(world, {.device_index = gpu, .transport = Transport::nccl, .timeout_ms = 2'000});
     const auto stream = value_or_throw(borrow_cuda_stream());
     const DeviceBuffer words = value_or_throw(make_device_buffer(gpu, 64));
     if (world.rank() == 1) {

@@ -112,11 +112,12 @@ class Checker {
   }
   void pick_shape(Dtype dtype) {
     dtype_ = dtype;
-    elements_ = pick(10) == 0 ? pick(2) : 1 + pick(options_.max_elements);
+    const std::int64_t multiple = options_.multiple_of;
+    elements_ = (pick(10) == 0 ? pick(2) : 1 + pick((options_.max_elements + multiple - 1) / multiple)) * multiple;
     salt_ = mix(options_.seed ^ static_cast<std::uint64_t>(pick(1 << 30)));
     in_place_ = pick(3) == 0;
-    in_gap_ = pick(2) == 0 ? 0 : 5;
-    out_gap_ = in_place_ || pick(2) == 0 ? in_gap_ : 3;
+    in_gap_ = pick(2) == 0 ? 0 : 5 * multiple;
+    out_gap_ = in_place_ || pick(2) == 0 ? in_gap_ : 3 * multiple;
   }
   // Row `row` of what `rank` passes as in. For sums: a value of moderate size, so that rounding matters and order shows.
   void fill(std::byte* to, int rank, std::int64_t row) const {

@@ -12,6 +12,7 @@ struct CheckOptions {
   int rounds = 20;                  // of one call of each kind
   std::int64_t max_rows = 40;       // per count
   std::int64_t max_elements = 300;  // per row
+  std::int64_t multiple_of = 1;     // elements per row, and of the gaps between rows
 };
 
 // Collective: all ranks pass the same options, and so know each other's data. Failures are gtest failures that print the seed.

@@ -32,7 +32,8 @@ TEST(OptionNames, EveryEnumerationReadsWhatItWrites) {
                                             {Transport::inproc, "inproc"},
                                             {Transport::shm, "shm"},
                                             {Transport::mpi, "mpi"},
-                                            {Transport::cuda_peer, "cuda_peer"}});
+                                            {Transport::cuda_peer, "cuda_peer"},
+                                            {Transport::nccl, "nccl"}});
   expect_names<Device>(parse_device, {{Device::cpu, "cpu"}, {Device::cuda, "cuda"}});
   EXPECT_EQ(Transport::automatic, parse_transport("auto"));
 }

@@ -6,8 +6,8 @@
 #include <algorithm>
 
 #include "core/usage.h"
-#include "exchange/cuda_stream.h"
 #include "memory/cuda_error.h"
+#include "memory/cuda_stream.h"
 
 namespace tokenyard::experts_cuda {
 namespace {

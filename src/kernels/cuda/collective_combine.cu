@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/collective.cuh"
+#include "kernels/cuda/ordered_sum.cuh"
 #include "kernels/cuda/preload.h"
 
 namespace tokenyard::cuda {
@@ -70,48 +71,15 @@ __global__ void __launch_bounds__(kCollectiveThreads) sum_collective(const __gri
 }
 
 template <Dtype kDtype>
-struct Element;
-template <>
-struct Element<Dtype::float64> {
-  using Stored = double;
-  using Sum = double;
-  __device__ static double widened(double x) { return x; }
-  __device__ static double rounded(double sum) { return sum; }
-};
-template <>
-struct Element<Dtype::float32> {
-  using Stored = float;
-  using Sum = float;
-  __device__ static float widened(float x) { return x; }
-  __device__ static float rounded(float sum) { return __uint_as_float(Format<Dtype::float32>::pack(&sum)); }
-};
-template <>
-struct Element<Dtype::bfloat16> {
-  using Stored = __nv_bfloat16;
-  using Sum = float;
-  __device__ static float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
-  __device__ static __nv_bfloat16 rounded(float sum) { return __float2bfloat16_rn(sum); }
-};
-template <>
-struct Element<Dtype::float16> {
-  using Stored = __half;
-  using Sum = float;
-  __device__ static float widened(__half x) { return __half2float(x); }
-  __device__ static __half rounded(float sum) { return __float2half_rn(sum); }
-};
-
-template <Dtype kDtype>
 __global__ void __launch_bounds__(kCollectiveThreads) sum_in_order(const __grid_constant__ OrderedSumArgs args) {
-  using Stored = typename Element<kDtype>::Stored;
+  using Stored = typename ElementSum<kDtype>::Word;
   const auto* const own = reinterpret_cast<const Stored*>(args.own);
   const auto* const others = reinterpret_cast<const Stored*>(args.others);
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kCollectiveThreads;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kCollectiveThreads + threadIdx.x; i < args.elements; i += step) {
-    typename Element<kDtype>::Sum sum = 0;
-    for (int rank = 0; rank < args.ranks; ++rank) {
-      sum = sum + Element<kDtype>::widened(rank == args.rank ? own[i] : others[rank * args.elements + i]);
-    }
-    reinterpret_cast<Stored*>(args.out)[i] = Element<kDtype>::rounded(sum);
+    ElementSum<kDtype> sum;
+    for (int rank = 0; rank < args.ranks; ++rank) sum.add(rank == args.rank ? own[i] : others[rank * args.elements + i]);
+    reinterpret_cast<Stored*>(args.out)[i] = sum.rounded();
   }
 }
 

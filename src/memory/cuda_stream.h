@@ -5,7 +5,7 @@
 
 #include "memory/cuda_handle.h"
 
-namespace tokenyard::exchange_internal {
+namespace tokenyard {
 
 // 0: `stream` captures no graph.
 unsigned long long capture_id(cudaStream_t stream);
@@ -38,4 +38,4 @@ class CallOrder {
   Tail eager_, captured_;
 };
 
-}  // namespace tokenyard::exchange_internal
+}  // namespace tokenyard

@@ -1,6 +1,6 @@
-#include "exchange/cuda_stream.h"
+#include "memory/cuda_stream.h"
 
-namespace tokenyard::exchange_internal {
+namespace tokenyard {
 
 unsigned long long capture_id(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -40,4 +40,4 @@ void CallOrder::wait() const {
   if (eager_.any) cuda_check(cudaEventSynchronize(eager_.event.get()), "waiting for the last call");
 }
 
-}  // namespace tokenyard::exchange_internal
+}  // namespace tokenyard

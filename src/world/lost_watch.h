@@ -8,7 +8,7 @@
 
 #include "tokenyard/world.h"
 
-namespace tokenyard::exchange_internal {
+namespace tokenyard {
 
 class LostWatch {
  public:
@@ -27,4 +27,4 @@ class LostWatch {
   std::thread thread_;
 };
 
-}  // namespace tokenyard::exchange_internal
+}  // namespace tokenyard

@@ -1,4 +1,4 @@
-#include "exchange/sm_budget.h"
+#include "memory/sm_budget.h"
 
 #include <cuda_runtime_api.h>
 
@@ -9,7 +9,7 @@
 #include "core/usage.h"
 #include "memory/cuda_error.h"
 
-namespace tokenyard::exchange_internal {
+namespace tokenyard {
 namespace {
 
 std::mutex budget_mutex;
@@ -41,4 +41,4 @@ SmBudget take_sm_budget(int device, int wanted, int usual) {
           })};
 }
 
-}  // namespace tokenyard::exchange_internal
+}  // namespace tokenyard

@@ -1,8 +1,8 @@
-#include "exchange/lost_watch.h"
+#include "world/lost_watch.h"
 
 #include <chrono>
 
-namespace tokenyard::exchange_internal {
+namespace tokenyard {
 
 LostWatch::LostWatch(World world, std::function<void(int)> on_lost)
     : world_(std::move(world)), on_lost_(std::move(on_lost)), thread_([this] { run(); }) {}
@@ -28,4 +28,4 @@ void LostWatch::run() {
   }
 }
 
-}  // namespace tokenyard::exchange_internal
+}  // namespace tokenyard

@@ -4,7 +4,7 @@
 
 #include <memory>
 
-namespace tokenyard::exchange_internal {
+namespace tokenyard {
 
 // wanted: multiprocessors, or 0 for `usual` of them, or what is left. UsageError when not even one is left, or fewer than wanted.
 struct SmBudget {
@@ -15,4 +15,4 @@ SmBudget take_sm_budget(int device, int wanted, int usual);
 
 int multiprocessors_of(int device);
 
-}  // namespace tokenyard::exchange_internal
+}  // namespace tokenyard

@@ -1,0 +1,30 @@
+#include "collective/device_collectives.h"
+
+#include "core/usage.h"
+
+namespace tokenyard {
+namespace {
+
+// The same on all ranks: whether ranks share a host is.
+Transport choose(const World& world, Transport wanted) {
+  if (wanted != Transport::automatic) return wanted;
+  for (int peer = 0; peer < world.size(); ++peer) {
+    if (world.link(peer) == LinkKind::network) return Transport::nccl;
+  }
+  return Transport::cuda_peer;
+}
+
+}  // namespace
+
+std::unique_ptr<DeviceCollectives> DeviceCollectives::create(const World& world, const DeviceCollectiveOptions& options) {
+  switch (choose(world, options.transport)) {
+    case Transport::cuda_peer:
+      return collective_internal::make_cuda_direct(world, options);
+    case Transport::nccl:
+      return collective_internal::make_nccl(world, options);
+    default:
+      usage_error("transport = {} for collectives on GPUs; use cuda_peer, nccl or automatic", name(options.transport));
+  }
+}
+
+}  // namespace tokenyard
