@@ -33,7 +33,7 @@ bool fits_hopper(const GroupedArgs& args) {
 std::byte* Scratch::take(Kind kind, std::int64_t bytes, Stream stream) {
   DeviceBuffer& buffer = buffers_[kind];
   if (buffer && static_cast<std::int64_t>(buffer.bytes()) >= bytes) return buffer.data();
-  if (exchange_internal::is_capturing(stream)) {
+  if (is_capturing(stream)) {
     usage_error(
         "this call needs {} bytes of scratch memory, and a graph is being captured, which cannot allocate; make a call of this "
         "shape once before the capture",
