@@ -44,7 +44,7 @@ TEST(OptionNames, AnUnknownTextNamesTheKindAndTheChoices) {
   testing::expect_usage_error([] { parse_sizing(""); }, {"sizing \"\"", "exact, capacity"});
   testing::expect_usage_error([] { parse_order("desc"); }, {"order \"desc\"", "rank_ascending, topk"});
   testing::expect_usage_error([] { parse_weighting("no"); }, {"weighting \"no\"", "none, at_input, at_expert, at_source"});
-  testing::expect_usage_error([] { parse_transport("nccl"); }, {"transport \"nccl\"", "automatic", "inproc, shm, mpi, cuda_peer"});
+  testing::expect_usage_error([] { parse_transport("ucx"); }, {"transport \"ucx\"", "automatic", "inproc, shm, mpi, cuda_peer"});
   testing::expect_usage_error([] { parse_device("gpu"); }, {"device \"gpu\"", "cpu, cuda"});
 }
 

@@ -109,10 +109,15 @@ __device__ inline Trouble trouble_with(const Context& c, int peer, Phase phase, 
   return {};
 }
 
-// Waits in this thread until `peer` has set the word to `least` or more, for call `call`; looks again after `pause_ns`. False: the call
-// has failed.
-__device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word, std::uint64_t least, int peer, Phase phase,
-                                     std::uint64_t call, unsigned pause_ns = 0) {
+struct Wait {
+  int peer = 0;  // whoever sets the word
+  Phase phase = Phase::none;
+  std::uint64_t call = 0;
+  unsigned pause_ns = 0;  // between looks
+};
+// Waits in this thread until the word is `least` or more. False: the call has failed.
+__device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word, std::uint64_t least, const Wait& wait) {
+  const auto [peer, phase, call, pause_ns] = wait;
   std::uint64_t seen;
   const auto is_set = [&] { return (seen = ptx::load_acquire(word)) >= least; };
   if (is_set()) return true;
@@ -143,7 +148,7 @@ __device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word
   }
 }
 __device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase, std::uint64_t call) {
-  return wait_for_word(c, flag_of(c, flag, peer), protocol::flag_word(call), peer, phase, call);
+  return wait_for_word(c, flag_of(c, flag, peer), protocol::flag_word(call), {peer, phase, call});
 }
 __device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase) {
   return wait_for_flag(c, flag, peer, phase, call_number(c));
@@ -204,7 +209,7 @@ __device__ inline void announce_at_once(const Context& c, protocol::CallHeader h
 __device__ inline bool agrees(const Context& c, protocol::CallHeader header, int peer, Phase phase) {
   header.call = call_number(c);
   const protocol::CallHeader& box = mailbox(c, c.rank, peer).headers[header.call % protocol::kRing];
-  if (!wait_for_word(c, &box.call, header.call, peer, phase, header.call)) return false;
+  if (!wait_for_word(c, &box.call, header.call, {peer, phase, header.call})) return false;
   const protocol::CallHeader theirs = box;
   if (theirs == header) return true;
   protocol::ErrorRecord record;

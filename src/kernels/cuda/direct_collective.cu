@@ -221,7 +221,7 @@ __device__ __forceinline__ void sum_chunk(const DirectCollectiveArgs& args, cons
 
 // The whole block waits until the word of `peer` is there.
 __device__ bool wait_in_block(const Context& c, std::int64_t offset, std::uint64_t least, int peer) {
-  const bool good = threadIdx.x != 0 || wait_for_word(c, word_at(c, c.rank, offset), least, peer, Phase::collective, call_number(c));
+  const bool good = threadIdx.x != 0 || wait_for_word(c, word_at(c, c.rank, offset), least, {peer, Phase::collective, call_number(c)});
   return __syncthreads_and(good) != 0;
 }
 
@@ -303,7 +303,7 @@ __device__ void take_sums(const DirectCollectiveArgs& args, int lane) {
     for (int source = threadIdx.x; source < c.ranks; source += blockDim.x) {
       if (source == c.rank) continue;
       good = good &&
-             wait_for_word(c, word_at(c, c.rank, args.lanes.arrived(source, lane)), after_chunk(call, n), source, Phase::collective, call);
+             wait_for_word(c, word_at(c, c.rank, args.lanes.arrived(source, lane)), after_chunk(call, n), {source, Phase::collective, call});
     }
     if (__syncthreads_and(good) == 0) return;
     sum_chunk<Sum>(args, cut, lane, n);

@@ -70,7 +70,7 @@ __device__ inline bool wait_for_records(const Context& c) {
   bool good = true;
   for (int peer = lane_index(); peer < c.ranks; peer += kLanes) {
     const std::uint64_t* const word = flag_of(c, Flag::records, peer);
-    good = wait_for_word(c, word, protocol::flag_word(call), peer, Phase::dispatch_rows, call, kPauseNs) && good;
+    good = wait_for_word(c, word, protocol::flag_word(call), {peer, Phase::dispatch_rows, call, kPauseNs}) && good;
   }
   return __all_sync(kAllLanes, good) != 0;
 }

@@ -294,7 +294,7 @@ __device__ void land_slots(const MoveArgs& args, std::uint64_t call, const Slots
     const unsigned token = row - static_cast<unsigned>(source) * max_tokens;
     const bool is_sent = static_cast<std::int32_t>(token) < peer_of(args, memory, source).tokens;
     const std::uint64_t* const word = arrival(c, c.rank, source, token);
-    if (is_sent && !wait_for_word(c, word, protocol::flag_word(call), source, Phase::dispatch_rows, call)) return;
+    if (is_sent && !wait_for_word(c, word, protocol::flag_word(call), {source, Phase::dispatch_rows, call})) return;
     if (args.cached) continue;
     land_pair(args, source, row, static_cast<int>(at % top_k), is_sent ? records + row * record_bytes : nullptr);
   }
