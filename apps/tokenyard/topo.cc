@@ -56,7 +56,8 @@ json gpu_report() {
   return gpus;
 }
 
-void print_gpus(const json& gpus) {
+void print_gpus(const json& report) {
+  const json& gpus = report["gpus"];
   if (gpus.empty()) return;
   std::vector<std::string> header = {"GPU", "name", "bus", "SMs", "memory"};
   for (std::size_t peer = 0; peer < gpus.size(); ++peer) header.push_back(fmt::format("addresses {}", peer));
@@ -68,7 +69,8 @@ void print_gpus(const json& gpus) {
     for (const json& access : at["peer_access"]) cells.emplace_back(access.get<bool>() ? "yes" : "no");
     table.add(cells);
   }
-  fmt::print("{}\n", table.text());
+  fmt::print("{}multiprocessors of an exchange, unless sm_budget says: {} in throughput mode with {} ranks; in latency mode one more than tokens\n\n",
+             table.text(), report["usual_sm_budget"].get<int>(), report["topology"]["ranks"].get<int>());
 }
 
 void print_text(const json& report) {
@@ -84,7 +86,7 @@ void print_text(const json& report) {
     links.add(cells);
   }
   fmt::print("{}\n", links.text());
-  print_gpus(report["gpus"]);
+  print_gpus(report);
   Table table({"backend", "kind", "here"});
   for (const json& backend : report["backends"]) {
     const auto version = backend["version"].get<std::string>();
@@ -112,8 +114,12 @@ void run_topo(const TopoCommand& command) {
     topology =
         run_on_ranks({.role = "topo", .ranks = command.ranks, .runner = Runner::processes, .timeout_ms = 60'000, .label = "topo"}, {});
   }
-  const json report = {
-      {"machine", machine()}, {"versions", versions("")}, {"topology", topology}, {"gpus", gpu_report()}, {"backends", backend_list()}};
+  const json report = {{"machine", machine()},
+                       {"versions", versions("")},
+                       {"topology", topology},
+                       {"gpus", gpu_report()},
+                       {"usual_sm_budget", usual_sm_budget(Mode::throughput, topology["ranks"], 0)},
+                       {"backends", backend_list()}};
   if (command.as_json) {
     fmt::print("{}\n", report.dump(1));
   } else {

@@ -6,6 +6,7 @@
 #include <string_view>
 #include <vector>
 
+#include "tokenyard/options.h"
 #include "tokenyard/world.h"
 
 namespace tokenyard {
@@ -36,6 +37,11 @@ struct GpuTopology {
   std::vector<std::vector<bool>> peer_access;  // [G][G]: whether the first addresses the memory of the second
 };
 GpuTopology gpu_topology();
+
+// Multiprocessors that kernels of an exchange on GPUs take while they wait for peers, unless ExchangeOptions::sm_budget says otherwise; at
+// most what the GPU has and other exchanges of the process leave. throughput: where the links are nearly full (docs/kernels.md); rows
+// that stay on their GPU are moved by the same ones, and with few ranks they are many. latency: one for each token, and one more.
+int usual_sm_budget(Mode mode, int ranks, std::int64_t max_tokens_per_rank);
 
 struct Topology {
   int ranks = 0;

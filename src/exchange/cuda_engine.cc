@@ -9,18 +9,10 @@
 #include "core/usage.h"
 #include "exchange/memory_plan.h"
 #include "exchange/peer_wait.h"
+#include "tokenyard/topo.h"
 
 namespace tokenyard::exchange_internal {
 namespace {
-
-// Multiprocessors of kernels that wait for peers, unless the caller says: in throughput mode where the links are nearly full
-// (docs/kernels.md); rows that stay on their GPU are moved by the same ones, and with few ranks they are many. In latency mode a
-// block for each token, as far as there are multiprocessors.
-int usual_budget(const ExchangeOptions& options, int ranks) {
-  constexpr int kForLinks = 32;
-  if (options.mode == Mode::latency) return static_cast<int>(std::min<std::int64_t>(options.max_tokens_per_rank + 1, 1 << 10));
-  return ranks == 1 ? kForLinks : kForLinks * ranks / (ranks - 1);
-}
 
 ExchangeOptions with_device(ExchangeOptions options) {
   int devices = 0;
@@ -66,7 +58,8 @@ CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
   cuda_check(scope.status(), "cudaSetDevice");
   const int sharing = ranks_on_device(world_, device_);
   const int share = std::max(1, multiprocessors_of(device_) / sharing);
-  budget_ = take_sm_budget(device_, options_.sm_budget, std::min(usual_budget(options_, world_.size()), share));
+  const int usual = usual_sm_budget(options_.mode, world_.size(), options_.max_tokens_per_rank);
+  budget_ = take_sm_budget(device_, options_.sm_budget, std::min(usual, share));
   options_.sm_budget = budget_.multiprocessors;
   cuda::preload_kernels();
   blocks_ = std::make_shared<BlockPool>(device_);

@@ -4,6 +4,7 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -95,6 +96,13 @@ std::vector<Backend> backends() {
       nccl::backend(),
       cutlass(),
   };
+}
+
+int usual_sm_budget(Mode mode, int ranks, std::int64_t max_tokens_per_rank) {
+  constexpr int kForLinks = 32;
+  constexpr std::int64_t kMost = 1024;  // more than any GPU has
+  if (mode == Mode::latency) return static_cast<int>(std::min(max_tokens_per_rank + 1, kMost));
+  return ranks == 1 ? kForLinks : kForLinks * ranks / (ranks - 1);
 }
 
 Topology topology(const World& world) {

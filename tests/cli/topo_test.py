@@ -14,6 +14,7 @@ class TopoTest(CommandLineTest):
         self.assertEqual(topology["ranks"], 3)
         self.assertEqual(topology["links"], [["self" if r == p else "peer" for p in range(3)] for r in range(3)])
         self.assertEqual(len(set(topology["hosts"])), 1)
+        self.assertEqual(report["usual_sm_budget"], 48)
         available = {backend["name"]: backend for backend in report["backends"]}
         for name in ("inproc", "shm"):
             self.assertEqual(available[name]["availability"], "available")
