@@ -69,7 +69,7 @@ void print_gpus(const json& report) {
     for (const json& access : at["peer_access"]) cells.emplace_back(access.get<bool>() ? "yes" : "no");
     table.add(cells);
   }
-  fmt::print("{}multiprocessors of an exchange, unless sm_budget says: {} in throughput mode with {} ranks; in latency mode one more than tokens\n\n",
+  fmt::print("{}usual sm_budget of an exchange: {} in throughput mode with {} ranks, one more than tokens in latency mode\n\n",
              table.text(), report["usual_sm_budget"].get<int>(), report["topology"]["ranks"].get<int>());
 }
 

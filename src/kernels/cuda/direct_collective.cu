@@ -302,8 +302,8 @@ __device__ void take_sums(const DirectCollectiveArgs& args, int lane) {
     bool good = true;
     for (int source = threadIdx.x; source < c.ranks; source += blockDim.x) {
       if (source == c.rank) continue;
-      good = good &&
-             wait_for_word(c, word_at(c, c.rank, args.lanes.arrived(source, lane)), after_chunk(call, n), {source, Phase::collective, call});
+      const std::uint64_t* const word = word_at(c, c.rank, args.lanes.arrived(source, lane));
+      good = good && wait_for_word(c, word, after_chunk(call, n), {source, Phase::collective, call});
     }
     if (__syncthreads_and(good) == 0) return;
     sum_chunk<Sum>(args, cut, lane, n);
