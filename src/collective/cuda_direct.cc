@@ -18,6 +18,7 @@
 #include "kernels/cuda/kernels.h"
 #include "memory/cuda_stream.h"
 #include "memory/sm_budget.h"
+#include "protocol/wait_chain.h"
 #include "world/lost_watch.h"
 
 namespace tokenyard::collective_internal {
@@ -156,7 +157,6 @@ class CudaDirect final : public DeviceCollectives {
   void set_lanes(DirectCollectiveArgs& args) const;
   Failure describe_failure(const protocol::ErrorRecord& record) const;
   std::string describe_mismatch(const protocol::ErrorRecord& record) const;
-  int end_of_chain(int peer) const;
 
   World world_;
   int rank_;
@@ -181,7 +181,7 @@ CudaDirect::CudaDirect(const World& world, const DeviceCollectiveOptions& option
       options.staging_bytes / (std::int64_t{lanes} * protocol::kLaneSlots) / protocol::kChunkAlignment * protocol::kChunkAlignment;
   arena_ =
       value_or_throw(LaneArena::create(world_, {.device = device_, .lanes = lanes, .slot_bytes = slot_bytes, .timeout_ms = timeout_ms_}));
-  watch_ = std::make_unique<LostWatch>(world_, [arena = arena_.get()](int rank) { arena->stop().lost_peer = rank + 1; });
+  watch_ = std::make_unique<LostWatch>(world_, [arena = arena_.get()](int rank) { arena->words().stop.lost_peer = rank + 1; });
   world_.barrier();  // nobody waits in a kernel while another rank still allocates
 }
 
@@ -230,10 +230,10 @@ void CudaDirect::reject(cudaStream_t stream, const std::string& reason) {
   if (is_capturing(stream)) return;  // what the graph lacks, its replays cannot tell
   order_.wait();                     // the text of an earlier rejection may still be read
   const std::size_t length = std::min(reason.size(), static_cast<std::size_t>(protocol::kReasonBytes) - 1);
-  std::memcpy(arena_->reason(), reason.data(), length);
-  arena_->reason()[length] = '\0';
+  std::memcpy(arena_->words().reason, reason.data(), length);
+  arena_->words().reason[length] = '\0';
   order_.enter(stream);
-  cuda::launch_reject(arena_->context(), arena_->reason(), stream);
+  cuda::launch_reject(arena_->context(), arena_->words().reason, stream);
   cuda_check(cudaGetLastError(), "telling peers that a call is rejected");
   order_.leave(stream);
 }
@@ -304,10 +304,10 @@ void CudaDirect::wait_until(const std::function<bool()>& done) {
 }
 
 void CudaDirect::check() {
-  if (arena_->failure().set != 0) throw TransportError(describe_failure(arena_->failure()));
-  if (arena_->abort().set == 0) return;
-  const protocol::ErrorRecord record = arena_->abort();
-  arena_->abort().set = 0;  // told once: the next call is fine
+  if (arena_->words().failure.set != 0) throw TransportError(describe_failure(arena_->words().failure));
+  if (arena_->words().abort.set == 0) return;
+  const protocol::ErrorRecord record = arena_->words().abort;
+  arena_->words().abort.set = 0;  // told once: the next call is fine
   throw TransportError(describe_failure(record));
 }
 
@@ -322,7 +322,8 @@ Failure CudaDirect::describe_failure(const protocol::ErrorRecord& record) const 
                   .seen = record.seen};
   switch (failure.kind) {
     case FailureKind::timeout:
-      failure.peer = end_of_chain(record.peer);
+      failure.peer = protocol::end_of_chain(rank_, ranks_, record.peer,
+                                            [&](int rank) { return static_cast<int>(arena_->beacon_of(rank).waiting_on) - 1; });
       failure.detail = fmt::format("no sign within {} ms", timeout_ms_);
       break;
     case FailureKind::peer_lost:
@@ -347,18 +348,6 @@ std::string CudaDirect::describe_mismatch(const protocol::ErrorRecord& record) c
   if (mine.fits(theirs)) return fmt::format("rank {} has stopped with this failure; its own error tells more", record.peer);
   return fmt::format("rank {} called {}, sends {} rows to rank {} and expects {}; rank {} called {}, sends {} and expects {}", rank_,
                      describe(mine), mine.sends, record.peer, mine.expects, record.peer, describe(theirs), theirs.sends, theirs.expects);
-}
-
-// Follows who waits for whom, as ranks told before their own deadlines ended.
-int CudaDirect::end_of_chain(int peer) const {
-  int at = peer;
-  for (int step = 0; step < ranks_; ++step) {
-    const int next = static_cast<int>(arena_->beacon_of(at).waiting_on) - 1;
-    if (next < 0 || next == at) return at;
-    if (next == rank_) return peer;  // a circle: nobody is to blame more than the one we wait for
-    at = next;
-  }
-  return peer;
 }
 
 }  // namespace

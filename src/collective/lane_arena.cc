@@ -32,10 +32,10 @@ Expected<std::unique_ptr<LaneArena>> LaneArena::create(const World& world, const
   auto device = make_device_buffer(options.device, sizeof(OwnWords) + world.size() * sizeof(std::byte*));
   if (!device) return unexpected(device.error());
   arena->device_ = std::move(*device);
-  auto pinned = make_pinned_buffer(sizeof(Pinned));
+  auto pinned = make_pinned_buffer(sizeof(protocol::HostWords));
   if (!pinned) return unexpected(pinned.error());
   arena->pinned_ = std::move(*pinned);
-  new (arena->pinned_.data()) Pinned{};
+  new (arena->pinned_.data()) protocol::HostWords{};
   auto side = borrow_cuda_stream();
   if (!side) return unexpected(side.error());
   arena->side_ = std::move(*side);
@@ -54,9 +54,9 @@ void LaneArena::fill_tables() {
   context_.state = &own->state;
   context_.tickets = own->tickets;
   context_.arenas = reinterpret_cast<std::byte* const*>(views);
-  context_.failure = &failure();
-  context_.abort = &abort();
-  context_.stop = &stop();
+  context_.failure = &words().failure;
+  context_.abort = &words().abort;
+  context_.stop = &words().stop;
   std::vector<std::byte*> pointers;
   for (int rank = 0; rank < context_.ranks; ++rank) pointers.push_back(memory_->view(rank));
   cuda_check(cudaMemsetAsync(own, 0, sizeof(OwnWords), side_.get()), "clearing the state of collectives");

@@ -10,6 +10,7 @@
 #include "memory/cuda_buffer.h"
 #include "memory/cuda_handle.h"
 #include "memory/symmetric_memory.h"
+#include "protocol/host_words.h"
 #include "tokenyard/world.h"
 
 namespace tokenyard::collective_internal {
@@ -30,12 +31,7 @@ class LaneArena {
   const protocol::LaneLayout& lanes() const { return lanes_; }
   Transport transport() const { return memory_->transport(); }
 
-  // Written by kernels; read them after `set`.
-  protocol::ErrorRecord& failure() const { return pinned_.as<Pinned>()->failure; }
-  protocol::ErrorRecord& abort() const { return pinned_.as<Pinned>()->abort; }
-  protocol::StopWord& stop() const { return pinned_.as<Pinned>()->stop; }
-  // Where a reason is put for the kernel that rejects a call.
-  char* reason() const { return pinned_.as<Pinned>()->reason; }
+  protocol::HostWords& words() const { return *pinned_.as<protocol::HostWords>(); }
 
   // Why `peer` rejected its last call.
   std::string reason_of(int peer) const;
@@ -44,13 +40,6 @@ class LaneArena {
   protocol::CollectiveHeader header_of(int owner, int writer, std::uint64_t call) const;
 
  private:
-  struct Pinned {
-    protocol::ErrorRecord failure;
-    protocol::ErrorRecord abort;
-    protocol::StopWord stop;
-    char reason[protocol::kReasonBytes];
-  };
-
   LaneArena() = default;
   void fill_tables();
   // To the host, without waiting for any other stream.

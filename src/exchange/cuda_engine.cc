@@ -9,6 +9,7 @@
 #include "core/usage.h"
 #include "exchange/memory_plan.h"
 #include "exchange/peer_wait.h"
+#include "protocol/wait_chain.h"
 #include "tokenyard/topo.h"
 
 namespace tokenyard::exchange_internal {
@@ -73,7 +74,7 @@ CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
   entered_ = value_or_throw(make_cuda_event());
   make_scratch();
   arena_ = value_or_throw(DeviceArena::create(world_, options_, shape_));
-  watch_ = std::make_unique<LostWatch>(world_, [arena = arena_.get()](int rank) { arena->stop().lost_peer = rank + 1; });
+  watch_ = std::make_unique<LostWatch>(world_, [arena = arena_.get()](int rank) { arena->words().stop.lost_peer = rank + 1; });
   receive_board_ = std::make_shared<LeaseBoard>(options_.depth, [](int) {});
   expert_board_ = std::make_shared<LeaseBoard>(options_.depth, [](int) {});
   expert_memory_.resize(options_.depth);
@@ -156,26 +157,26 @@ void CudaEngine::reject(cudaStream_t stream, const std::string& reason) {
   if (is_capturing(stream)) return;  // what the graph lacks, its replays cannot tell
   wait_idle();                       // the text of an earlier rejection may still be read
   const std::size_t length = std::min(reason.size(), static_cast<std::size_t>(protocol::kReasonBytes) - 1);
-  std::memcpy(arena_->reason(), reason.data(), length);
-  arena_->reason()[length] = '\0';
+  std::memcpy(arena_->words().reason, reason.data(), length);
+  arena_->words().reason[length] = '\0';
   order_.enter(stream);
-  cuda::launch_reject(arena_->context(), arena_->reason(), stream);
+  cuda::launch_reject(arena_->context(), arena_->words().reason, stream);
   cuda_check(cudaGetLastError(), "telling peers that a call is rejected");
   order_.leave(stream);
 }
 
 void CudaEngine::check() const {
-  if (arena_->failure().set != 0) throw_failure(arena_->failure());
-  if (arena_->abort().set == 0) return;
-  const protocol::ErrorRecord record = arena_->abort();
-  arena_->abort().set = 0;  // told once: the next call is fine
+  if (arena_->words().failure.set != 0) throw_failure(arena_->words().failure);
+  if (arena_->words().abort.set == 0) return;
+  const protocol::ErrorRecord record = arena_->words().abort;
+  arena_->words().abort.set = 0;  // told once: the next call is fine
   throw_failure(record);
 }
 
 ExchangeStatus CudaEngine::status() const {
   const CudaDeviceScope scope(device_);
   ExchangeStatus status;
-  if (arena_->failure().set != 0) status.failure = describe_failure(arena_->failure());
+  if (arena_->words().failure.set != 0) status.failure = describe_failure(arena_->words().failure);
   const protocol::DeviceState state = arena_->state();
   status.invalid_ids = static_cast<std::int64_t>(state.invalid_ids);
   status.lost_ids = static_cast<std::int64_t>(state.lost_ids);
@@ -210,7 +211,7 @@ std::vector<int> CudaEngine::recover() {
   // New memory, not the old one cleaned: a rank that is only slow may still write into what it knows.
   auto arena = value_or_throw(DeviceArena::create(left.world, options, shape_of(options, left.world.size())));
   lost_arenas_.push_back(std::exchange(arena_, std::move(arena)));
-  watch_ = std::make_unique<LostWatch>(left.world, [now = arena_.get()](int rank) { now->stop().lost_peer = rank + 1; });
+  watch_ = std::make_unique<LostWatch>(left.world, [now = arena_.get()](int rank) { now->words().stop.lost_peer = rank + 1; });
   shrink_to(left, options);
   make_scratch();
   world_.barrier();  // nobody waits in a kernel while another rank still allocates
@@ -232,7 +233,8 @@ Failure CudaEngine::describe_failure(const protocol::ErrorRecord& record) const 
                   .seen = record.seen};
   switch (failure.kind) {
     case FailureKind::timeout:
-      failure.peer = end_of_chain(record.peer);
+      failure.peer = protocol::end_of_chain(world_.rank(), world_.size(), record.peer,
+                                            [&](int rank) { return static_cast<int>(arena_->beacon_of(rank).waiting_on) - 1; });
       failure.detail = fmt::format("no sign within {} ms", options_.timeout_ms);
       if (failure.peer != record.peer) failure.detail += fmt::format("; rank {} waits for it, directly or not", record.peer);
       break;
@@ -269,17 +271,6 @@ Failure CudaEngine::describe_failure(const protocol::ErrorRecord& record) const 
 }
 
 // Follows who waits for whom, as ranks told before their own deadlines ended.
-int CudaEngine::end_of_chain(int peer) const {
-  int at = peer;
-  for (int step = 0; step < world_.size(); ++step) {
-    const int next = static_cast<int>(arena_->beacon_of(at).waiting_on) - 1;
-    if (next < 0 || next == at) return at;
-    if (next == world_.rank()) return peer;  // a circle: nobody is to blame more than the one we wait for
-    at = next;
-  }
-  return peer;
-}
-
 std::unique_ptr<ExchangeEngine> make_cuda_engine(const World& world, const ExchangeOptions& options) {
   return std::make_unique<CudaEngine>(world, options);
 }

@@ -119,7 +119,6 @@ class CudaEngine final : public ExchangeEngine {
 
   [[noreturn]] void throw_failure(const protocol::ErrorRecord& record) const;
   Failure describe_failure(const protocol::ErrorRecord& record) const;
-  int end_of_chain(int peer) const;
 
   int device_ = 0;
   SmBudget budget_;

@@ -35,10 +35,10 @@ Expected<std::unique_ptr<DeviceArena>> DeviceArena::create(const World& world, c
   auto device = make_device_buffer(options.device_index, own_bytes);
   if (!device) return unexpected(device.error());
   arena->device_ = std::move(*device);
-  auto pinned = make_pinned_buffer(sizeof(Pinned));
+  auto pinned = make_pinned_buffer(sizeof(protocol::HostWords));
   if (!pinned) return unexpected(pinned.error());
   arena->pinned_ = std::move(*pinned);
-  new (arena->pinned_.data()) Pinned{};
+  new (arena->pinned_.data()) protocol::HostWords{};
 
   auto memory = CudaPeerMemory::create(world, static_cast<std::size_t>(context.layout.total), options.device_index,
                                        Deadline::after_ms(options.timeout_ms));
@@ -51,9 +51,9 @@ Expected<std::unique_ptr<DeviceArena>> DeviceArena::create(const World& world, c
   context.tickets = reinterpret_cast<OwnWords*>(own)->tickets;
   context.arenas = reinterpret_cast<std::byte* const*>(views);
   context.link_bytes = reinterpret_cast<std::uint64_t*>(views + ranks * sizeof(std::byte*));
-  context.failure = &arena->failure();
-  context.abort = &arena->abort();
-  context.stop = &arena->stop();
+  context.failure = &arena->words().failure;
+  context.abort = &arena->words().abort;
+  context.stop = &arena->words().stop;
   std::vector<std::byte*> pointers;
   for (int rank = 0; rank < world.size(); ++rank) pointers.push_back(arena->memory_->view(rank));
   arena->side_ = value_or_throw(borrow_cuda_stream());
@@ -100,9 +100,9 @@ void DeviceArena::reset(std::uint64_t last_call) {
                "resetting the exchange");
   }
   cuda_check(cudaStreamSynchronize(side_.get()), "resetting the exchange");
-  failure() = {};
-  abort() = {};
-  stop().lost_peer = 0;
+  words().failure = {};
+  words().abort = {};
+  words().stop.lost_peer = 0;
 }
 
 }  // namespace tokenyard::exchange_internal

@@ -9,6 +9,7 @@
 #include "memory/cuda_buffer.h"
 #include "memory/cuda_handle.h"
 #include "memory/symmetric_memory.h"
+#include "protocol/host_words.h"
 #include "tokenyard/options.h"
 #include "tokenyard/world.h"
 
@@ -29,12 +30,7 @@ class DeviceArena {
   float* weights_in() const { return reinterpret_cast<float*>(at(context_.rank, layout().weights_in)); }
   Transport transport() const { return memory_->transport(); }
 
-  // Written by kernels; read them after `set`.
-  protocol::ErrorRecord& failure() const { return pinned_.as<Pinned>()->failure; }
-  protocol::ErrorRecord& abort() const { return pinned_.as<Pinned>()->abort; }
-  protocol::StopWord& stop() const { return pinned_.as<Pinned>()->stop; }
-  // Where a reason is put for the kernel that rejects a call.
-  char* reason() const { return pinned_.as<Pinned>()->reason; }
+  protocol::HostWords& words() const { return *pinned_.as<protocol::HostWords>(); }
 
   protocol::DeviceState state() const;
   std::vector<std::int64_t> link_bytes() const;
@@ -45,13 +41,6 @@ class DeviceArena {
   void reset(std::uint64_t last_call);
 
  private:
-  struct Pinned {
-    protocol::ErrorRecord failure;
-    protocol::ErrorRecord abort;
-    protocol::StopWord stop;
-    char reason[protocol::kReasonBytes];
-  };
-
   DeviceArena() = default;
   // To the host, without waiting for any other stream.
   void read(void* to, const void* from, std::size_t bytes) const;

@@ -7,6 +7,7 @@
 #include <ctime>
 
 #include "protocol/flags.h"
+#include "protocol/wait_chain.h"
 
 namespace tokenyard::exchange_internal {
 namespace {
@@ -128,16 +129,12 @@ bool PeerWait::check_abort(int peer, std::uint64_t call, std::string& reason) co
 // Follows who waits for whom. A rank whose heartbeat is old is not waiting but stopped: the chain ends there.
 int PeerWait::end_of_chain(int peer) const {
   const std::uint64_t fresh_ns = std::min<std::uint64_t>(1000, static_cast<std::uint64_t>(timeout_ms_) / 2) * 1'000'000U;
-  int at = peer;
-  for (int step = 0; step < arena_.ranks(); ++step) {
-    const Beacon& beacon = arena_.beacon(at);
+  return protocol::end_of_chain(arena_.rank(), arena_.ranks(), peer, [&](int rank) {
+    const Beacon& beacon = arena_.beacon(rank);
     const int next = static_cast<int>(load_acquire(beacon.waiting_on)) - 1;
     const bool is_fresh = load_acquire(beacon.heartbeat_ns) + fresh_ns >= now_ns();
-    if (next < 0 || !is_fresh) return at;
-    if (next == arena_.rank()) return peer;  // a circle: nobody is to blame more than the one we wait for
-    at = next;
-  }
-  return peer;
+    return is_fresh ? next : -1;
+  });
 }
 
 void PeerWait::publish_failure(const CallHeader& header, const Failure& failure) {

@@ -90,22 +90,14 @@ GroupedArgs product_of(Product product, const ConstTensorView& x, const DeviceRo
           .num_rows = x.shape[0]};
 }
 
-GroupedArgs forward_args(const ConstTensorView& x, const DeviceRowGroups& groups, bool is_gathered, const ConstTensorView& w,
-                         const TensorView& y) {
-  GroupedArgs args = product_of(Product::forward, x, groups, is_gathered);
+// Of forward, x w^T, and of dgrad, dy w.
+GroupedArgs rows_args(Product product, const ConstTensorView& x, const DeviceRowGroups& groups, bool is_gathered, const ConstTensorView& w,
+                      const TensorView& y) {
+  GroupedArgs args = product_of(product, x, groups, is_gathered);
   args.n = static_cast<int>(y.shape[1]);
   args.w = data_of(w);
   args.y = data_of(y);
   args.y_stride = stride_of(y);
-  return args;
-}
-
-GroupedArgs dgrad_args(const ConstTensorView& dy, const DeviceRowGroups& groups, const ConstTensorView& w, const TensorView& dx) {
-  GroupedArgs args = product_of(Product::dgrad, dy, groups, false);
-  args.n = static_cast<int>(dx.shape[1]);
-  args.w = data_of(w);
-  args.y = data_of(dx);
-  args.y_stride = stride_of(dx);
   return args;
 }
 
@@ -239,7 +231,7 @@ void DeviceExperts::grouped_gemm(const ConstTensorView& x, const DeviceRowGroups
   check_same_dtype("x", x, "bias", bias);
   check_same_dtype("x", x, "y", y);
   const CudaDeviceScope scope(state_->device);
-  GroupedArgs args = forward_args(x, groups, true, w, y);
+  GroupedArgs args = rows_args(Product::forward, x, groups, true, w, y);
   args.bias = data_of(bias);
   state_->products.run(args, stream_of(stream));
   check_launch("launch of grouped_gemm");
@@ -283,7 +275,7 @@ void DeviceExperts::grouped_gemm_scaled(const Scaled& x, const DeviceRowGroups& 
   }
   const CudaDeviceScope scope(state_->device);
   kernels::ScaledArgs args;
-  args.hopper.grouped = forward_args(x.values, groups, true, w.values, y);
+  args.hopper.grouped = rows_args(Product::forward, x.values, groups, true, w.values, y);
   args.hopper.grouped.bias = data_of(bias);
   args.x_scales = x.scales.as<float>();
   args.w_scales = w.scales.as<float>();
@@ -303,7 +295,7 @@ void DeviceExperts::grouped_gemm_dgrad(const ConstTensorView& dy, const DeviceRo
   check_same_dtype("dy", dy, "w", w);
   check_same_dtype("dy", dy, "dx", dx);
   const CudaDeviceScope scope(state_->device);
-  state_->products.run(dgrad_args(dy, groups, w, dx), stream_of(stream));
+  state_->products.run(rows_args(Product::dgrad, dy, groups, false, w, dx), stream_of(stream));
   check_launch("launch of grouped_gemm_dgrad");
 }
 
@@ -334,7 +326,7 @@ void DeviceExperts::experts_forward(const Forward& input, const DeviceRowGroups&
   const TensorView gate_up =
       input.gate_up ? input.gate_up : matrix(products.scratch(), Scratch::gate_up, dtype, groups.places, 2 * width, on);
   const TensorView act = matrix(products.scratch(), Scratch::act, dtype, groups.places, width, on);
-  GroupedArgs up = forward_args(input.x, groups, true, weights.w13, gate_up);
+  GroupedArgs up = rows_args(Product::forward, input.x, groups, true, weights.w13, gate_up);
   up.bias = data_of(weights.w13_bias);
   products.run(up, on);
   kernels::activate({.groups = groups_of(groups),
@@ -344,7 +336,7 @@ void DeviceExperts::experts_forward(const Forward& input, const DeviceRowGroups&
                      .gate_up = data_of(gate_up),
                      .act = data_of(act)},
                     products.num_sms(), on);
-  GroupedArgs down = forward_args(act, groups, false, weights.w2, y);
+  GroupedArgs down = rows_args(Product::forward, act, groups, false, weights.w2, y);
   down.bias = data_of(weights.w2_bias);
   products.run(down, on);
   check_launch("launch of experts_forward");
@@ -376,7 +368,7 @@ void DeviceExperts::experts_backward(const Backward& call, const DeviceRowGroups
                               .sums = sums.as<float>()},
                              on);
   };
-  products.run(dgrad_args(call.dy, groups, weights.w2, d_act), on);
+  products.run(rows_args(Product::dgrad, call.dy, groups, false, weights.w2, d_act), on);
   kernels::activate_backward({.groups = groups_of(groups),
                               .activation = activation,
                               .dtype = dtype,
@@ -390,7 +382,7 @@ void DeviceExperts::experts_backward(const Backward& call, const DeviceRowGroups
   if (weights.w2_bias) add_sums(call.dy, call.gradients.w2_bias);
   if (weights.w13_bias) add_sums(d_gate_up, call.gradients.w13_bias);
   products.run(wgrad_args(d_gate_up, call.x, groups, true, call.gradients.w13), on);
-  products.run(dgrad_args(d_gate_up, groups, weights.w13, call.dx), on);
+  products.run(rows_args(Product::dgrad, d_gate_up, groups, false, weights.w13, call.dx), on);
   check_launch("launch of experts_backward");
 }
 

@@ -64,7 +64,8 @@ __device__ inline void publish_records(const Context& c, std::int64_t warps) {
 
 // False: the call has failed.
 __device__ inline bool wait_for_records(const Context& c) {
-  // Many warps wait for long: without pauses they keep those who move rows from the line in which all flags lie.
+  // Many warps wait for long. Without pauses moves took up to twice as long on some numbers of multiprocessors (docs/kernels.md),
+  // presumably because movers read the same line.
   constexpr unsigned kPauseNs = 500;
   const std::uint64_t call = call_number(c);
   bool good = true;
