@@ -34,33 +34,21 @@ void stream_row(void* to, const void* from, std::size_t bytes) {
   std::memcpy(out + i, in + i, bytes - i);
 }
 
-// Line by line to all targets: one read of `from`, ahead of which the next rows are fetched, and more stores under way than a copy
-// after the other has. kStream: whole lines, and targets that lie on lines.
-template <bool kStream>
-void spread_lines(void* const* to, int count, const void* from, std::size_t bytes) {
+// Line by line past the caches to all targets that lie on lines: one read of `from`, ahead of which the next rows are fetched, and more
+// stores under way than a copy after the other has.
+void stream_lines(void* const* to, int count, const void* from, std::size_t bytes) {
   constexpr std::size_t kLine = 64;
   constexpr std::size_t kAhead = 16 * kLine;
   const hn::CappedTag<std::uint8_t, kLine> d;
   const auto* in = static_cast<const std::uint8_t*>(from);
-  std::size_t i = 0;
-  for (; i + kLine <= bytes; i += kLine) {
+  for (std::size_t i = 0; i < bytes; i += kLine) {
     hwy::Prefetch(in + i + kAhead);
     for (std::size_t j = i; j < i + kLine; j += hn::Lanes(d)) {
       const auto part = hn::LoadU(d, in + j);
-      for (int t = 0; t < count; ++t) {
-        auto* const out = static_cast<std::uint8_t*>(to[t]) + j;
-        if constexpr (kStream) {
-          hn::Stream(part, d, out);
-        } else {
-          hn::StoreU(part, d, out);
-        }
-      }
+      for (int t = 0; t < count; ++t) hn::Stream(part, d, static_cast<std::uint8_t*>(to[t]) + j);
     }
   }
-  for (int t = 0; i < bytes && t < count; ++t) std::memcpy(static_cast<std::uint8_t*>(to[t]) + i, in + i, bytes - i);
 }
-void stream_lines(void* const* to, int count, const void* from, std::size_t bytes) { spread_lines<true>(to, count, from, bytes); }
-void store_lines(void* const* to, int count, const void* from, std::size_t bytes) { spread_lines<false>(to, count, from, bytes); }
 
 const char* target_name() { return hwy::TargetName(HWY_TARGET); }
 
@@ -72,7 +60,6 @@ namespace tokenyard::cpu {
 
 HWY_EXPORT(stream_row);
 HWY_EXPORT(stream_lines);
-HWY_EXPORT(store_lines);
 HWY_EXPORT(target_name);
 
 void copy_row(void* to, const void* from, std::size_t bytes, bool stream) {
@@ -89,12 +76,14 @@ void copy_row_to_many(void* const* to, int count, const void* from, std::size_t 
     HWY_DYNAMIC_DISPATCH(stream_lines)(to, count, from, bytes);
     return;
   }
-  if (!stream) {
-    HWY_DYNAMIC_DISPATCH(store_lines)(to, count, from, bytes);
-    return;
+  // The first copy brings a piece into the cache, where the others find it. One target after the other: stores that alternate between
+  // rows which no cache holds wait for each other, 24 us against 9 for 16 rows to two targets (AMD EPYC, rows in the last-level cache).
+  constexpr std::size_t kPiece = 2048;
+  for (std::size_t at = 0; at < bytes; at += kPiece) {
+    for (int i = 0; i < count; ++i) {
+      copy_row(static_cast<std::byte*>(to[i]) + at, static_cast<const std::byte*>(from) + at, std::min(kPiece, bytes - at), stream);
+    }
   }
-  // The first copy brings the row into the cache, where the others find it: streamed stores leave it there.
-  for (int i = 0; i < count; ++i) copy_row(to[i], from, bytes, stream);
 }
 
 void stream_fence() { hwy::FlushStream(); }
