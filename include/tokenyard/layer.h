@@ -4,6 +4,8 @@
 //
 // T tokens of this rank (each rank its own number, also 0), H hidden_size, E experts, K top_k, L local experts, I expert_width of this
 // rank's shard, g ranks of a tensor-parallel group. Rows are float32, bfloat16 or float16; weights any of the three, each for itself.
+// With ExpertGroupOptions::device = cuda, MoeLayer goes forward on GPUs: all tensors are in device memory, rows and the weights of experts of
+// one type; a step is enqueued on a stream and never waits for the device, and can be captured in a graph.
 // All calls are collective: the ranks of the group make them in the same order. UsageError names the tensor that does not fit, and peers in
 // the same step fail with TransportError(aborted) and that reason; the next step is fine. Other TransportErrors as in exchange.h and
 // collective.h.
@@ -22,6 +24,13 @@
 #include "tokenyard/routing.h"
 
 namespace tokenyard {
+
+namespace layer_internal {
+class DeviceWorkspace;
+struct DenseStep;
+struct MoeStep;
+class MoeEngine;
+}  // namespace layer_internal
 
 // Two exact ways to divide an expert over mlp_tp ranks. Same answer, other rounding: `virtual_experts` sums all partials at once,
 // `gathered` first those of a window, and rounds that sum to the rows' type. With ep = 1 there is no exchange, and both are `gathered`.
@@ -49,6 +58,10 @@ struct ExpertGroupOptions {
   bool trace = false;             // keep spans, see take_spans()
   Transport transport = Transport::automatic;
   int timeout_ms = 0;  // deadline of every wait; 0: the world's
+  Device device = Device::cpu;       // where rows and weights are
+  int device_index = -1;             // cuda: as in ExchangeOptions
+  int sm_budget = 0;                 // cuda: as in ExchangeOptions
+  std::int64_t max_expert_rows = 0;  // cuda: most rows of a rank's experts in a step; 0: receive_rows x min(top_k, max_local_experts)
 };
 
 // The ranks that hold all experts together (ep * mlp_tp; one of outer_dp such groups), and what they meet with. One serves all layers.
@@ -75,8 +88,11 @@ class ExpertGroup {
   // Registers a layer's placement over the exchange's ranks once, and returns its number.
   int add(const Placement& placement);
   // Of layers, since the last call: "route", "dispatch", "shared", "experts", "combine". Empty without options.trace.
+  // On cuda "gate" is a phase of its own, and this waits for the phases that are enqueued.
   std::vector<PhaseSpan> take_spans();
   void note(PhaseSpan span);
+  // cuda; nullptr on CPUs.
+  const std::shared_ptr<layer_internal::DeviceWorkspace>& workspace() const { return workspace_; }
 
  private:
   ExpertGroupOptions options_;
@@ -84,6 +100,7 @@ class ExpertGroup {
   std::optional<World> world_;
   std::unique_ptr<Collectives> tp_, dense_;
   std::unique_ptr<Exchange> exchange_;
+  std::shared_ptr<layer_internal::DeviceWorkspace> workspace_;
   std::vector<std::uint64_t> added_;  // hashes of placements, by number
   std::vector<PhaseSpan> spans_;
 };
@@ -116,12 +133,6 @@ struct MoeGradients {
   ExpertGradients experts{};
   DenseGradients shared{};
 };
-
-namespace layer_internal {
-struct DenseStep;
-struct MoeStep;
-class MoeEngine;
-}  // namespace layer_internal
 
 // What a forward leaves for its backward. One per micro-batch that is under way; used again it keeps its memory.
 class DenseActivations {
@@ -189,6 +200,8 @@ struct MoeStepOptions {
   ConstTensorView given_ids{};   // [T,K] int64 or int32, optional: replay; weights by the gate's rule
   // With same_tokens: out and d_out are this rank's slice of the tokens (slice_counts() of norm.h), which the layer then need not gather.
   bool sliced_out = false;
+  TensorView logits{};     // [T,E] float32, dense, optional: where the gate's logits are left; route() makes the step's routing of them
+  void* stream = nullptr;  // cuda: the cudaStream_t that made the input, and on which out becomes valid
 };
 
 struct MoeBackwardInput {

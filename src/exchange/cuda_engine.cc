@@ -165,6 +165,13 @@ void CudaEngine::reject(cudaStream_t stream, const std::string& reason) {
   order_.leave(stream);
 }
 
+void CudaEngine::abandon(const std::string& reason) {
+  const CudaDeviceScope scope(device_);
+  check();
+  ++last_call_;
+  reject(stream_.get(), reason);
+}
+
 void CudaEngine::check() const {
   if (arena_->words().failure.set != 0) throw_failure(arena_->words().failure);
   if (arena_->words().abort.set == 0) return;

@@ -54,6 +54,7 @@ class CudaEngine final : public ExchangeEngine {
   CombineGradient combine_backward(const Handle& handle, const ConstTensorView& grad_out, const ConstTensorView& y,
                                    const CombineOptions& options) override;
   TensorView expert_rows(const Handle& handle, Dtype dtype, std::int64_t hidden_size, void* stream) override;
+  void abandon(const std::string& reason) override;
   void check() const override;
   ExchangeStatus status() const override;
   void clear() override;

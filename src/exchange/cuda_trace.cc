@@ -36,22 +36,22 @@ CudaTrace::Phase::Phase(CudaTrace& trace, const char* name, std::uint64_t call, 
   attributes.messageType = NVTX_MESSAGE_TYPE_ASCII;
   attributes.message.ascii = name;
   nvtxDomainRangePushEx(domain(), &attributes);
-  is_kept_ = trace.keeps_spans_ && !is_capturing(stream);
-  if (!is_kept_) return;
+  if (!trace.keeps_spans_ || is_capturing(stream)) return;
+  at_ = trace.spans_.size();
   trace.spans_.push_back({name, call, timed_event(), timed_event()});
   cuda_check(cudaEventRecord(trace.spans_.back().begin.get(), stream), "cudaEventRecord");
 }
 
 CudaTrace::Phase::~Phase() {
   nvtxDomainRangePop(domain());
-  if (is_kept_) cudaEventRecord(trace_.spans_.back().end.get(), stream_);  // what fails here fails the call as well
+  if (at_ != kNotKept) cudaEventRecord(trace_.spans_[at_].end.get(), stream_);  // what fails here fails the call as well
 }
 
 std::vector<PhaseSpan> CudaTrace::take() {
   const std::vector<Span> spans = std::exchange(spans_, {});
   std::vector<PhaseSpan> result;
   if (spans.empty()) return result;
-  cuda_check(cudaEventSynchronize(spans.back().end.get()), "waiting for the last phase");
+  for (const Span& span : spans) cuda_check(cudaEventSynchronize(span.end.get()), "waiting for a phase");
   const auto stream = value_or_throw(borrow_cuda_stream());
   const CudaEvent now = timed_event();
   cuda_check(cudaEventRecord(now.get(), stream.get()), "cudaEventRecord");

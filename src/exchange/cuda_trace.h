@@ -22,9 +22,10 @@ class CudaTrace {
     Phase& operator=(const Phase&) = delete;
 
    private:
+    static constexpr std::size_t kNotKept = ~std::size_t{0};
     CudaTrace& trace_;
     cudaStream_t stream_ = nullptr;
-    bool is_kept_ = false;
+    std::size_t at_ = kNotKept;  // in spans_: phases nest
   };
 
   // Waits for the phases that are enqueued, and forgets them.

@@ -6,6 +6,7 @@
 
 #include "core/usage.h"
 #include "experts/row_block.h"
+#include "layer/moe_checks.h"
 
 namespace tokenyard::layer_internal {
 namespace {
@@ -57,36 +58,6 @@ template <class Pointer>
 BasicTensorView<Pointer> arrived(const Received& received, const BasicTensorView<Pointer>& rows) {
   const BasicTensorView<Pointer> matrix = as_matrix(rows);
   return received.handle().layout() == Layout::rank_slots ? matrix : rows_of(matrix, 0, received.num_rows());
-}
-
-Placement placement_of(const ExpertGroup& group, const MoeLayerOptions& options, std::int64_t num_experts) {
-  if (options.placement) return *options.placement;
-  const bool is_virtual = group.options().expert_tp == ExpertTp::virtual_experts;
-  return is_virtual ? group.placement(static_cast<int>(num_experts)) : Placement::uniform(static_cast<int>(num_experts), group.config().ep);
-}
-
-int local_experts_of(ExpertGroup& group, const MoeLayerOptions& options, const LinearGate& gate) {
-  const auto num_experts = static_cast<int>(gate.num_experts());
-  if (group.exchange() == nullptr) return num_experts;
-  const Placement placement = placement_of(group, options, num_experts);
-  if (placement.num_experts() != num_experts) {
-    usage_error("the placement has {} experts and gate.weight {}; give one of this layer", placement.num_experts(), num_experts);
-  }
-  return static_cast<int>(placement.local_experts(group.exchange()->world().rank()).size());
-}
-
-void check_weights(const ExpertGroup& group, const MoeWeights& weights, int num_local_experts) {
-  const ConstTensorView& w13 = weights.experts.w13;
-  const std::int64_t hidden_size = weights.gate.weight.shape[1];
-  const bool fits = w13.ndim == 4 && w13.shape[0] == num_local_experts && w13.shape[3] == hidden_size;
-  if (num_local_experts > 0 && !fits) {
-    usage_error("experts.w13 is {}; expected [{}, 2, width, {}]: the local experts of rank {}, of the gate's hidden_size",
-                w13 ? describe(w13) : "absent", num_local_experts, hidden_size, group.world().rank());
-  }
-  if (hidden_size > group.options().hidden_size) {
-    usage_error("gate.weight is {}; the group was made for hidden_size up to {}", describe(weights.gate.weight),
-                group.options().hidden_size);
-  }
 }
 
 }  // namespace
@@ -382,7 +353,6 @@ void CpuMoe::warm_up(std::span<const std::int64_t> token_counts) {
 }
 
 std::unique_ptr<MoeEngine> make_cpu_moe(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, const MoeLayerOptions& options) {
-  if (!group) usage_error("no group; give the layer the ExpertGroup that its ranks share");
   return std::make_unique<CpuMoe>(std::move(group), weights, options);
 }
 

@@ -4,6 +4,7 @@
 
 #include "core/usage.h"
 #include "experts/row_block.h"
+#include "layer/moe_checks.h"
 #include "layer/steps.h"
 
 namespace tokenyard {
@@ -52,12 +53,9 @@ DenseActivations& DenseActivations::operator=(DenseActivations&&) noexcept = def
 
 DenseLayer::DenseLayer(std::shared_ptr<ExpertGroup> group, const DenseWeights& weights, const Activation& activation)
     : group_(std::move(group)), weights_(weights), activation_(activation) {
-  const ConstTensorView& w13 = weights.weights.w13;
-  if (w13.ndim != 4 || w13.shape[0] != 1) usage_error("w13 is {}; expected [1, 2, width, hidden_size]", w13 ? describe(w13) : "absent");
-  const ConstTensorView& gate = weights.gate;
-  if (gate && (gate.ndim != 2 || gate.shape[0] != 1 || gate.shape[1] != w13.shape[3])) {
-    usage_error("the gate of a shared expert is {}; expected [1, {}]", describe(gate), w13.shape[3]);
-  }
+  check_dense(weights);
+  if (group_ && group_->options().device == Device::cuda)
+    usage_error("a DenseLayer of a group on GPUs; it is computed on CPUs: use a group there, or DeviceExperts");
 }
 
 void DenseLayer::check_gradients(const DenseGradients& gradients) const {

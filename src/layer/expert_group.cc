@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "core/usage.h"
-#include "tokenyard/layer.h"
+#include "layer/moe_engine.h"
 
 namespace tokenyard {
 namespace {
@@ -30,6 +30,15 @@ void check(const ParallelConfig& config, const ExpertGroupOptions& options, int 
 
 World split(const World& world, const SplitArguments& at) { return *world.split(at.color, at.key); }
 
+void check_on_gpus(const ParallelConfig& config, const ExpertGroupOptions& options) {
+  const bool is_gathered = config.mlp_tp > 1 && (config.ep == 1 || options.expert_tp == ExpertTp::gathered);
+  if (is_gathered) {
+    usage_error("ep = {}, mlp_tp = {} and expert_tp = {} on GPUs; there shards of experts are virtual: use expert_tp = virtual and ep > 1",
+                config.ep, config.mlp_tp, name(options.expert_tp));
+  }
+  if (options.dense_tp > 1) usage_error("dense_tp = {} on GPUs; there shared experts are whole: use 1", options.dense_tp);
+}
+
 ExchangeOptions exchange_options(const ExpertGroupOptions& options, int max_fanout) {
   return {.max_tokens_per_rank = options.max_tokens_per_rank,
           .max_row_bytes = options.hidden_size * size_of(options.dtype),
@@ -37,8 +46,12 @@ ExchangeOptions exchange_options(const ExpertGroupOptions& options, int max_fano
           .max_local_experts = options.max_local_experts,
           .max_fanout = max_fanout,
           .receive_rows = options.receive_rows,
+          .max_expert_rows = options.max_expert_rows,
           .depth = options.depth,
           .transport = options.transport,
+          .device = options.device,
+          .device_index = options.device_index,
+          .sm_budget = options.sm_budget,
           .num_threads = options.num_threads,
           .trace = options.trace,
           .timeout_ms = options.timeout_ms};
@@ -59,6 +72,8 @@ ExpertGroup::ExpertGroup(const World& world, const ParallelConfig& config, const
   check(config, options, world.size());
   if (options_.timeout_ms == 0) options_.timeout_ms = world.timeout_ms();
   if (options_.max_local_experts == 0) options_.max_local_experts = (options.num_experts + config.ep - 1) / config.ep;
+  const bool is_on_gpu = options.device == Device::cuda;
+  if (is_on_gpu) check_on_gpus(config, options);
   world_ = split(world, config.split_arguments(SubWorld::ep_tp, world.rank()));
   const CollectiveOptions collective = {.transport = options.transport, .timeout_ms = options_.timeout_ms};
   const bool is_gathered = config.ep == 1 || options.expert_tp == ExpertTp::gathered;
@@ -69,12 +84,22 @@ ExpertGroup::ExpertGroup(const World& world, const ParallelConfig& config, const
     const int rank = world_->rank();
     dense_ = Collectives::create(split(*world_, {.color = rank / options.dense_tp, .key = rank % options.dense_tp}), collective);
   }
-  if (config.ep == 1) return;
+  if (config.ep == 1) {
+    if (is_on_gpu) workspace_ = layer_internal::make_device_workspace(options_, nullptr);
+    return;
+  }
+  if (is_on_gpu && options_.max_expert_rows == 0) {
+    const std::int64_t rows = options_.receive_rows != 0 ? options_.receive_rows : world_->size() * options_.max_tokens_per_rank;
+    options_.max_expert_rows = rows * std::min(options_.top_k, options_.max_local_experts);
+  }
   if (is_gathered) {
     exchange_ = std::make_unique<Exchange>(split(world, config.split_arguments(SubWorld::ep, world.rank())), exchange_options(options_, 1));
   } else {
     exchange_ = std::make_unique<Exchange>(*world_, exchange_options(options_, config.mlp_tp));
   }
+  if (!is_on_gpu) return;
+  workspace_ = layer_internal::make_device_workspace(options_, exchange_.get());
+  world_->barrier();  // nobody waits in a kernel while another rank still allocates
 }
 
 ExpertGroup::~ExpertGroup() = default;
@@ -94,6 +119,8 @@ void ExpertGroup::note(PhaseSpan span) {
   if (options_.trace) spans_.push_back(std::move(span));
 }
 
-std::vector<PhaseSpan> ExpertGroup::take_spans() { return std::exchange(spans_, {}); }
+std::vector<PhaseSpan> ExpertGroup::take_spans() {
+  return workspace_ ? layer_internal::take_spans(*workspace_) : std::exchange(spans_, {});
+}
 
 }  // namespace tokenyard

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/usage.h"
+#include "experts/row_block.h"
 
 namespace tokenyard::layer_internal {
 namespace {
@@ -49,6 +50,10 @@ void LinearGate::forward(const ConstTensorView& x, const MoeStepOptions& options
   step.num_tokens = x.shape[0];
   const TensorView logits = step.logits.view(Dtype::float32, x.shape[0], num_experts());
   grouped_gemm(x, one_group(x.shape[0]), weight(), as_group(weights_.logit_bias), logits);
+  if (options.logits) {
+    experts_internal::check_float32("logits", options.logits, {x.shape[0], num_experts()});
+    std::copy_n(logits.as<float>(), logits.num_elements(), options.logits.as<float>());
+  }
   step.routing = route(routing_input(logits, weights_, options), gate_);
 }
 

@@ -18,6 +18,11 @@ class MoeEngine {
 };
 
 // UsageError for weights that do not fit the group, or each other.
+std::unique_ptr<MoeEngine> make_cuda_moe(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, const MoeLayerOptions& options);
 std::unique_ptr<MoeEngine> make_cpu_moe(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, const MoeLayerOptions& options);
+
+// What a group on GPUs holds for its layers. `exchange` may be nullptr. UsageError without TY_CUDA.
+std::shared_ptr<DeviceWorkspace> make_device_workspace(const ExpertGroupOptions& options, const Exchange* exchange);
+std::vector<PhaseSpan> take_spans(DeviceWorkspace& workspace);
 
 }  // namespace tokenyard::layer_internal

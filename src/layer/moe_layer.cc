@@ -23,8 +23,11 @@ Mode mode_for_step(std::int64_t max_tokens_of_a_rank, std::int64_t latency_token
   return max_tokens_of_a_rank <= latency_tokens ? Mode::latency : Mode::throughput;
 }
 
-MoeLayer::MoeLayer(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, const MoeLayerOptions& options)
-    : engine_(make_cpu_moe(std::move(group), weights, options)) {}
+MoeLayer::MoeLayer(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, const MoeLayerOptions& options) {
+  if (!group) usage_error("no group; give the layer the ExpertGroup that its ranks share");
+  const bool is_on_gpu = group->options().device == Device::cuda;
+  engine_ = is_on_gpu ? make_cuda_moe(std::move(group), weights, options) : make_cpu_moe(std::move(group), weights, options);
+}
 MoeLayer::~MoeLayer() = default;
 MoeLayer::MoeLayer(MoeLayer&&) noexcept = default;
 MoeLayer& MoeLayer::operator=(MoeLayer&&) noexcept = default;

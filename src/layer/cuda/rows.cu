@@ -1,0 +1,87 @@
+// The shared expert's sigmoid, and its sum with the others where no exchange adds them.
+
+#include <cuda_runtime.h>
+
+#include "experts/cuda/elements.cuh"
+#include "layer/cuda/kernels.h"
+
+namespace tokenyard::layer_cuda {
+namespace {
+
+using experts_cuda::Floats;
+using experts_cuda::kPerVector;
+using experts_cuda::load_element;
+using experts_cuda::load_piece;
+using experts_cuda::store_piece;
+using experts_cuda::visit_rows;
+
+constexpr int kThreads = 256;
+constexpr int kWarpThreads = 32;
+constexpr unsigned kAllLanes = 0xffffffffU;
+
+template <Dtype kDtype>
+__device__ __forceinline__ const std::byte* row_of(const std::byte* rows, std::int64_t stride) {
+  return rows + static_cast<std::int64_t>(blockIdx.x) * stride * cuda::Format<kDtype>::kSize;
+}
+
+// Summed in an order that only the block's size decides; every thread gets the sum.
+__device__ __forceinline__ float sum_of_block(float value) {
+  __shared__ float sums[kThreads / kWarpThreads];
+#pragma unroll
+  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) value = value + __shfl_xor_sync(kAllLanes, value, distance);
+  if (threadIdx.x % kWarpThreads == 0) sums[threadIdx.x / kWarpThreads] = value;
+  __syncthreads();
+  float sum = 0.0F;
+  for (const float of_warp : sums) sum = sum + of_warp;
+  return sum;
+}
+
+// A block for each row.
+template <Dtype kDtype, Dtype kGate>
+__global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ RowsArgs args, const std::byte* gate) {
+  const std::byte* x = row_of<kDtype>(args.a, args.a_stride);
+  const std::byte* y = row_of<kDtype>(args.b, args.b_stride);
+  auto* out = const_cast<std::byte*>(row_of<kDtype>(args.out, args.out_stride));
+  float sum = 0.0F;
+  for (std::int64_t at = threadIdx.x; at < args.columns; at += kThreads)
+    sum = __fmaf_rn(load_element<kDtype>(x, at), load_element<kGate>(gate, at), sum);
+  const float score = 1.0F / (1.0F + expf(-sum_of_block(sum)));
+  for (std::int64_t first = std::int64_t{threadIdx.x} * kPerVector<kDtype>; first < args.columns; first += kThreads * kPerVector<kDtype>) {
+    Floats<kDtype> piece = load_piece<kDtype>(y, first, args.columns);
+#pragma unroll
+    for (float& value : piece.at) value = value * score;
+    store_piece<kDtype>(out, first, args.columns, piece);
+  }
+}
+
+template <Dtype kDtype>
+__global__ void __launch_bounds__(kThreads) add(const __grid_constant__ RowsArgs args) {
+  const std::byte* a = row_of<kDtype>(args.a, args.a_stride);
+  const std::byte* b = row_of<kDtype>(args.b, args.b_stride);
+  auto* out = const_cast<std::byte*>(row_of<kDtype>(args.out, args.out_stride));
+  for (std::int64_t first = std::int64_t{threadIdx.x} * kPerVector<kDtype>; first < args.columns; first += kThreads * kPerVector<kDtype>) {
+    Floats<kDtype> sum = load_piece<kDtype>(a, first, args.columns);
+    const Floats<kDtype> other = load_piece<kDtype>(b, first, args.columns);
+#pragma unroll
+    for (int i = 0; i < kPerVector<kDtype>; ++i) sum.at[i] = sum.at[i] + other.at[i];
+    store_piece<kDtype>(out, first, args.columns, sum);
+  }
+}
+
+}  // namespace
+
+void scale_by_gate(const RowsArgs& args, const std::byte* gate, Dtype gate_dtype, Stream stream) {
+  if (args.num_rows == 0) return;
+  visit_rows(args.dtype, [&](auto rows) {
+    visit_rows(gate_dtype, [&](auto gates) {
+      scale<decltype(rows)::value, decltype(gates)::value><<<static_cast<unsigned>(args.num_rows), kThreads, 0, stream>>>(args, gate);
+    });
+  });
+}
+
+void add_rows(const RowsArgs& args, Stream stream) {
+  if (args.num_rows == 0) return;
+  visit_rows(args.dtype, [&](auto rows) { add<decltype(rows)::value><<<static_cast<unsigned>(args.num_rows), kThreads, 0, stream>>>(args); });
+}
+
+}  // namespace tokenyard::layer_cuda

@@ -1,0 +1,85 @@
+#include "layer/device_workspace.h"
+
+#include <numeric>
+
+#include "core/usage.h"
+#include "layer/cuda/kernels.h"
+#include "memory/sm_budget.h"
+
+namespace tokenyard::layer_internal {
+namespace {
+
+int device_of(const ExpertGroupOptions& options, const Exchange* exchange) {
+  if (exchange != nullptr) return exchange->options().device_index;
+  int devices = 0, device = options.device_index;
+  cuda_check(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
+  if (device == -1) cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+  if (device < 0 || device >= devices)
+    usage_error("device_index = {}; CUDA sees {} GPUs here: choose one of them, or -1 for the current one", device, devices);
+  return device;
+}
+
+std::int64_t places_of(const ExpertGroupOptions& options, const Exchange* exchange) {
+  return exchange != nullptr ? exchange->options().max_expert_rows : options.max_tokens_per_rank * options.top_k;
+}
+
+DeviceBuffer elements(int device, std::int64_t count, std::size_t size) {
+  return value_or_throw(make_device_buffer(device, static_cast<std::size_t>(count) * size));
+}
+
+}  // namespace
+
+DeviceWorkspace::DeviceWorkspace(const ExpertGroupOptions& options, const Exchange* exchange)
+    : device_(device_of(options, exchange)),
+      multiprocessors_(multiprocessors_of(device_)),
+      places_count_(places_of(options, exchange)),
+      experts_({.device = device_}),
+      trace_(options.trace) {
+  const CudaDeviceScope scope(device_);
+  const std::int64_t tokens = options.max_tokens_per_rank, experts = options.num_experts;
+  const std::size_t row_bytes = static_cast<std::size_t>(options.hidden_size) * static_cast<std::size_t>(size_of(options.dtype));
+  logits_ = elements(device_, tokens * experts, sizeof(float));
+  ids_ = elements(device_, tokens * options.top_k, sizeof(std::int32_t));
+  weights_ = elements(device_, tokens * options.top_k, sizeof(float));
+  load_ = elements(device_, experts, sizeof(std::int64_t));
+  gate_parts_ = elements(device_, layer_cuda::gate_parts_bytes(multiprocessors_), 1);
+  places_ = elements(device_, places_count_, row_bytes);
+  shared_ = elements(device_, tokens, row_bytes);
+  if (exchange == nullptr) sums_ = elements(device_, tokens, row_bytes);
+  std::vector<std::int32_t> numbers(static_cast<std::size_t>(tokens) + 1);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  numbers_ = elements(device_, tokens + 1, sizeof(std::int32_t));
+  zeros_ = elements(device_, experts + 1, sizeof(std::int32_t));
+  const char* const what = "preparing the memory of a group";
+  cuda_check(cudaMemcpy(numbers_.data(), numbers.data(), numbers_.bytes(), cudaMemcpyHostToDevice), what);
+  for (const DeviceBuffer* buffer : {&zeros_, &shared_}) cuda_check(cudaMemset(buffer->data(), 0, buffer->bytes()), what);
+  cuda_check(cudaDeviceSynchronize(), what);
+}
+
+DeviceRouting DeviceWorkspace::routing(std::int64_t tokens, std::int64_t experts, std::int64_t top_k) const {
+  return {.topk_ids = {ids_.data(), Dtype::int32, {tokens, top_k}},
+          .topk_weights = {weights_.data(), Dtype::float32, {tokens, top_k}},
+          .load = {load_.data(), Dtype::int64, {experts}}};
+}
+
+DeviceRowGroups DeviceWorkspace::all_rows(std::int64_t tokens) const {
+  return {.places = tokens,
+          .counts = {numbers_.as<std::int32_t>() + tokens, Dtype::int32, {1}},
+          .begins = {zeros_.data(), Dtype::int32, {1}}};
+}
+
+DeviceRowGroups DeviceWorkspace::no_rows(std::int64_t places, int num_groups) const {
+  const ConstTensorView zeros(zeros_.data(), Dtype::int32, {num_groups});
+  return {.places = places, .counts = zeros, .begins = zeros};
+}
+
+std::shared_ptr<DeviceWorkspace> make_device_workspace(const ExpertGroupOptions& options, const Exchange* exchange) {
+  return std::make_shared<DeviceWorkspace>(options, exchange);
+}
+
+std::vector<PhaseSpan> take_spans(DeviceWorkspace& workspace) {
+  const CudaDeviceScope scope(workspace.device());
+  return workspace.trace().take();
+}
+
+}  // namespace tokenyard::layer_internal

@@ -1,0 +1,53 @@
+#pragma once
+// The memory on a GPU in which the layers of a group take turns: as much as the group's largest step needs, there before the first one, so
+// that no step allocates, and graphs find it where it was.
+
+#include "exchange/cuda_trace.h"
+#include "layer/moe_engine.h"
+#include "memory/cuda_buffer.h"
+#include "memory/cuda_stream.h"
+#include "tokenyard/device_experts.h"
+#include "tokenyard/device_routing.h"
+#include "tokenyard/layer.h"
+
+namespace tokenyard::layer_internal {
+
+class DeviceWorkspace {
+ public:
+  // `exchange` may be nullptr.
+  DeviceWorkspace(const ExpertGroupOptions& options, const Exchange* exchange);
+
+  int device() const { return device_; }
+  int multiprocessors() const { return multiprocessors_; }
+  std::int64_t max_places() const { return places_count_; }
+  DeviceExperts& experts() { return experts_; }
+  // The group's calls run one after the other, whatever their streams.
+  CallOrder& order() { return order_; }
+  exchange_internal::CudaTrace& trace() { return trace_; }
+
+  // Dense, within the group's sizes; each is there once.
+  TensorView logits(std::int64_t tokens, std::int64_t experts) const { return {logits_.data(), Dtype::float32, {tokens, experts}}; }
+  DeviceRouting routing(std::int64_t tokens, std::int64_t experts, std::int64_t top_k) const;
+  float* gate_parts() const { return gate_parts_.as<float>(); }
+  TensorView places(Dtype dtype, std::int64_t places, std::int64_t columns) const { return {places_.data(), dtype, {places, columns}}; }
+  TensorView shared(Dtype dtype, std::int64_t tokens, std::int64_t columns) const { return {shared_.data(), dtype, {tokens, columns}}; }
+  TensorView sums(Dtype dtype, std::int64_t tokens, std::int64_t columns) const { return {sums_.data(), dtype, {tokens, columns}}; }
+
+  // One group of the rows [0, tokens).
+  DeviceRowGroups all_rows(std::int64_t tokens) const;
+  // Room for `places`, and nothing in it.
+  DeviceRowGroups no_rows(std::int64_t places, int num_groups) const;
+
+ private:
+  int device_;
+  int multiprocessors_;
+  std::int64_t places_count_;
+  DeviceExperts experts_;
+  CallOrder order_;
+  exchange_internal::CudaTrace trace_;
+  DeviceBuffer logits_, ids_, weights_, load_, gate_parts_, places_, shared_, sums_;
+  DeviceBuffer numbers_;  // int32: 0, 1, .. max_tokens, so that a step's count is there already
+  DeviceBuffer zeros_;    // int32 [num_experts]
+};
+
+}  // namespace tokenyard::layer_internal
