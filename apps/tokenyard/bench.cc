@@ -66,6 +66,7 @@ void add_bench(CLI::App& program) {
   add_bench_chart(*app);
   add_bench_collective(*app);
   add_bench_experts(*app);
+  add_bench_layer(*app);
   app->callback([app, command] {
     if (app->get_subcommands().empty()) run_bench(*app, *command);
   });

@@ -8,11 +8,11 @@
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <vector>
 
+#include "bench_samples.h"
 #include "command.h"
 #include "core/usage.h"
 #include "files.h"
@@ -42,11 +42,6 @@ void check(const CollectiveSettings& settings) {
   at_least("--warmup", settings.warmup, 0);
   if (!is_summable(parse_dtype(settings.dtype)) || parse_dtype(settings.dtype) == Dtype::float64)
     usage_error("--dtype is {}; use float32, bfloat16 or float16", settings.dtype);
-}
-
-double quantile(std::vector<double> values, double part) {
-  std::sort(values.begin(), values.end());
-  return values[static_cast<std::size_t>(std::lround(part * static_cast<double>(values.size() - 1)))];
 }
 
 json figure_of(const std::vector<double>& microseconds, std::int64_t bytes) {

@@ -1,6 +1,7 @@
 #include "bench_samples.h"
 
 #include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 namespace tokenyard::cli {
@@ -27,6 +28,11 @@ void add_phases(const std::string& series, const std::vector<PhaseSpan>& spans, 
   for (const PhaseSpan& span : spans) {
     samples[series + kPhase + span.phase].push_back(static_cast<double>(span.end_ns - span.begin_ns) / 1e3);
   }
+}
+
+double quantile(std::vector<double> values, double part) {
+  std::sort(values.begin(), values.end());
+  return values[static_cast<std::size_t>(std::lround(part * static_cast<double>(values.size() - 1)))];
 }
 
 json summarise(const std::vector<json>& ranks) {

@@ -23,4 +23,7 @@ void add_phases(const std::string& series, const std::vector<PhaseSpan>& spans, 
 // of "all_ranks", "to_other_ranks", "busiest_rank", "busiest_to_others"}.
 nlohmann::json summarise(const std::vector<nlohmann::json>& ranks);
 
+// 0 <= part <= 1 of the sorted values.
+double quantile(std::vector<double> values, double part);
+
 }  // namespace tokenyard::cli

@@ -13,6 +13,7 @@ void add_bench_sweep(CLI::App& bench);
 void add_bench_compare(CLI::App& bench);
 void add_bench_chart(CLI::App& bench);
 void add_bench_collective(CLI::App& bench);
+void add_bench_layer(CLI::App& bench);
 void add_bench_experts(CLI::App& bench);
 void add_verify(CLI::App& program);
 void add_topo(CLI::App& program);

@@ -20,4 +20,8 @@ nlohmann::json bench_collective_role(const World& /*world*/, const nlohmann::jso
   usage_error("bench collective: this build of tokenyard has no device code; configure it with -DTY_CUDA=ON");
 }
 
+nlohmann::json bench_layer_role(const World& /*world*/, const nlohmann::json& /*settings*/, Progress& /*progress*/) {
+  usage_error("bench layer: this build of tokenyard has no device code; configure it with -DTY_CUDA=ON");
+}
+
 }  // namespace tokenyard::cli

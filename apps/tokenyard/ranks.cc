@@ -41,6 +41,7 @@ Role role_named(const std::string& name) {
   if (name == "bench") return bench_role;
   if (name == "bench_cuda") return bench_cuda_role;
   if (name == "bench_collective") return bench_collective_role;
+  if (name == "bench_layer") return bench_layer_role;
   if (name == "verify") return verify_role;
   TY_ASSERT(name == "topo");
   return topo_role;

@@ -18,6 +18,7 @@ nlohmann::json demo_role(const World& world, const nlohmann::json& settings, Pro
 nlohmann::json bench_role(const World& world, const nlohmann::json& settings, Progress& progress);
 nlohmann::json bench_cuda_role(const World& world, const nlohmann::json& settings, Progress& progress);
 nlohmann::json bench_collective_role(const World& world, const nlohmann::json& settings, Progress& progress);
+nlohmann::json bench_layer_role(const World& world, const nlohmann::json& settings, Progress& progress);
 nlohmann::json verify_role(const World& world, const nlohmann::json& settings, Progress& progress);
 nlohmann::json topo_role(const World& world, const nlohmann::json& settings, Progress& progress);
 
@@ -25,7 +26,7 @@ enum class Runner { threads, processes, mpirun };
 std::string describe(Runner runner);
 
 struct RankRun {
-  std::string role;  // "demo", "bench", "bench_cuda", "bench_collective", "verify", "topo"
+  std::string role;  // "demo", "bench", "bench_cuda", "bench_collective", "bench_layer", "verify", "topo"
   int ranks = 1;
   Runner runner = Runner::processes;
   int timeout_ms = 100'000;

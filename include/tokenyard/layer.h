@@ -95,6 +95,7 @@ class ExpertGroup {
   const std::shared_ptr<layer_internal::DeviceWorkspace>& workspace() const { return workspace_; }
 
  private:
+  void make_workspace();
   ExpertGroupOptions options_;
   ParallelConfig config_;
   std::optional<World> world_;

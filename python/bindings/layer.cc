@@ -44,7 +44,13 @@ void bind_group_options(nb::module_& m) {
       .def_prop_rw(
           "transport", [](const ExpertGroupOptions& self) { return std::string(name(self.transport)); },
           [](ExpertGroupOptions& self, const std::string& text) { self.transport = parse_transport(text); })
-      .def_rw("timeout_ms", &ExpertGroupOptions::timeout_ms);
+      .def_rw("timeout_ms", &ExpertGroupOptions::timeout_ms)
+      .def_prop_rw(
+          "device", [](const ExpertGroupOptions& self) { return std::string(name(self.device)); },
+          [](ExpertGroupOptions& self, const std::string& text) { self.device = parse_device(text); })
+      .def_rw("device_index", &ExpertGroupOptions::device_index)
+      .def_rw("sm_budget", &ExpertGroupOptions::sm_budget)
+      .def_rw("max_expert_rows", &ExpertGroupOptions::max_expert_rows);
 }
 
 void bind_group(nb::module_& m) {
@@ -58,6 +64,10 @@ void bind_group(nb::module_& m) {
       .def_prop_ro("has_exchange", [](const HeldGroup& self) { return (*self)->exchange() != nullptr; })
       .def(
           "placement", [](const HeldGroup& self, int num_experts) { return (*self)->placement(num_experts); }, nb::arg("num_experts"))
+      .def("check",
+           [](HeldGroup& self) {
+             if ((*self)->exchange() != nullptr) (*self)->exchange()->check();
+           })
       .def("take_spans", [](HeldGroup& self) { return (*self)->take_spans(); });
 }
 
@@ -98,10 +108,15 @@ void bind_step(nb::module_& m) {
   nb::class_<MoeStepOptions>(m, "MoeStepOptions", "Views only: the caller keeps the tensors.")
       .def(
           "__init__",
-          [](MoeStepOptions* self, const std::string& mode, const Tensor* mask, const Tensor* given_ids, bool sliced_out) {
-            new (self) MoeStepOptions{parse_mode(mode), view_or_none(mask), view_or_none(given_ids), sliced_out};
+          [](MoeStepOptions* self, const std::string& mode, const Tensors& mask_ids_logits, bool sliced_out, std::uintptr_t stream) {
+            new (self) MoeStepOptions{parse_mode(mode),
+                                      view_or_none(mask_ids_logits.at(0)),
+                                      view_or_none(mask_ids_logits.at(1)),
+                                      sliced_out,
+                                      writable_or_none(mask_ids_logits.at(2)),
+                                      reinterpret_cast<void*>(stream)};  // NOLINT(performance-no-int-to-ptr): as torch gives it
           },
-          nb::arg("mode"), nb::arg("mask").none(), nb::arg("given_ids").none(), nb::arg("sliced_out"));
+          nb::arg("mode"), nb::arg("mask_ids_logits"), nb::arg("sliced_out"), nb::arg("stream"));
   m.def(
       "mode_for_step", [](std::int64_t tokens, std::int64_t latency_tokens) { return name(mode_for_step(tokens, latency_tokens)); },
       nb::arg("max_tokens_of_a_rank"), nb::arg("latency_tokens"));

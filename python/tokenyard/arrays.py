@@ -153,7 +153,7 @@ class Frame:
         return Frame._all[key]
 
     def __init__(self, is_torch, device, device_index):
-        self.is_torch, self.device = is_torch, device
+        self.is_torch, self.device, self.device_index = is_torch, device, device_index
         self.place = _core.Place(_core.Framework.torch if is_torch else _core.Framework.numpy, device, device_index)
 
     @property
@@ -162,10 +162,11 @@ class Frame:
         return torch_if_used().float8_e4m3fn if self.is_torch else None
 
     def empty(self, shape, dtype):
-        """Memory of the framework on the CPU; dtype is one of ours."""
+        """Memory of the framework; dtype is one of ours."""
         if self.is_torch:
             torch = torch_if_used()
-            return torch.empty(shape, dtype=getattr(torch, {"float8_e4m3": "float8_e4m3fn", "ue8m0": "uint8"}.get(dtype, dtype)))
+            place = torch.device(self.device, self.device_index) if self.device == "cuda" else None
+            return torch.empty(shape, dtype=getattr(torch, {"float8_e4m3": "float8_e4m3fn", "ue8m0": "uint8"}.get(dtype, dtype)), device=place)
         return numpy.empty(shape, {"bfloat16": "uint16", "float8_e4m3": "uint8", "ue8m0": "uint8"}.get(dtype, dtype))
 
 

@@ -2,7 +2,7 @@
 from dataclasses import fields
 
 from . import _core
-from .arrays import Frame, on_cpu, tensor, writable
+from .arrays import Frame, as_array, current_stream, is_torch, on_cpu, tensor, torch_if_used, writable
 from .collectives import Collectives
 from .errors import UsageError
 from .exchange import _set
@@ -18,14 +18,15 @@ class ExpertGroup:
     Collective over a world of config.device_count ranks, with the same arguments. num_experts, top_k, hidden_size: the most of any
     layer; max_tokens_per_rank: of a step; dtype: the widest type of rows. expert_tp: "virtual" (one exchange over all ranks) or "gathered"
     (an exchange over ep, collectives over the shards of a window). same_tokens: with ep = 1 and mlp_tp > 1, all ranks have the same
-    tokens. dense_tp: ranks that share a shared expert's weights. Further options: max_local_experts, receive_rows, depth,
-    num_threads, trace, transport.
+    tokens. dense_tp: ranks that share a shared expert's weights. device: "cuda" for layers that go forward on this rank's GPU
+    (device_index, default the current one), of torch tensors there, on torch's current stream; make all layers before a graph is
+    captured. Further options: max_local_experts, receive_rows, max_expert_rows, sm_budget, depth, num_threads, trace, transport.
     """
 
     def __init__(self, world, config, *, num_experts, top_k, hidden_size, max_tokens_per_rank, dtype="float32", expert_tp="virtual",
-                 same_tokens=False, dense_tp=1, timeout_ms=0, **options):
+                 same_tokens=False, dense_tp=1, device="cpu", timeout_ms=0, **options):
         options.update(num_experts=num_experts, top_k=top_k, hidden_size=hidden_size, max_tokens_per_rank=max_tokens_per_rank, dtype=dtype,
-                       expert_tp=expert_tp, same_tokens=same_tokens, dense_tp=dense_tp, timeout_ms=timeout_ms)
+                       expert_tp=expert_tp, same_tokens=same_tokens, dense_tp=dense_tp, device=device, timeout_ms=timeout_ms)
         core = _core.ExpertGroupOptions()
         for name, value in options.items():
             if not hasattr(core, name):
@@ -34,7 +35,8 @@ class ExpertGroup:
         self._core = _core.ExpertGroup(world._core, config._as_core(), core)
         self._world = World(self._core.world(), parent=world)
         self._collectives = {}
-        self.config, self.dense_tp, self.expert_tp, self.dtype = config, dense_tp, expert_tp, dtype
+        self.config, self.dense_tp, self.expert_tp, self.dtype, self.device = config, dense_tp, expert_tp, dtype, device
+        self._index = self._core.options().device_index  # the GPU
 
     @staticmethod
     def of_model(world, config, model, max_tokens_per_rank, **options) -> "ExpertGroup":
@@ -70,8 +72,42 @@ class ExpertGroup:
         """Where experts are unless a layer says otherwise, over `world`: what weights.expert_shard() takes."""
         return self._core.placement(num_experts)
 
+    def check(self) -> None:
+        """Raises what is known of steps that were only enqueued on a GPU; waits for nothing."""
+        self._core.check()
+
+    def _place(self, value, what):
+        """As arrays.as_array(), where the layers of this group compute."""
+        if self.device == "cpu":
+            return on_cpu(value, what)
+        array = as_array(value, what)
+        if not is_torch(array) or not array.is_cuda or array.get_device() != self._index:
+            where = array.device if is_torch(array) else "a NumPy array"
+            raise UsageError(f"{what} is {where}; the layers of this group take torch tensors on cuda:{self._index}: move it there")
+        return array
+
+    def _frame(self, array):
+        return Frame.of(array, self.device, max(self._index, 0))
+
+    def _stream(self):
+        return current_stream(self._index) if self.device == "cuda" else 0
+
+    def _moved(self, weights):
+        """MoeWeights whose torch tensors are where this group computes; parameters stay what they are."""
+        if self.device == "cpu":
+            return weights
+        place, found = torch_if_used().device("cuda", self._index), MoeWeights()
+        for name, array in weights.items():
+            if isinstance(array, torch_if_used().nn.Parameter):
+                array.data = array.data.to(place)
+            elif is_torch(array):
+                array = array.to(place)
+            setattr(found, name, array)
+        return found
+
     def take_spans(self) -> list:
-        """PhaseSpans of layers since the last call: "route", "dispatch", "shared", "experts", "combine"; empty without trace=True."""
+        """PhaseSpans of layers since the last call: "route", "dispatch", "shared", "experts", "combine"; on a GPU also "gate", and it waits
+        for them. Empty without trace=True."""
         return self._core.take_spans()
 
 
@@ -105,13 +141,15 @@ class Activations:
 class _Options:
     """Of a step, and the tensors that they look at."""
 
-    def __init__(self, mode, mask, given_ids, sliced_out):
-        self._views = [None if value is None else tensor(on_cpu(value, name), name) for name, value in (("mask", mask), ("given_ids", given_ids))]
-        self.core = _core.MoeStepOptions(mode, *self._views, sliced_out)
+    def __init__(self, group, mode, mask, given_ids, sliced_out, logits=None):
+        self._views = [None if value is None else tensor(group._place(value, name), name) for name, value in (("mask", mask), ("given_ids", given_ids))]
+        self._views.append(None if logits is None else writable(group._place(logits, "logits"), "logits"))
+        self.core = _core.MoeStepOptions(mode, self._views, sliced_out, group._stream())
 
 
 class MoeLayer:
-    """One layer of a group. Collective: ranks make layers, and call them, in the same order. On the CPU.
+    """One layer of a group. Collective: ranks make layers, and call them, in the same order. Where its group computes; on a GPU forward
+    only, and rows and the weights of experts are of one dtype.
 
     weights: MoeWeights, of NumPy arrays or torch tensors, float32, bfloat16 or float16 each; their values may change between steps.
     gate: a Gate. activation: "silu", or "clamped" with limit and alpha, of experts and shared expert. placement: of the experts over
@@ -120,24 +158,26 @@ class MoeLayer:
 
     def __init__(self, group, weights, gate, *, activation="silu", limit=7.0, alpha=1.702, placement=None):
         self.group, self.weights, self.gate = group, weights, gate
-        self._views = [None if array is None else tensor(on_cpu(array, name), name) for name, array in weights.items()]
+        self._views = [None if array is None else tensor(group._place(array, name), name) for name, array in weights.items()]
         self._core = _core.MoeLayer(group._core, self._views, gate, (activation, limit, alpha), placement)
 
     @staticmethod
     def from_checkpoint(group, checkpoint, layer, model, *, framework="numpy", dtype=None, placement=None) -> "MoeLayer":
         """A layer of a weights.Checkpoint and its MoeModel: this rank reads what it holds. placement: as for MoeLayer, over all ranks."""
         loaded = model.load(checkpoint, layer, group, framework=framework, dtype=dtype, placement=placement)
-        return MoeLayer(group, loaded, model.gate, activation=model.activation, limit=model.limit, alpha=model.alpha, placement=placement)
+        return MoeLayer(group, group._moved(loaded), model.gate, activation=model.activation, limit=model.limit, alpha=model.alpha,
+                        placement=placement)
 
-    def forward(self, x, out=None, *, mode="throughput", mask=None, given_ids=None, sliced_out=False, saved=None, dtype=None):
+    def forward(self, x, out=None, *, mode="throughput", mask=None, given_ids=None, sliced_out=False, saved=None, logits=None, dtype=None):
         """x [T,H] -> [T,H], of one dtype: the weighted sum over each token's experts, plus the shared expert's row.
 
         mode: "throughput" or "latency", the same on all ranks; see mode_for_step(). mask [T]: 0 for tokens that no expert sees.
         given_ids [T,K]: replay, with the weights that the gate gives them. out: where to, may be x unless `saved` is given. sliced_out:
-        with same_tokens, out is this rank's slice of the tokens. saved: Activations, for backward. dtype: what x means in NumPy.
+        with same_tokens, out is this rank's slice of the tokens. saved: Activations, for backward. logits [T,E] float32: where those of
+        the gate are left. dtype: what x means in NumPy.
         """
-        x = on_cpu(x, "x")
-        frame, options = Frame.of(x), _Options(mode, mask, given_ids, sliced_out)
+        x = self.group._place(x, "x")
+        frame, options = self.group._frame(x), _Options(self.group, mode, mask, given_ids, sliced_out, logits)
         view = tensor(x, "x", dtype)
         if out is None:
             tokens = self._slice(x.shape[0]) if sliced_out else x.shape[0]

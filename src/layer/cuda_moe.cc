@@ -265,6 +265,7 @@ void CudaMoe::rehearse() {
   const auto stream = value_or_throw(borrow_cuda_stream());
   const std::int64_t hidden_size = gate_.hidden_size(), most = group_->options().max_tokens_per_rank;
   workspace().order().enter(stream.get());
+  workspace().set_quiet(true);
   DeviceExperts& experts = workspace().experts();
   for (const std::int64_t tokens : {std::int64_t{1}, most}) {  // a product in parts, and one in a piece
     const TensorView x = workspace().shared(dtype(), tokens, hidden_size);
@@ -277,6 +278,7 @@ void CudaMoe::rehearse() {
     const TensorView y = workspace().places(dtype(), places, hidden_size);
     experts.experts_forward({.x = y}, workspace().no_rows(places, num_local_experts_), weights_.experts, activation_, y, stream.get());
   }
+  workspace().set_quiet(false);
   workspace().order().leave(stream.get());
   cuda_check(cudaStreamSynchronize(stream.get()), "rehearsing a layer");
 }

@@ -77,6 +77,8 @@ std::shared_ptr<DeviceWorkspace> make_device_workspace(const ExpertGroupOptions&
   return std::make_shared<DeviceWorkspace>(options, exchange);
 }
 
+int device_of(const DeviceWorkspace& workspace) { return workspace.device(); }
+
 std::vector<PhaseSpan> take_spans(DeviceWorkspace& workspace) {
   const CudaDeviceScope scope(workspace.device());
   return workspace.trace().take();

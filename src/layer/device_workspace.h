@@ -23,7 +23,9 @@ class DeviceWorkspace {
   DeviceExperts& experts() { return experts_; }
   // The group's calls run one after the other, whatever their streams.
   CallOrder& order() { return order_; }
-  exchange_internal::CudaTrace& trace() { return trace_; }
+  exchange_internal::CudaTrace& trace() { return is_quiet_ ? quiet_ : trace_; }
+  // What is enqueued from now on is no phase of anybody's step, or is again.
+  void set_quiet(bool is_quiet) { is_quiet_ = is_quiet; }
 
   // Dense, within the group's sizes; each is there once.
   TensorView logits(std::int64_t tokens, std::int64_t experts) const { return {logits_.data(), Dtype::float32, {tokens, experts}}; }
@@ -44,7 +46,8 @@ class DeviceWorkspace {
   std::int64_t places_count_;
   DeviceExperts experts_;
   CallOrder order_;
-  exchange_internal::CudaTrace trace_;
+  exchange_internal::CudaTrace trace_, quiet_{false};
+  bool is_quiet_ = false;
   DeviceBuffer logits_, ids_, weights_, load_, gate_parts_, places_, shared_, sums_;
   DeviceBuffer numbers_;  // int32: 0, 1, .. max_tokens, so that a step's count is there already
   DeviceBuffer zeros_;    // int32 [num_experts]

@@ -85,7 +85,7 @@ ExpertGroup::ExpertGroup(const World& world, const ParallelConfig& config, const
     dense_ = Collectives::create(split(*world_, {.color = rank / options.dense_tp, .key = rank % options.dense_tp}), collective);
   }
   if (config.ep == 1) {
-    if (is_on_gpu) workspace_ = layer_internal::make_device_workspace(options_, nullptr);
+    make_workspace();
     return;
   }
   if (is_on_gpu && options_.max_expert_rows == 0) {
@@ -97,8 +97,13 @@ ExpertGroup::ExpertGroup(const World& world, const ParallelConfig& config, const
   } else {
     exchange_ = std::make_unique<Exchange>(*world_, exchange_options(options_, config.mlp_tp));
   }
-  if (!is_on_gpu) return;
+  make_workspace();
+}
+
+void ExpertGroup::make_workspace() {
+  if (options_.device != Device::cuda) return;
   workspace_ = layer_internal::make_device_workspace(options_, exchange_.get());
+  options_.device_index = layer_internal::device_of(*workspace_);
   world_->barrier();  // nobody waits in a kernel while another rank still allocates
 }
 

@@ -23,6 +23,7 @@ std::unique_ptr<MoeEngine> make_cpu_moe(std::shared_ptr<ExpertGroup> group, cons
 
 // What a group on GPUs holds for its layers. `exchange` may be nullptr. UsageError without TY_CUDA.
 std::shared_ptr<DeviceWorkspace> make_device_workspace(const ExpertGroupOptions& options, const Exchange* exchange);
+int device_of(const DeviceWorkspace& workspace);
 std::vector<PhaseSpan> take_spans(DeviceWorkspace& workspace);
 
 }  // namespace tokenyard::layer_internal

@@ -16,6 +16,7 @@ namespace {
 }  // namespace
 
 std::shared_ptr<DeviceWorkspace> make_device_workspace(const ExpertGroupOptions& /*options*/, const Exchange* /*exchange*/) { refuse(); }
+int device_of(const DeviceWorkspace& /*workspace*/) { refuse(); }
 std::vector<PhaseSpan> take_spans(DeviceWorkspace& /*workspace*/) { refuse(); }
 std::unique_ptr<MoeEngine> make_cuda_moe(std::shared_ptr<ExpertGroup> /*group*/, const MoeWeights& /*weights*/,
                                          const MoeLayerOptions& /*options*/) {

@@ -102,8 +102,8 @@ void through(World& world, Exchange& exchange, const Placement& placement, const
   const TensorView matrix(rows.data, rows.dtype, {rows.num_elements() / kHidden, kHidden});
   const TensorView places(y.data, y.dtype, {groups.places, kHidden});
   experts.grouped_gemm(matrix, groups, w, {}, places, stream.get());
-  TensorView sums(y.data, y.dtype, rows.ndim == 3 ? std::initializer_list<std::int64_t>{rows.shape[0], rows.shape[1], kHidden}
-                                                  : std::initializer_list<std::int64_t>{rows.shape[0], kHidden});
+  TensorView sums = rows;
+  sums.data = y.data;
   if (is_token_major) {
     sums.data = partial.data;
     experts.unpermute({places, received.local_ids(), received.row_weights()}, groups, sums, stream.get());
@@ -139,7 +139,8 @@ TEST_F(DeviceExpertsExchange, GroupsOfADispatch) {
                                 .max_local_experts = placement.max_local_experts(),
                                 .device = Device::cuda,
                                 .device_index = gpu,
-                                .sm_budget = sm_budget_of(gpu, world.size())});
+                                .sm_budget = sm_budget_of(gpu, world.size()),
+                                .timeout_ms = 5'000});
       exchange.add(placement);
       for (const Way& way : kWays) {
         SCOPED_TRACE(fmt::format("{} {} {}, {} ranks", name(way.layout), name(way.mode), name(way.sizing), world.size()));

@@ -1,4 +1,4 @@
-"""The MoE layer as a torch module. On the CPU."""
+"""The MoE layer as a torch module, where its group computes."""
 import torch
 
 from .. import layer as layers
@@ -38,7 +38,8 @@ class _Step(torch.autograd.Function):
 
 
 class MoeLayer(torch.nn.Module):
-    """tokenyard.MoeLayer with gradients, its weights as parameters (selection_bias: a buffer) by the names of tokenyard.MoeWeights.
+    """tokenyard.MoeLayer with gradients, its weights as parameters (selection_bias: a buffer) by the names of tokenyard.MoeWeights. On a
+    GPU it goes forward only, in torch.no_grad().
 
     Collective, forward and backward: ranks make layers and call them in the same order. Parameters of experts are shards with a map
     (see shard_of()), so that TrainingState saves and loads them in any layout. Of parameters that several ranks hold (gate, shared
@@ -75,7 +76,7 @@ class MoeLayer(torch.nn.Module):
 
     @staticmethod
     def _of_model(group, model, placement, weights):
-        return MoeLayer(group, weights, model.gate, activation=model.activation, limit=model.limit, alpha=model.alpha, placement=placement,
+        return MoeLayer(group, group._moved(weights), model.gate, activation=model.activation, limit=model.limit, alpha=model.alpha, placement=placement,
                         shape=model.shape, shared_shape=model.shared_shape)
 
     @staticmethod
@@ -120,13 +121,27 @@ class MoeLayer(torch.nn.Module):
         """x [..,H] -> [..,H]: the weighted sum over each token's experts, plus the shared expert's row. mode, mask [T] and given_ids [T,K]
         as in tokenyard.MoeLayer.forward().
 
-        with_routing: (out, Gated): the step's experts and weights, and losses() whose gradients go through this layer's gate.
+        with_routing: (out, Gated): the step's experts and weights, and losses() whose gradients go through this layer's gate. On a GPU
+        they are on the CPU all the same, and the GPU is waited for.
         """
         rows = x.reshape(-1, x.shape[-1])
+        if self.group.device == "cuda":
+            return self._forward_on_gpu(x, rows, mode, mask, given_ids, with_routing)
         options = {"mode": mode, "mask": mask, "given_ids": given_ids}
         out, logits = _Step.apply(self._layer(), options, with_routing, rows, *self._weights())
         out = out.view(x.shape)
         return (out, route(logits, self.gate, bias=self.selection_bias, mask=mask, given_ids=given_ids)) if with_routing else out
+
+    def _forward_on_gpu(self, x, rows, mode, mask, given_ids, with_routing):
+        weights = [weight for weight in self._weights() if weight is not None]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
+            raise UsageError("a forward that wants gradients on a GPU; there this layer goes forward only: call it in torch.no_grad(), or train on CPUs")
+        logits = rows.new_empty((len(rows), len(self.gate_weight)), dtype=torch.float32) if with_routing else None
+        out = self._layer().forward(rows.detach(), mode=mode, mask=mask, given_ids=given_ids, logits=logits).view(x.shape)
+        if not with_routing:
+            return out
+        bias, mask, given_ids = (None if tensor is None else tensor.cpu() for tensor in (self.selection_bias, mask, given_ids))
+        return out, route(logits.cpu(), self.gate, bias=bias, mask=mask, given_ids=given_ids)
 
     def warm_up(self, token_counts) -> None:
         """Collective: as tokenyard.MoeLayer.warm_up()."""

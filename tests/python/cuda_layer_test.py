@@ -1,0 +1,152 @@
+"""MoeLayer on CUDA tensors: the model in one process, in the order of torch's current stream, over and over from a graph."""
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+import tokenyard as ty  # noqa: E402
+import tokenyard.torch as tyt  # noqa: E402
+from cuda_graph_test import captured  # noqa: E402
+from cuda_test import gpu_of  # noqa: E402
+from support import on_ranks  # noqa: E402
+
+EXPERTS, TOP_K, HIDDEN, WIDTH, SHARED, TOKENS = 6, 2, 32, 16, 16, [5, 0, 3, 4]
+MODEL = ty.MoeModel(family="qwen3_moe", num_experts=EXPERTS, top_k=TOP_K, hidden_size=HIDDEN, expert_width=WIDTH, shared_expert_width=SHARED,
+                    gate=ty.Gate.softmax(TOP_K, renormalise=True))
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def full_weights(dtype):
+    """Of the whole layer, rounded to the dtype."""
+    rng = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return (torch.randn(*shape, generator=rng) / 2).to(dtype)
+
+    return ty.MoeWeights(gate_weight=draw(EXPERTS, HIDDEN), w13=draw(EXPERTS, 2, WIDTH, HIDDEN), w2=draw(EXPERTS, HIDDEN, WIDTH),
+                         shared_w13=draw(1, 2, SHARED, HIDDEN), shared_w2=draw(1, HIDDEN, SHARED), shared_gate=draw(1, HIDDEN))
+
+
+def feed_forward(x, w13, w2):
+    return (torch.nn.functional.silu(x @ w13[0].T) * (x @ w13[1].T)) @ w2.T
+
+
+def by_hand(x, full):
+    """(out [T,H] float64, logits [T,E])."""
+    w = ty.MoeWeights(*(None if array is None else array.double() for _, array in full.items()))
+    x = x.double()
+    logits = x @ w.gate_weight.T
+    chosen = logits.topk(TOP_K, dim=1)
+    out = feed_forward(x, w.shared_w13[0], w.shared_w2[0]) * torch.sigmoid(x @ w.shared_gate.T)
+    for weight, expert in zip(chosen.values.softmax(1).T, chosen.indices.T):
+        out = out + torch.stack([p * feed_forward(row, w.w13[e], w.w2[e]) for row, p, e in zip(x, weight, expert)] or [out.new_empty(0, HIDDEN)]).view(x.shape)
+    return out, logits
+
+
+def make_layer(world, ep, tp, dtype, **options):
+    """On this rank's GPU, its parts of the full weights."""
+    gpu_of(world)
+    config = ty.parallel.solve(device_count=ep * tp, ep=ep, mlp_tp=tp, dp=ep * tp, tp=tp, attn_tp=1, cp=1)
+    group = ty.ExpertGroup.of_model(world, config, MODEL, max(TOKENS), dtype=str(dtype).removeprefix("torch."), device="cuda", sm_budget=16,
+                                    timeout_ms=20_000, **options)
+    full, found = full_weights(dtype), ty.MoeWeights()
+    for name, array in full.items():
+        if name in ("w13", "w2"):
+            placed = name, MODEL.shape, group.placement(EXPERTS), group.world.rank
+            array = ty.weights.cut(array, ty.weights.expert_shard(*placed)).view(ty.weights.local_shape(*placed))
+        setattr(found, name, None if array is None else array.cuda())
+    return ty.MoeLayer(group, found, MODEL.gate)
+
+
+def rows(rank, dtype, seed=0):
+    return torch.randn(TOKENS[rank], HIDDEN, generator=torch.Generator().manual_seed(10 * seed + rank)).to(dtype)
+
+
+def close(found, expected, tolerance):
+    expected = expected.double()
+    if len(expected):
+        error = float((found.cpu().double() - expected).abs().max() / expected.abs().max())
+        assert error < tolerance, f"relative error {error:.2e}"
+
+
+def on_gpus(rank_main, ranks):
+    """Two ranks on a GPU at most: streams of more would share its hardware queues, and kernels wait for each other."""
+    if ranks > 2 * torch.cuda.device_count():
+        pytest.skip(f"{ranks} ranks need {ranks // 2} GPUs")
+    on_ranks(rank_main, ranks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ep, tp", [(1, 1), (2, 1), (4, 1), (2, 2)])
+def test_the_answer_of_one_process(ep, tp, dtype):
+    def rank_main(world):
+        layer = make_layer(world, ep, tp, dtype)
+        x = rows(world.rank, dtype).cuda()
+        out, logits = torch.empty_like(x), torch.empty(len(x), EXPERTS, device="cuda")
+        world.barrier()  # nobody allocates any more
+        for seed, mode in enumerate(["throughput", "latency", "throughput"]):
+            x.copy_(rows(world.rank, dtype, seed))
+            assert layer(x, out, mode=mode, logits=logits) is out
+            expected, expected_logits = by_hand(rows(world.rank, dtype, seed), full_weights(dtype))
+            close(out, expected, DTYPES[dtype])
+            close(logits, expected_logits, 1e-5)
+        layer.group.check()
+
+    on_gpus(rank_main, ep * tp)
+
+
+def test_a_graph_follows_its_rows():
+    def rank_main(world):
+        layer = make_layer(world, 2, 1, torch.bfloat16)
+        layer.warm_up([max(TOKENS)])
+        x = rows(world.rank, torch.bfloat16).cuda()
+        graph, out = captured(world, lambda: layer(x, mode="latency"))
+        for seed in range(8):
+            x.copy_(rows(world.rank, torch.bfloat16, seed))
+            graph.replay()
+            close(out, by_hand(rows(world.rank, torch.bfloat16, seed), full_weights(torch.bfloat16))[0], 2e-2)
+
+    on_gpus(rank_main, 2)
+
+
+def test_work_is_on_the_current_stream():
+    def rank_main(world):
+        layer = make_layer(world, 2, 1, torch.float32)
+        x = torch.zeros(TOKENS[world.rank], HIDDEN, device="cuda")
+        late, out = torch.zeros_like(x), torch.empty_like(x)
+        torch.cuda._sleep(1)
+        torch.cuda.synchronize()
+        world.barrier()  # nobody allocates any more
+        for seed in range(4):
+            late.copy_(rows(world.rank, torch.float32, seed))
+            torch.cuda.current_stream().synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
+                torch.cuda._sleep(2_000_000)
+                x.copy_(late)
+                layer(x, out)
+                close(out, by_hand(rows(world.rank, torch.float32, seed), full_weights(torch.float32))[0], 1e-5)
+
+    on_gpus(rank_main, 2)
+
+
+def test_says_what_does_not_fit():
+    def rank_main(world):
+        layer = make_layer(world, 1, 1, torch.float32)
+        x = rows(0, torch.float32).cuda()
+        for wrong, text in ((x.cpu(), "take torch tensors on cuda"), (np.zeros((2, HIDDEN), np.float32), "NumPy array"),
+                            (x.bfloat16(), "rows and weights are of one dtype"), (x.repeat(2, 1), "at most 5 tokens")):
+            with pytest.raises(ty.UsageError, match=text):
+                layer(wrong)
+        with pytest.raises(ty.UsageError, match="forward only"):
+            layer(x, saved=ty.Activations())
+        module = tyt.MoeLayer(layer.group, ty.MoeWeights(*(value for _, value in layer.weights.items())), MODEL.gate)
+        with pytest.raises(ty.UsageError, match="forward only"):
+            module(x)
+        with torch.no_grad():
+            out, gated = module(x, with_routing=True)
+        close(out, by_hand(x.cpu(), full_weights(torch.float32))[0], 1e-5)
+        assert gated.topk_ids.shape == (len(x), TOP_K)
+
+    on_gpus(rank_main, 1)
