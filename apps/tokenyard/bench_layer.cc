@@ -42,15 +42,15 @@ void complete(LayerCommand& command) {
   at_least("--warmup", settings.warmup, 0);
   if (command.device != "cuda") usage_error("--device is {}; the layer is measured on cuda", command.device);
   model_preset(settings.preset);
+  if (settings.preset.starts_with("gpt-oss"))
+    usage_error("--preset {}: its biases and clamped activation are not drawn here; use another, e.g. qwen3-30b-a3b", settings.preset);
   if (settings.mode.empty()) settings.mode = name(mode_for_step(settings.tokens));
   parse_mode(settings.mode);
   if (!command.json_path.empty()) require_writable("--json", command.json_path);
 }
 
 json figure_of(const std::vector<double>& microseconds) {
-  return {{"median_us", quantile(microseconds, 0.5)},
-          {"p05_us", quantile(microseconds, 0.05)},
-          {"p95_us", quantile(microseconds, 0.95)}};
+  return {{"median_us", quantile(microseconds, 0.5)}, {"p05_us", quantile(microseconds, 0.05)}, {"p95_us", quantile(microseconds, 0.95)}};
 }
 
 // Microseconds that the busiest rank's work takes at the rates measured in the same processes.
@@ -76,30 +76,31 @@ json report_of(const LayerSettings& settings, const json& measured) {
   for (const auto& [series, samples] : measured["samples"].items()) figures[series] = figure_of(samples.get<std::vector<double>>());
   const json bounds = bounds_of(measured["work"], measured["limits"]);
   const double us = figures["layer"]["median_us"];
-  return {{"benchmark", "layer"},
-          {"machine", machine()},
-          {"versions", versions({})},
-          {"settings", to_json(settings)},
-          {"gpu", measured["gpu"]},
-          {"limits", measured["limits"]},
-          {"work", measured["work"]},
-          {"bounds", bounds},
-          {"of_link_and_matrix", largest(bounds, {"link_us", "matrix_us"}) / us},
-          {"of_all_bounds", largest(bounds, {"link_us", "matrix_us", "memory_us"}) / us},
-          {"figures", figures},
-          {"samples", measured["samples"]},
-          {"notes",
-           {{"layer", "a step, enqueued ahead, from a barrier of all GPUs; of the slowest rank"},
-            {"traced_layer", "the same with events between its phases; the shared expert runs inside dispatch, beside rows on their way"},
-            {"work", "of the busiest rank: operations, bytes of weights of experts with rows, bytes of rows sent to others in both calls"}}}};
+  return {
+      {"benchmark", "layer"},
+      {"machine", machine()},
+      {"versions", versions({})},
+      {"settings", to_json(settings)},
+      {"gpu", measured["gpu"]},
+      {"limits", measured["limits"]},
+      {"work", measured["work"]},
+      {"bounds", bounds},
+      {"of_link_and_matrix", largest(bounds, {"link_us", "matrix_us"}) / us},
+      {"of_all_bounds", largest(bounds, {"link_us", "matrix_us", "memory_us"}) / us},
+      {"figures", figures},
+      {"samples", measured["samples"]},
+      {"notes",
+       {{"layer", "a step, enqueued ahead, from a barrier of all GPUs; of the slowest rank"},
+        {"traced_layer", "the same with events between its phases; the shared expert runs inside dispatch, beside rows on their way"},
+        {"work", "of the busiest rank: operations, bytes of weights of experts with rows, bytes of rows sent to others in both calls"}}}};
 }
 
 std::string table_of(const LayerSettings& settings, const json& report) {
   Table table({"", "median", "5 %", "95 %"});
   for (const auto& [series, figure] : report["figures"].items())
     table.add({series, time_text(figure["median_us"]), time_text(figure["p05_us"]), time_text(figure["p95_us"])});
-  std::string text = fmt::format("{}, {} ranks x {} tokens, {} mode, on {}; a sample of rows checked\n\n{}\n", settings.preset, settings.ranks,
-                                 settings.tokens, settings.mode, report["gpu"]["name"].get<std::string>(), table.text());
+  std::string text = fmt::format("{}, {} ranks x {} tokens, {} mode, on {}; a sample of rows checked\n\n{}\n", settings.preset,
+                                 settings.ranks, settings.tokens, settings.mode, report["gpu"]["name"].get<std::string>(), table.text());
   for (const auto& [bound, us] : report["bounds"].items()) text += fmt::format("{} {}\n", bound, time_text(us));
   return text + fmt::format("the larger of link and matrix products is {:.0f} % of the step; of all bounds {:.0f} %\n",
                             100 * report["of_link_and_matrix"].get<double>(), 100 * report["of_all_bounds"].get<double>());
@@ -122,9 +123,15 @@ void run_layer(LayerCommand& command) {
 }  // namespace
 
 json to_json(const LayerSettings& settings) {
-  return {{"ranks", settings.ranks},           {"preset", settings.preset}, {"tokens", settings.tokens},
-          {"mode", settings.mode},             {"dtype", "bfloat16"},       {"sm_budget", settings.sm_budget},
-          {"iterations", settings.iterations}, {"warmup", settings.warmup}, {"timeout_ms", settings.timeout_ms}};
+  return {{"ranks", settings.ranks},
+          {"preset", settings.preset},
+          {"tokens", settings.tokens},
+          {"mode", settings.mode},
+          {"dtype", "bfloat16"},
+          {"sm_budget", settings.sm_budget},
+          {"iterations", settings.iterations},
+          {"warmup", settings.warmup},
+          {"timeout_ms", settings.timeout_ms}};
 }
 
 LayerSettings layer_settings_from_json(const json& settings) {

@@ -53,7 +53,8 @@ DeviceBuffer DrawnTensor::on_device(int device, std::int64_t first, std::int64_t
   const DeviceBuffer drawn = upload(device, bits_.data(), static_cast<std::size_t>(period_ * kBytes));
   for (std::int64_t at = 0; at < count;) {
     const std::int64_t from = (first + at) % period_, part = std::min(period_ - from, count - at);
-    cuda_check(cudaMemcpy(buffer.data() + at * kBytes, drawn.data() + from * kBytes, static_cast<std::size_t>(part * kBytes), cudaMemcpyDeviceToDevice),
+    cuda_check(cudaMemcpy(buffer.data() + at * kBytes, drawn.data() + from * kBytes, static_cast<std::size_t>(part * kBytes),
+                          cudaMemcpyDeviceToDevice),
                "laying out weights");
     at += part;
   }
@@ -91,7 +92,8 @@ LayerModel::OnRank LayerModel::on_rank(int device, const Placement& placement, i
   w.experts.w13 = {keep(w13_.on_device(device, first * 2 * matrix, experts * 2 * matrix)), kDtype, {experts, 2, width_, hidden_}};
   w.experts.w2 = {keep(w2_.on_device(device, first * matrix, experts * matrix)), kDtype, {experts, hidden_, width_}};
   if (!selection_bias_.empty())
-    w.gate.selection_bias = {keep(upload(device, selection_bias_.data(), selection_bias_.size() * 4)), Dtype::float32, {preset_.num_experts}};
+    w.gate.selection_bias = {
+        keep(upload(device, selection_bias_.data(), selection_bias_.size() * 4)), Dtype::float32, {preset_.num_experts}};
   if (shared_width_ == 0) return result;
   w.shared.weights.w13 = {keep(shared_w13_.on_device(device, 0, 2 * shared_width_ * hidden_)), kDtype, {1, 2, shared_width_, hidden_}};
   w.shared.weights.w2 = {keep(shared_w2_.on_device(device, 0, shared_width_ * hidden_)), kDtype, {1, hidden_, shared_width_}};

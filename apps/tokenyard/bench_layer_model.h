@@ -50,7 +50,8 @@ class LayerModel {
 
  private:
   const float* row(int rank, std::int64_t token) const { return x_.at((rank * tokens_ + token) * hidden_); }
-  std::vector<float> feed_forward(const float* x, const DrawnTensor& w13, const DrawnTensor& w2, std::int64_t expert, std::int64_t width) const;
+  std::vector<float> feed_forward(const float* x, const DrawnTensor& w13, const DrawnTensor& w2, std::int64_t expert,
+                                  std::int64_t width) const;
 
   ModelPreset preset_;
   std::int64_t tokens_, hidden_, width_, shared_width_;

@@ -70,16 +70,17 @@ class LayerRank {
 
   std::shared_ptr<ExpertGroup> make_group(bool traced) const {
     const ParallelConfig config = solve_parallel({.device_count = world_.size(), .ep = world_.size(), .outer_dp = 1, .mlp_tp = 1});
-    return std::make_shared<ExpertGroup>(world_, config, ExpertGroupOptions{.num_experts = preset_.num_experts,
-                                                                            .top_k = preset_.top_k,
-                                                                            .hidden_size = preset_.hidden_size,
-                                                                            .dtype = kDtype,
-                                                                            .max_tokens_per_rank = settings_.tokens,
-                                                                            .trace = traced,
-                                                                            .timeout_ms = settings_.timeout_ms,
-                                                                            .device = Device::cuda,
-                                                                            .device_index = device_,
-                                                                            .sm_budget = settings_.sm_budget});
+    return std::make_shared<ExpertGroup>(world_, config,
+                                         ExpertGroupOptions{.num_experts = preset_.num_experts,
+                                                            .top_k = preset_.top_k,
+                                                            .hidden_size = preset_.hidden_size,
+                                                            .dtype = kDtype,
+                                                            .max_tokens_per_rank = settings_.tokens,
+                                                            .trace = traced,
+                                                            .timeout_ms = settings_.timeout_ms,
+                                                            .device = Device::cuda,
+                                                            .device_index = device_,
+                                                            .sm_budget = settings_.sm_budget});
   }
 
   template <class Number>
@@ -99,9 +100,10 @@ class LayerRank {
     group.exchange()->check();
     const auto sums = fetched<std::uint16_t>(out_);
     const std::vector<float>& bias = model_.selection_bias();
-    const Routing routing = route({.logits = {logits.data(), Dtype::float32, {settings_.tokens, preset_.num_experts}},
-                                   .bias = bias.empty() ? ConstTensorView() : ConstTensorView(bias.data(), Dtype::float32, {std::ssize(bias)})},
-                                  preset_.gate);
+    const Routing routing =
+        route({.logits = {logits.data(), Dtype::float32, {settings_.tokens, preset_.num_experts}},
+               .bias = bias.empty() ? ConstTensorView() : ConstTensorView(bias.data(), Dtype::float32, {std::ssize(bias)})},
+              preset_.gate);
     std::string fault;
     for (std::int64_t i = 0; i < std::min(kRowsChecked, settings_.tokens); ++i) {
       const std::int64_t token = i * (settings_.tokens - 1) / std::max<std::int64_t>(kRowsChecked - 1, 1);
@@ -192,19 +194,22 @@ class LayerRank {
       return us;
     };
     if (next != device_) {
+      if (cudaDeviceEnablePeerAccess(next, 0) != cudaSuccess) cudaGetLastError();  // it is on already, or the copy goes another way
       const double us = best([&] {
         cuda_check(cudaMemcpyPeerAsync(target.data(), next, source.data(), device_, kCopied, stream_.get()), "cudaMemcpyPeerAsync");
       });
       limits["link_bytes_per_us"] = static_cast<double>(kCopied) / us;
     }
     const double copy_us = best([&] {
-      cuda_check(cudaMemcpyAsync(source.data() + kCopied, source.data(), kCopied, cudaMemcpyDeviceToDevice, stream_.get()), "cudaMemcpyAsync");
+      cuda_check(cudaMemcpyAsync(source.data() + kCopied, source.data(), kCopied, cudaMemcpyDeviceToDevice, stream_.get()),
+                 "cudaMemcpyAsync");
     });
     limits["memory_bytes_per_us"] = 2.0 * static_cast<double>(kCopied) / copy_us;
     Cublas cublas(kDtype);
     limits["no_matrix_limit"] = cublas.missing();
     if (!cublas.missing().empty()) return limits;
-    const DeviceBuffer a = drawn.on_device(device_, 0, std::int64_t{kSize} * kSize), b = drawn.on_device(device_, 7, std::int64_t{kSize} * kSize);
+    const DeviceBuffer a = drawn.on_device(device_, 0, std::int64_t{kSize} * kSize),
+                       b = drawn.on_device(device_, 7, std::int64_t{kSize} * kSize);
     const DeviceBuffer c = value_or_throw(make_device_buffer(device_, std::size_t{2} * kSize * kSize));
     const std::vector<MatrixProduct> product = {{kSize, kSize, kSize, a.data(), b.data(), c.data(), false, true, false}};
     cublas.loop(product, stream_.get());  // loads what it needs

@@ -4,8 +4,8 @@
 //
 // T tokens of this rank (each rank its own number, also 0), H hidden_size, E experts, K top_k, L local experts, I expert_width of this
 // rank's shard, g ranks of a tensor-parallel group. Rows are float32, bfloat16 or float16; weights any of the three, each for itself.
-// With ExpertGroupOptions::device = cuda, MoeLayer goes forward on GPUs: all tensors are in device memory, rows and the weights of experts of
-// one type; a step is enqueued on a stream and never waits for the device, and can be captured in a graph.
+// With ExpertGroupOptions::device = cuda, MoeLayer goes forward on GPUs: all tensors are in device memory, rows and the weights of experts
+// of one type; a step is enqueued on a stream and never waits for the device, and can be captured in a graph.
 // All calls are collective: the ranks of the group make them in the same order. UsageError names the tensor that does not fit, and peers in
 // the same step fail with TransportError(aborted) and that reason; the next step is fine. Other TransportErrors as in exchange.h and
 // collective.h.
@@ -57,7 +57,7 @@ struct ExpertGroupOptions {
   int num_threads = 1;            // as in ExchangeOptions
   bool trace = false;             // keep spans, see take_spans()
   Transport transport = Transport::automatic;
-  int timeout_ms = 0;  // deadline of every wait; 0: the world's
+  int timeout_ms = 0;                // deadline of every wait; 0: the world's
   Device device = Device::cpu;       // where rows and weights are
   int device_index = -1;             // cuda: as in ExchangeOptions
   int sm_budget = 0;                 // cuda: as in ExchangeOptions

@@ -96,7 +96,8 @@ void CudaMoe::check_memory(const char* what, const ConstTensorView& view) const 
   if (view.data == nullptr || view.num_elements() == 0) return;
   cudaPointerAttributes attributes{};
   cuda_check(cudaPointerGetAttributes(&attributes, view.data), "cudaPointerGetAttributes");
-  if (attributes.type == cudaMemoryTypeUnregistered || (attributes.type == cudaMemoryTypeDevice && attributes.device != workspace().device()))
+  if (attributes.type == cudaMemoryTypeUnregistered ||
+      (attributes.type == cudaMemoryTypeDevice && attributes.device != workspace().device()))
     usage_error("{} is {} in {}; this layer is on GPU {}: copy it there first", what, describe(view),
                 attributes.type == cudaMemoryTypeDevice ? fmt::format("the memory of GPU {}", attributes.device) : "ordinary host memory",
                 workspace().device());
@@ -173,9 +174,8 @@ void CudaMoe::forward_steps(const ConstTensorView& x, const TensorView& out, con
   const Handle handle = received.handle();
   received.release(stream);
   const Phase phase(workspace().trace(), "combine", 0, stream);
-  made(owed, [&] {
-    return exchange->combine(y, handle, {.weighting = Weighting::at_expert, .bias0 = shared, .out = out, .stream = stream});
-  });
+  made(owed,
+       [&] { return exchange->combine(y, handle, {.weighting = Weighting::at_expert, .bias0 = shared, .out = out, .stream = stream}); });
   order.leave(stream);
 }
 
@@ -208,14 +208,11 @@ DeviceRouting CudaMoe::run_gate(const ConstTensorView& x, const MoeStepOptions& 
   return routing;
 }
 
-Received CudaMoe::dispatch(const ConstTensorView& x, const DeviceRouting& routing, const MoeStepOptions& options,
-                           ConstTensorView& shared, int& owed) {
+Received CudaMoe::dispatch(const ConstTensorView& x, const DeviceRouting& routing, const MoeStepOptions& options, ConstTensorView& shared,
+                           int& owed) {
   const DispatchInput input = {.rows = x, .topk_ids = routing.topk_ids, .topk_weights = routing.topk_weights};
-  const DispatchOptions how = {.placement = placement_,
-                               .layout = Layout::expert_major,
-                               .sizing = Sizing::capacity,
-                               .mode = options.mode,
-                               .stream = options.stream};
+  const DispatchOptions how = {
+      .placement = placement_, .layout = Layout::expert_major, .sizing = Sizing::capacity, .mode = options.mode, .stream = options.stream};
   const Phase phase(workspace().trace(), "dispatch", 0, stream_of(options.stream));
   if (!has_shared()) return made(owed, [&] { return group_->exchange()->dispatch(input, how); });
   Pending<Received> rows = made(owed, [&] { return group_->exchange()->start_dispatch(input, how); });
@@ -291,12 +288,15 @@ void CudaMoe::warm_up(std::span<const std::int64_t> token_counts) {
   const CudaDeviceScope scope(workspace().device());
   const auto stream = value_or_throw(borrow_cuda_stream());
   const Dtype rows = dtype();
-  const auto make = [&](std::int64_t bytes) { return value_or_throw(make_device_buffer(workspace().device(), static_cast<std::size_t>(bytes))); };
+  const auto make = [&](std::int64_t bytes) {
+    return value_or_throw(make_device_buffer(workspace().device(), static_cast<std::size_t>(bytes)));
+  };
   const DeviceBuffer x = make(most * hidden_size * size_of(rows)), ids = make(most * top_k * size_of(Dtype::int64));
   std::vector<std::int64_t> balanced(static_cast<std::size_t>(most * top_k));
   const std::int64_t first = group_->world().rank() * most * top_k;
   for (std::int64_t i = 0; i < std::ssize(balanced); ++i) balanced[i] = (first + i) % gate_.num_experts();
-  cuda_check(cudaMemcpy(ids.data(), balanced.data(), balanced.size() * sizeof(std::int64_t), cudaMemcpyHostToDevice), "preparing a warm-up");
+  cuda_check(cudaMemcpy(ids.data(), balanced.data(), balanced.size() * sizeof(std::int64_t), cudaMemcpyHostToDevice),
+             "preparing a warm-up");
   cuda_check(cudaMemset(x.data(), 0, x.bytes()), "preparing a warm-up");
   cuda_check(cudaDeviceSynchronize(), "preparing a warm-up");
   group_->world().barrier();  // nobody allocates any more

@@ -63,9 +63,8 @@ DeviceRouting DeviceWorkspace::routing(std::int64_t tokens, std::int64_t experts
 }
 
 DeviceRowGroups DeviceWorkspace::all_rows(std::int64_t tokens) const {
-  return {.places = tokens,
-          .counts = {numbers_.as<std::int32_t>() + tokens, Dtype::int32, {1}},
-          .begins = {zeros_.data(), Dtype::int32, {1}}};
+  return {
+      .places = tokens, .counts = {numbers_.as<std::int32_t>() + tokens, Dtype::int32, {1}}, .begins = {zeros_.data(), Dtype::int32, {1}}};
 }
 
 DeviceRowGroups DeviceWorkspace::no_rows(std::int64_t places, int num_groups) const {

@@ -21,7 +21,8 @@ struct Tokens {
   Values weights;
 
   // Rank 1 has few tokens; some have fewer than top_k experts, and expert 4 none at all.
-  explicit Tokens(int rank) : count(rank == 1 ? 3 : kTokens - rank), rows(testing::drawn("rows " + std::to_string(rank), count * kHidden, 1)) {
+  explicit Tokens(int rank)
+      : count(rank == 1 ? 3 : kTokens - rank), rows(testing::drawn("rows " + std::to_string(rank), count * kHidden, 1)) {
     for (std::int64_t t = 0; t < count; ++t) {
       const std::int64_t all[] = {(t + rank) % 4, t % 3 == 0 ? -1 : 5, (t + rank + 1) % 4};
       ids.insert(ids.end(), std::begin(all), std::end(all));
@@ -53,7 +54,8 @@ Tensor local_weights(const Placement& placement, int rank) {
   const Values w = weights_of_experts();
   Values mine;
   const auto local = placement.local_experts(rank);
-  for (const int expert : local) mine.insert(mine.end(), w.begin() + expert * kHidden * kHidden, w.begin() + (expert + 1) * kHidden * kHidden);
+  for (const int expert : local)
+    mine.insert(mine.end(), w.begin() + expert * kHidden * kHidden, w.begin() + (expert + 1) * kHidden * kHidden);
   return Tensor(Dtype::float32, mine, {static_cast<std::int64_t>(local.size()), kHidden, kHidden});
 }
 
@@ -91,11 +93,9 @@ void through(World& world, Exchange& exchange, const Placement& placement, const
   world.barrier();  // nobody allocates any more
 
   const bool is_token_major = way.layout == Layout::token_major;
-  Received received = exchange.dispatch({.rows = x, .topk_ids = ids, .topk_weights = weights}, {.layout = way.layout,
-                                                                                                .sizing = way.sizing,
-                                                                                                .mode = way.mode,
-                                                                                                .gather_map = is_token_major,
-                                                                                                .stream = stream.get()});
+  Received received = exchange.dispatch(
+      {.rows = x, .topk_ids = ids, .topk_weights = weights},
+      {.layout = way.layout, .sizing = way.sizing, .mode = way.mode, .gather_map = is_token_major, .stream = stream.get()});
   const DeviceRowGroups groups = DeviceRowGroups::of(received);
   ASSERT_LE(groups.places, most);
   const TensorView rows = received.rows();

@@ -72,8 +72,11 @@ void check(const GateCase& c) {
 class DeviceGate : public OnGpu {};
 
 TEST_F(DeviceGate, FewTokensInParts) {
-  for (const auto& [x, w] : {std::pair{Dtype::bfloat16, Dtype::bfloat16}, {Dtype::float16, Dtype::float16}, {Dtype::float32, Dtype::float32},
-                             {Dtype::bfloat16, Dtype::float32}, {Dtype::bfloat16, Dtype::float16}}) {
+  for (const auto& [x, w] : {std::pair{Dtype::bfloat16, Dtype::bfloat16},
+                             {Dtype::float16, Dtype::float16},
+                             {Dtype::float32, Dtype::float32},
+                             {Dtype::bfloat16, Dtype::float32},
+                             {Dtype::bfloat16, Dtype::float16}}) {
     check({.tokens = 1, .experts = 256, .hidden = 2048, .x = x, .w = w});
     check({.tokens = 67, .experts = 60, .hidden = 1096, .x = x, .w = w, .has_bias = true});
     check({.tokens = 5, .experts = 3, .hidden = 37, .x = x, .w = w, .gap = 3});

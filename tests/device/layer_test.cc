@@ -45,14 +45,16 @@ TEST_F(DeviceLayer, HalfPrecision) {
   for (const Dtype dtype : {Dtype::bfloat16, Dtype::float16}) {
     for (const Flavour flavour : {Flavour::deepseek, Flavour::gpt_oss, Flavour::qwen2}) {
       for (const int ep : {1, 2}) {
-        expect_single_process_answer({.sizes = {.flavour = flavour, .hidden = 256, .width = 64, .shared_width = 64}, .ep = ep, .dtype = dtype});
+        expect_single_process_answer(
+            {.sizes = {.flavour = flavour, .hidden = 256, .width = 64, .shared_width = 64}, .ep = ep, .dtype = dtype});
       }
     }
   }
 }
 
 TEST_F(DeviceLayer, VirtualShards) {
-  for (const Flavour flavour : {Flavour::deepseek, Flavour::gpt_oss}) expect_single_process_answer({.sizes = {.flavour = flavour}, .ep = 2, .tp = 2});
+  for (const Flavour flavour : {Flavour::deepseek, Flavour::gpt_oss})
+    expect_single_process_answer({.sizes = {.flavour = flavour}, .ep = 2, .tp = 2});
   expect_single_process_answer({.sizes = {.experts = 12, .top_k = 9}, .ep = 2, .tp = 4});
 }
 
@@ -226,7 +228,8 @@ TEST_F(DeviceLayer, SaysWhatGpusDoNotDo) {
     expect_usage_error([&] { rank.layer.backward({}, saved, rank.x, {}); }, {"goes forward only"});
     const Tensor host = Tensor::zeros(rank.c.dtype, {rank.batch.tokens, rank.c.sizes.hidden});
     expect_usage_error([&] { rank.layer.forward(host.view(), rank.out, options); }, {"x is", "ordinary host memory"});
-    expect_usage_error([&] { MoeLayer(rank.group, rank.weights.views(), testing::layer_options(rank.c)); }, {"w13", "ordinary host memory"});
+    expect_usage_error([&] { MoeLayer(rank.group, rank.weights.views(), testing::layer_options(rank.c)); },
+                       {"w13", "ordinary host memory"});
   });
   run_ranks(2, [](World& world) {
     for (LayerCase c : {LayerCase{.tp = 2}, LayerCase{.ep = 2, .dense_tp = 2}}) {

@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
 
 import tokenyard as ty  # noqa: E402
 import tokenyard.torch as tyt  # noqa: E402
+from cuda_layer_test import settle  # noqa: E402
 from cuda_test import gpu_of  # noqa: E402
 from hugging_face_test import TOKENS, TOLERANCE, close, config_for, family, parts_of, saved  # noqa: E402, F401
 from support import on_ranks  # noqa: E402
@@ -32,6 +33,7 @@ def test_a_layer_out_of_its_files(saved, ep, tp):  # noqa: F811
         with torch.no_grad():
             out, gated = layer(x, with_routing=True)
             latency = layer(x, mode="latency")
+        settle(world)
         return out.cpu(), latency.cpu(), gated.topk_ids
 
     found = on_ranks(rank_main, ranks)

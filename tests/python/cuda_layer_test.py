@@ -71,6 +71,12 @@ def close(found, expected, tolerance):
         assert error < tolerance, f"relative error {error:.2e}"
 
 
+def settle(world):
+    """Before a rank lets go of its memory, which waits for kernels of all ranks on its GPU, while others have calls to make."""
+    torch.cuda.current_stream().synchronize()
+    world.barrier()
+
+
 def on_gpus(rank_main, ranks):
     """Two ranks on a GPU at most: streams of more would share its hardware queues, and kernels wait for each other."""
     if ranks > 2 * torch.cuda.device_count():
@@ -92,6 +98,7 @@ def test_the_answer_of_one_process(ep, tp, dtype):
             expected, expected_logits = by_hand(rows(world.rank, dtype, seed), full_weights(dtype))
             close(out, expected, DTYPES[dtype])
             close(logits, expected_logits, 1e-5)
+        settle(world)
         layer.group.check()
 
     on_gpus(rank_main, ep * tp)
@@ -107,6 +114,7 @@ def test_a_graph_follows_its_rows():
             x.copy_(rows(world.rank, torch.bfloat16, seed))
             graph.replay()
             close(out, by_hand(rows(world.rank, torch.bfloat16, seed), full_weights(torch.bfloat16))[0], 2e-2)
+        settle(world)
 
     on_gpus(rank_main, 2)
 
@@ -127,6 +135,7 @@ def test_work_is_on_the_current_stream():
                 x.copy_(late)
                 layer(x, out)
                 close(out, by_hand(rows(world.rank, torch.float32, seed), full_weights(torch.float32))[0], 1e-5)
+        settle(world)
 
     on_gpus(rank_main, 2)
 

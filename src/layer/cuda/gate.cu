@@ -64,8 +64,8 @@ __global__ void add_parts(const __grid_constant__ GateProductArgs args, int part
 constexpr int kWarpThreads = 32;
 constexpr int kTensorThreads = 128;  // four warps, a quarter of the tile each
 constexpr int kFragment = 16;
-constexpr int kPerChunk = 8;            // elements of a copy
-constexpr int kPitch = kStep + 8;       // of a row in shared memory: rows begin in different banks
+constexpr int kPerChunk = 8;       // elements of a copy
+constexpr int kPitch = kStep + 8;  // of a row in shared memory: rows begin in different banks
 constexpr int kSumPitch = kTile + 4;
 
 template <class Element>
@@ -78,7 +78,8 @@ struct alignas(128) TensorMemory {
 
 // Rows [0, rows) of a tile, elements [k, k + kStep) of them up to `last`; zeros elsewhere.
 template <class Element>
-__device__ __forceinline__ void copy_tile(Element (*to)[kPitch], const Element* from, std::int64_t stride, std::int64_t rows, int k, int last) {
+__device__ __forceinline__ void copy_tile(Element (*to)[kPitch], const Element* from, std::int64_t stride, std::int64_t rows, int k,
+                                          int last) {
   constexpr int kChunks = kStep / kPerChunk;
   for (int i = static_cast<int>(threadIdx.x); i < kTile * kChunks; i += kTensorThreads) {
     const int row = i / kChunks, at = i % kChunks * kPerChunk;

@@ -81,7 +81,8 @@ void scale_by_gate(const RowsArgs& args, const std::byte* gate, Dtype gate_dtype
 
 void add_rows(const RowsArgs& args, Stream stream) {
   if (args.num_rows == 0) return;
-  visit_rows(args.dtype, [&](auto rows) { add<decltype(rows)::value><<<static_cast<unsigned>(args.num_rows), kThreads, 0, stream>>>(args); });
+  visit_rows(args.dtype,
+             [&](auto rows) { add<decltype(rows)::value><<<static_cast<unsigned>(args.num_rows), kThreads, 0, stream>>>(args); });
 }
 
 }  // namespace tokenyard::layer_cuda
