@@ -1,6 +1,6 @@
 """An MoE layer of a published model, forward: ours, and the same built from torch and NCCL's all-to-all, in turns in the same processes.
 
-    PYTHONPATH=build/gpu/python python3 -m torch.distributed.run --nproc-per-node 2 bench/layer_beside_torch.py --preset deepseek-v3 --tokens 4096 out.json
+    PYTHONPATH=build/gpu/python python3 -m torch.distributed.run --nproc-per-node 2 bench/layer_beside_torch.py out.json --preset deepseek-v3 glm-4.5 --tokens 128 4096
 
 theirs: gate in float32, torch's routing, counts exchanged and waited for, rows by all_to_all_single, torch._grouped_mm, the shared expert
 while rows travel. "per_expert" sends a row for each (token, expert), as it is commonly written; "per_rank" one for each (token, rank), and
@@ -159,30 +159,20 @@ def relative_error(found, expected):
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="deepseek-v3")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--iterations", type=int, default=30)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("json")
-    args = parser.parse_args()
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+def measure(preset, tokens, args):
+    """One setting: a run of the report."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    torch.cuda.set_stream(torch.cuda.Stream())
-    preset = ty.model_preset(args.preset)
-    weights, x = draw(preset, rank, ranks), normal(500 + rank, args.tokens, preset.hidden_size)
+    weights, x = draw(preset, rank, ranks), normal(500 + rank, tokens, preset.hidden_size)
     config = ty.parallel.solve(device_count=ranks, ep=ranks, mlp_tp=1, dp=ranks, tp=1, attn_tp=1, cp=1)
     group = ty.ExpertGroup(tyt.world_from_group(), config, num_experts=preset.num_experts, top_k=preset.top_k, hidden_size=preset.hidden_size,
-                           max_tokens_per_rank=args.tokens, dtype="bfloat16", device="cuda")
-    layer, mode, out = ty.MoeLayer(group, weights, preset.gate), ty.mode_for_step(args.tokens), torch.empty_like(x)
+                           max_tokens_per_rank=tokens, dtype="bfloat16", device="cuda")
+    layer, mode, out = ty.MoeLayer(group, weights, preset.gate), ty.mode_for_step(tokens), torch.empty_like(x)
     calls = {"ours": lambda: layer(x, out, mode=mode), "per_rank": lambda p=TorchLayer(preset, weights, True): p(x),
              "per_expert": lambda p=TorchLayer(preset, weights, False): p(x)}
     errors = {name: relative_error(calls["ours"](), calls[name]()) for name in ("per_rank", "per_expert")}
     group.check()
     assert max(errors.values()) < 2e-2, f"rank {rank}: the layers disagree: {errors}"
-    layer.warm_up([args.tokens])
+    layer.warm_up([tokens])
     calls["ours_graph"] = captured(calls["ours"]).replay
     samples = {name: [] for name in calls}
     for i in range(args.warmup + args.iterations):
@@ -191,16 +181,33 @@ def main():
             if i >= args.warmup:
                 samples[name].append(us)
     group.check()
-    if rank == 0:
-        medians = {name: sorted(values)[len(values) // 2] for name, values in samples.items()}
-        report = {"benchmark": "layer_beside_torch", "preset": args.preset, "ranks": ranks, "tokens": args.tokens, "mode": mode, "dtype": "bfloat16",
-                  "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-                  "relative_errors_of_rank_0": errors, "median_us": medians, "samples_us": samples}
-        print(json.dumps({key: report[key] for key in ("preset", "tokens", "relative_errors_of_rank_0", "median_us")}))
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
     torch.cuda.synchronize()
     dist.barrier()
+    medians = {name: sorted(values)[len(values) // 2] for name, values in samples.items()}
+    return {"preset": preset.name, "tokens": tokens, "mode": mode, "relative_errors_of_rank_0": errors, "median_us": medians, "samples_us": samples}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", nargs="+", default=["deepseek-v3"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[4096], help="of each rank")
+    parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("json", help="what rank 0 writes")
+    args = parser.parse_args()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    torch.cuda.set_stream(torch.cuda.Stream())
+    report = {"benchmark": "layer_beside_torch", "ranks": dist.get_world_size(), "dtype": "bfloat16", "gpu": torch.cuda.get_device_name(),
+              "torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version())), "iterations": args.iterations, "runs": []}
+    for name in args.preset:
+        for tokens in args.tokens:
+            report["runs"].append(measure(ty.model_preset(name), tokens, args))
+            if dist.get_rank() == 0:
+                print(json.dumps({key: value for key, value in report["runs"][-1].items() if key != "samples_us"}), flush=True)
+                with open(args.json, "w", encoding="utf-8") as file:
+                    json.dump(report, file, indent=1)
+            torch.cuda.empty_cache()
     dist.destroy_process_group()
 
 

@@ -4,7 +4,7 @@
 //
 // T tokens of this rank (each rank its own number, also 0), H hidden_size, E experts, K top_k, L local experts, I expert_width of this
 // rank's shard, g ranks of a tensor-parallel group. Rows are float32, bfloat16 or float16; weights any of the three, each for itself.
-// With ExpertGroupOptions::device = cuda, MoeLayer goes forward on GPUs: all tensors are in device memory, rows and the weights of experts
+// With ExpertGroupOptions::device = cuda, MoeLayer is on GPUs: all tensors are in device memory, rows and the weights of experts
 // of one type; a step is enqueued on a stream and never waits for the device, and can be captured in a graph.
 // All calls are collective: the ranks of the group make them in the same order. UsageError names the tensor that does not fit, and peers in
 // the same step fail with TransportError(aborted) and that reason; the next step is fine. Other TransportErrors as in exchange.h and
@@ -61,6 +61,7 @@ struct ExpertGroupOptions {
   Device device = Device::cpu;       // where rows and weights are
   int device_index = -1;             // cuda: as in ExchangeOptions
   int sm_budget = 0;                 // cuda: as in ExchangeOptions
+  bool gradients = false;            // cuda: layers go backward, too, and hold memory for it
   std::int64_t max_expert_rows = 0;  // cuda: most rows of a rank's experts in a step; 0: receive_rows x min(top_k, max_local_experts)
 };
 
@@ -153,8 +154,8 @@ class MoeActivations {
   ~MoeActivations();
   MoeActivations(MoeActivations&&) noexcept;
   MoeActivations& operator=(MoeActivations&&) noexcept;
-  const Routing& routing() const;
-  ConstTensorView logits() const;    // [T,E] float32: what losses of routing.h take
+  const Routing& routing() const;    // UsageError on cuda
+  ConstTensorView logits() const;    // [T,E] float32: what losses of routing.h take; on cuda in device memory
   const Received& received() const;  // rows and who sent them; without an exchange empty
   layer_internal::MoeStep& step() const { return *step_; }
 

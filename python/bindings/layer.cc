@@ -6,6 +6,7 @@
 #include <nanobind/stl/string_view.h>
 
 #include "experts.h"
+#include "layer/steps.h"
 #include "world.h"
 
 namespace tokenyard::python {
@@ -50,6 +51,7 @@ void bind_group_options(nb::module_& m) {
           [](ExpertGroupOptions& self, const std::string& text) { self.device = parse_device(text); })
       .def_rw("device_index", &ExpertGroupOptions::device_index)
       .def_rw("sm_budget", &ExpertGroupOptions::sm_budget)
+      .def_rw("gradients", &ExpertGroupOptions::gradients)
       .def_rw("max_expert_rows", &ExpertGroupOptions::max_expert_rows);
 }
 
@@ -100,10 +102,16 @@ void copy_logits(const MoeActivations& self, const Tensor& out) {
   std::copy_n(logits.as<float>(), logits.num_elements(), out.writable().as<float>());
 }
 
+// Of a step on a GPU, where they stay: the next forward with these activations writes there.
+nb::object device_logits(const MoeActivations& self, const Place& place) {
+  return export_array(self.logits(), std::static_pointer_cast<void>(self.step().on_gpu), place);
+}
+
 void bind_step(nb::module_& m) {
   nb::class_<MoeActivations>(m, "MoeActivations")
       .def(nb::init<>())
       .def("routing", routing_arrays, nb::arg("place"))
+      .def("device_logits", device_logits, nb::arg("place"))
       .def("copy_logits", copy_logits, nb::arg("out"));
   nb::class_<MoeStepOptions>(m, "MoeStepOptions", "Views only: the caller keeps the tensors.")
       .def(

@@ -20,13 +20,13 @@ class ExpertGroup:
     (an exchange over ep, collectives over the shards of a window). same_tokens: with ep = 1 and mlp_tp > 1, all ranks have the same
     tokens. dense_tp: ranks that share a shared expert's weights. device: "cuda" for layers that go forward on this rank's GPU
     (device_index, default the current one), of torch tensors there, on torch's current stream; make all layers before a graph is
-    captured. Further options: max_local_experts, receive_rows, max_expert_rows, sm_budget, depth, num_threads, trace, transport.
+    captured. gradients: there layers go backward, too, and hold memory for it. Further options: max_local_experts, receive_rows, max_expert_rows, sm_budget, depth, num_threads, trace, transport.
     """
 
     def __init__(self, world, config, *, num_experts, top_k, hidden_size, max_tokens_per_rank, dtype="float32", expert_tp="virtual",
-                 same_tokens=False, dense_tp=1, device="cpu", timeout_ms=0, **options):
+                 same_tokens=False, dense_tp=1, device="cpu", gradients=False, timeout_ms=0, **options):
         options.update(num_experts=num_experts, top_k=top_k, hidden_size=hidden_size, max_tokens_per_rank=max_tokens_per_rank, dtype=dtype,
-                       expert_tp=expert_tp, same_tokens=same_tokens, dense_tp=dense_tp, device=device, timeout_ms=timeout_ms)
+                       expert_tp=expert_tp, same_tokens=same_tokens, dense_tp=dense_tp, device=device, gradients=gradients, timeout_ms=timeout_ms)
         core = _core.ExpertGroupOptions()
         for name, value in options.items():
             if not hasattr(core, name):
@@ -35,7 +35,7 @@ class ExpertGroup:
         self._core = _core.ExpertGroup(world._core, config._as_core(), core)
         self._world = World(self._core.world(), parent=world)
         self._collectives = {}
-        self.config, self.dense_tp, self.expert_tp, self.dtype, self.device = config, dense_tp, expert_tp, dtype, device
+        self.config, self.dense_tp, self.expert_tp, self.dtype, self.device, self.gradients = config, dense_tp, expert_tp, dtype, device, gradients
         self._index = self._core.options().device_index  # the GPU
 
     @staticmethod
@@ -126,12 +126,14 @@ class Activations:
 
     @property
     def routing(self) -> Routing:
-        """Of the forward."""
+        """Of the forward, on the CPU. Of one on a GPU: make it again of `logits`."""
         return Routing(*self._core.routing(self._frame.place))
 
     @property
     def logits(self):
         """[T,E] float32."""
+        if self._frame.device == "cuda":
+            return self._core.device_logits(self._frame.place).clone()
         ids, _, load = self._core.routing(self._frame.place)
         out = self._frame.empty((ids.shape[0], load.shape[0]), "float32")
         self._core.copy_logits(tensor(out, "logits"))
@@ -144,12 +146,17 @@ class _Options:
     def __init__(self, group, mode, mask, given_ids, sliced_out, logits=None):
         self._views = [None if value is None else tensor(group._place(value, name), name) for name, value in (("mask", mask), ("given_ids", given_ids))]
         self._views.append(None if logits is None else writable(group._place(logits, "logits"), "logits"))
-        self.core = _core.MoeStepOptions(mode, self._views, sliced_out, group._stream())
+        self._rest = mode, self._views, sliced_out
+        self.use_stream(group)
+
+    def use_stream(self, group):
+        """The current one: that of a backward may be another."""
+        self.core = _core.MoeStepOptions(*self._rest, group._stream())
 
 
 class MoeLayer:
-    """One layer of a group. Collective: ranks make layers, and call them, in the same order. Where its group computes; on a GPU forward
-    only, and rows and the weights of experts are of one dtype.
+    """One layer of a group. Collective: ranks make layers, and call them, in the same order. Where its group computes; on a GPU rows and
+    the weights of experts are of one dtype.
 
     weights: MoeWeights, of NumPy arrays or torch tensors, float32, bfloat16 or float16 each; their values may change between steps.
     gate: a Gate. activation: "silu", or "clamped" with limit and alpha, of experts and shared expert. placement: of the experts over
@@ -200,19 +207,21 @@ class MoeLayer:
         expert, replicas) it is the share of this rank's tokens: their sum over the ranks is the gradient. d_logits [T,E] float32: of
         losses on the logits, added to what comes through the weights.
         """
-        x = on_cpu(x, "x")
-        view, frame = tensor(x, "x", dtype), Frame.of(x)
+        place = self.group._place
+        x = place(x, "x")
+        view, frame = tensor(x, "x", dtype), self.group._frame(x)
         gradients = gradients or self.zero_gradients(frame)
         d_x = frame.empty(tuple(x.shape), view.dtype)
-        rows = [view, tensor(on_cpu(d_out, "d_out"), "d_out", dtype), None if d_logits is None else tensor(on_cpu(d_logits, "d_logits"), "d_logits")]
+        rows = [view, tensor(place(d_out, "d_out"), "d_out", dtype), None if d_logits is None else tensor(place(d_logits, "d_logits"), "d_logits")]
         into = [None if array is None else writable(array, f"gradient of {name}") for name, array in gradients.items()]
         into[1] = into[1] if self.weights.logit_bias is not None else None
+        saved._keep.use_stream(self.group)
         self._core.backward(rows, saved._keep.core, saved._core, tensor(d_x, "d_x", dtype), into)
         return d_x, gradients
 
     def zero_gradients(self, frame=None) -> MoeWeights:
         """Zeros, float32, for every weight that has a gradient."""
-        frame = frame or Frame.of(self.weights.gate_weight)
+        frame = frame or self.group._frame(self.weights.gate_weight)
         found = {}
         for field in fields(MoeWeights):
             weight = getattr(self.weights, field.name)

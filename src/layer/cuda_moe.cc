@@ -1,21 +1,16 @@
 #include "layer/cuda_moe.h"
 
-#include "core/usage.h"
 #include "experts/row_block.h"
 #include "layer/cuda/kernels.h"
+#include "layer/cuda_calls.h"
 #include "layer/moe_checks.h"
+#include "layer/steps.h"
 
 namespace tokenyard::layer_internal {
 namespace {
 
-using Phase = exchange_internal::CudaTrace::Phase;
 using experts_internal::check_dense;
 using experts_internal::check_rows;
-
-cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
-const std::byte* data_of(const ConstTensorView& view) { return static_cast<const std::byte*>(view.data); }
-// A tensor of one row may have any stride.
-std::int64_t stride_of(const ConstTensorView& view) { return view.shape[0] > 1 ? view.strides[0] : view.shape[1]; }
 
 layer_cuda::RowsArgs rows_args(const ConstTensorView& a, const ConstTensorView& b, const TensorView& out) {
   return {.num_rows = out.shape[0],
@@ -28,22 +23,6 @@ layer_cuda::RowsArgs rows_args(const ConstTensorView& a, const ConstTensorView& 
           .out = static_cast<std::byte*>(out.data),
           .out_stride = stride_of(out)};
 }
-
-constexpr int kCallsOfAStep = 2;  // a dispatch and a combine
-
-// A call of the exchange, which tells its ranks by itself when it refuses one. TransportErrors are of earlier calls: this one was not made.
-template <class Call>
-auto made(int& owed, Call&& call) {
-  --owed;
-  try {
-    return call();
-  } catch (const TransportError&) {
-    ++owed;
-    throw;
-  }
-}
-
-void check_launch(const char* what) { cuda_check(cudaGetLastError(), what); }
 
 }  // namespace
 
@@ -124,18 +103,13 @@ void CudaMoe::check(const ConstTensorView& x, const ConstTensorView& out, const 
 }
 
 void CudaMoe::forward(const ConstTensorView& x, const TensorView& out, const MoeStepOptions& options, MoeActivations* saved) {
-  if (group_->exchange() != nullptr) group_->exchange()->check();  // of earlier steps: this one is not begun
-  int owed = group_->exchange() != nullptr ? kCallsOfAStep : 0;
-  try {
-    if (saved != nullptr) usage_error("activations for backward; on GPUs this layer goes forward only: give none, or train on CPUs");
-    forward_steps(x, out, options, owed);
-  } catch (const UsageError& error) {
-    leave(owed, error.what());
-    throw;
-  } catch (const TransportError& error) {
-    if (error.failure().kind == FailureKind::aborted) leave(owed, error.failure().detail);
-    throw;
-  }
+  const CudaDeviceScope scope(workspace().device());
+  guarded([&](int& owed) {
+    check(x, out, options);
+    MoeStep* const step = saved != nullptr ? &saved->step() : nullptr;
+    CudaStep* const mine = step != nullptr ? &prepare(*step, x, options) : nullptr;
+    forward_steps({x, options, mine}, out, step, owed);
+  });
 }
 
 // Whoever leaves a step makes its calls all the same, as rejections: all ranks count alike, and the next step is fine.
@@ -150,110 +124,165 @@ void CudaMoe::leave(int owed, const std::string& reason) {
   }
 }
 
-void CudaMoe::backward(const MoeBackwardInput& /*input*/, const MoeActivations& /*saved*/, const TensorView& /*d_x*/,
-                       const MoeGradients& /*gradients*/) {
-  usage_error("backward on a GPU; there this layer goes forward only: train on CPUs, or with the exchange and DeviceExperts");
+// Room for what a backward needs, in memory that the activations keep.
+CudaStep& CudaMoe::prepare(MoeStep& saved, const ConstTensorView& x, const MoeStepOptions& options) {
+  if (!group_->options().gradients) {
+    usage_error("activations for backward, of a group on GPUs without gradients; make it with ExpertGroupOptions::gradients, or give none");
+  }
+  if (saved.on_gpu == nullptr) saved.on_gpu = std::make_shared<CudaStep>();
+  CudaStep& step = *saved.on_gpu;
+  const std::int64_t tokens = x.shape[0], hidden_size = x.shape[1], experts = gate_.num_experts(), top_k = gate_.gate().top_k;
+  const std::int64_t places = group_->exchange() != nullptr ? workspace().max_places() : tokens * top_k;
+  const std::int64_t width = num_local_experts_ > 0 ? weights_.experts.w13.shape[2] : 0;
+  const std::int64_t shared_width = has_shared() ? weights_.shared.weights.w13.shape[2] : 0;
+  std::int64_t bytes = 0;
+  std::vector<std::pair<TensorView*, std::int64_t>> parts;
+  const auto place = [&](TensorView& view, Dtype dtype, std::initializer_list<std::int64_t> shape) {
+    constexpr std::int64_t kAlignment = 256;
+    view = TensorView(nullptr, dtype, shape);
+    parts.emplace_back(&view, bytes);
+    bytes += (view.num_elements() * size_of(dtype) + kAlignment - 1) / kAlignment * kAlignment;
+  };
+  place(step.logits, Dtype::float32, {tokens, experts});
+  place(step.routing.topk_ids, Dtype::int32, {tokens, top_k});
+  place(step.routing.topk_weights, Dtype::float32, {tokens, top_k});
+  place(step.routing.load, Dtype::int64, {experts});
+  place(step.gate_up, x.dtype, {places, 2 * width});
+  place(step.y, x.dtype, {places, hidden_size});
+  place(step.shared_gate_up, x.dtype, {tokens, 2 * shared_width});
+  place(step.shared_y, x.dtype, {shared_width > 0 ? tokens : 0, hidden_size});
+  if (step.memory == nullptr || step.bytes < bytes) {
+    step.memory.reset();
+    step.memory = workspace().blocks().take(bytes, stream_of(options.stream));
+    step.bytes = bytes;
+  }
+  for (const auto& [view, at] : parts) view->data = step.memory.get() + at;
+  step.num_tokens = tokens;
+  saved.logits = step.logits;
+  return step;
 }
 
-void CudaMoe::forward_steps(const ConstTensorView& x, const TensorView& out, const MoeStepOptions& options, int& owed) {
-  const CudaDeviceScope scope(workspace().device());
-  check(x, out, options);
-  const cudaStream_t stream = stream_of(options.stream);
+void CudaMoe::forward_steps(const Forward& of, const TensorView& out, MoeStep* saved, int& owed) {
+  const cudaStream_t stream = stream_of(of.options.stream);
   Exchange* const exchange = group_->exchange();
   CallOrder& order = workspace().order();
   order.enter(stream);
-  const DeviceRouting routing = run_gate(x, options);
+  const DeviceRouting routing = run_gate(of);
   if (exchange == nullptr) {
-    run_here(x, routing, out, stream);
+    run_here(of, routing, out);
     order.leave(stream);
     return;
   }
   ConstTensorView shared;
-  Received received = dispatch(x, routing, options, shared, owed);
-  const TensorView y = run_experts(received, x.shape[1], stream);
+  Received received = dispatch(of, routing, shared, owed);
+  const TensorView y = run_experts(of, received);
   const Handle handle = received.handle();
-  received.release(stream);
+  if (saved != nullptr) {
+    saved->received = std::move(received);
+  } else {
+    received.release(stream);
+  }
   const Phase phase(workspace().trace(), "combine", 0, stream);
   made(owed,
        [&] { return exchange->combine(y, handle, {.weighting = Weighting::at_expert, .bias0 = shared, .out = out, .stream = stream}); });
   order.leave(stream);
 }
 
-DeviceRouting CudaMoe::run_gate(const ConstTensorView& x, const MoeStepOptions& options) {
-  const cudaStream_t stream = stream_of(options.stream);
-  const std::int64_t tokens = x.shape[0], num_experts = gate_.num_experts();
+DeviceRouting CudaMoe::run_gate(const Forward& of) {
+  const cudaStream_t stream = stream_of(of.options.stream);
+  const std::int64_t tokens = of.x.shape[0], num_experts = gate_.num_experts();
   const GateWeights& weights = weights_.gate;
-  const TensorView logits = options.logits ? options.logits : workspace().logits(tokens, num_experts);
+  const TensorView wanted = of.options.logits;
+  const TensorView logits = of.step != nullptr ? of.step->logits : wanted ? wanted : workspace().logits(tokens, num_experts);
   {
     const Phase phase(workspace().trace(), "gate", 0, stream);
     layer_cuda::gate_product({.num_tokens = tokens,
                               .num_experts = static_cast<int>(num_experts),
-                              .hidden_size = static_cast<int>(x.shape[1]),
-                              .x_dtype = x.dtype,
+                              .hidden_size = static_cast<int>(of.x.shape[1]),
+                              .x_dtype = of.x.dtype,
                               .w_dtype = weights.weight.dtype,
                               .bias_dtype = weights.logit_bias.dtype,
-                              .x = data_of(x),
-                              .x_stride = stride_of(x),
+                              .x = data_of(of.x),
+                              .x_stride = stride_of(of.x),
                               .w = data_of(weights.weight),
                               .bias = data_of(weights.logit_bias),
                               .logits = logits.as<float>(),
                               .parts = workspace().gate_parts()},
                              workspace().multiprocessors(), stream);
     check_launch("launch of the gate's product");
+    if (wanted && wanted.data != logits.data) {
+      cuda_check(cudaMemcpyAsync(wanted.data, logits.data, static_cast<std::size_t>(logits.num_elements()) * sizeof(float),
+                                 cudaMemcpyDeviceToDevice, stream),
+                 "copying logits");
+    }
   }
   const Phase phase(workspace().trace(), "route", 0, stream);
-  const DeviceRouting routing = workspace().routing(tokens, num_experts, gate_.gate().top_k);
-  route({.logits = logits, .bias = weights.selection_bias, .mask = options.mask, .given_ids = options.given_ids}, gate_.gate(), routing,
-        stream);
+  const DeviceRouting routing = of.step != nullptr ? of.step->routing : workspace().routing(tokens, num_experts, gate_.gate().top_k);
+  route({.logits = logits, .bias = weights.selection_bias, .mask = of.options.mask, .given_ids = of.options.given_ids}, gate_.gate(),
+        routing, stream);
   return routing;
 }
 
-Received CudaMoe::dispatch(const ConstTensorView& x, const DeviceRouting& routing, const MoeStepOptions& options, ConstTensorView& shared,
-                           int& owed) {
-  const DispatchInput input = {.rows = x, .topk_ids = routing.topk_ids, .topk_weights = routing.topk_weights};
-  const DispatchOptions how = {
-      .placement = placement_, .layout = Layout::expert_major, .sizing = Sizing::capacity, .mode = options.mode, .stream = options.stream};
-  const Phase phase(workspace().trace(), "dispatch", 0, stream_of(options.stream));
+Received CudaMoe::dispatch(const Forward& of, const DeviceRouting& routing, ConstTensorView& shared, int& owed) {
+  const DispatchInput input = {.rows = of.x, .topk_ids = routing.topk_ids, .topk_weights = routing.topk_weights};
+  const DispatchOptions how = {.placement = placement_,
+                               .layout = Layout::expert_major,
+                               .sizing = Sizing::capacity,
+                               .mode = of.options.mode,
+                               .copy_out = of.step != nullptr,
+                               .stream = of.options.stream};
+  const Phase phase(workspace().trace(), "dispatch", 0, stream_of(of.options.stream));
   if (!has_shared()) return made(owed, [&] { return group_->exchange()->dispatch(input, how); });
   Pending<Received> rows = made(owed, [&] { return group_->exchange()->start_dispatch(input, how); });
-  shared = run_shared(x, options.stream);  // while rows travel
+  shared = run_shared(of);  // while rows travel
   return rows.finish();
 }
 
-ConstTensorView CudaMoe::run_shared(const ConstTensorView& x, void* stream) {
-  const Phase phase(workspace().trace(), "shared", 0, stream_of(stream));
+ConstTensorView CudaMoe::run_shared(const Forward& of) {
+  const ConstTensorView& x = of.x;
+  const cudaStream_t stream = stream_of(of.options.stream);
+  const Phase phase(workspace().trace(), "shared", 0, stream);
   const TensorView out = workspace().shared(x.dtype, x.shape[0], x.shape[1]);
-  workspace().experts().experts_forward({.x = x}, workspace().all_rows(x.shape[0]), weights_.shared.weights, activation_, out, stream);
   const ConstTensorView& gate = weights_.shared.gate;
+  const bool is_saved = of.step != nullptr;
+  const TensorView y = is_saved && gate ? of.step->shared_y : out;
+  workspace().experts().experts_forward({.x = x, .gate_up = is_saved ? of.step->shared_gate_up : TensorView()},
+                                        workspace().all_rows(x.shape[0]), weights_.shared.weights, activation_, y, stream);
   if (!gate) return out;
-  layer_cuda::scale_by_gate(rows_args(x, out, out), data_of(gate), gate.dtype, stream_of(stream));
+  layer_cuda::scale_by_gate(rows_args(x, y, out), data_of(gate), gate.dtype, stream);
   check_launch("launch of the shared expert's gate");
   return out;
 }
 
-TensorView CudaMoe::run_experts(const Received& received, std::int64_t hidden_size, void* stream) {
-  const Phase phase(workspace().trace(), "experts", 0, stream_of(stream));
+TensorView CudaMoe::run_experts(const Forward& of, const Received& received) {
+  const Phase phase(workspace().trace(), "experts", 0, stream_of(of.options.stream));
   const DeviceRowGroups groups = DeviceRowGroups::of(received);
-  const TensorView y = workspace().places(received.rows().dtype, groups.places, hidden_size);
+  const bool is_saved = of.step != nullptr;
+  const TensorView y = is_saved ? of.step->y : workspace().places(of.x.dtype, groups.places, of.x.shape[1]);
   if (num_local_experts_ > 0) {
-    workspace().experts().experts_forward({.x = received.rows()}, groups, weights_.experts, activation_, y, stream);
+    workspace().experts().experts_forward({.x = received.rows(), .gate_up = is_saved ? of.step->gate_up : TensorView()}, groups,
+                                          weights_.experts, activation_, y, of.options.stream);
   }
   return y;
 }
 
 // Without an exchange: every expert is here.
-void CudaMoe::run_here(const ConstTensorView& x, const DeviceRouting& routing, const TensorView& out, void* stream) {
+void CudaMoe::run_here(const Forward& of, const DeviceRouting& routing, const TensorView& out) {
+  const ConstTensorView& x = of.x;
+  const cudaStream_t stream = stream_of(of.options.stream);
   if (x.shape[0] == 0) return;
-  const ConstTensorView shared = has_shared() ? run_shared(x, stream) : ConstTensorView();
-  const Phase phase(workspace().trace(), "experts", 0, stream_of(stream));
+  const ConstTensorView shared = has_shared() ? run_shared(of) : ConstTensorView();
+  const Phase phase(workspace().trace(), "experts", 0, stream);
   DeviceExperts& experts = workspace().experts();
   const DeviceRowGroups groups = experts.gather(routing.topk_ids, num_local_experts_, stream);
-  const TensorView y = workspace().places(x.dtype, groups.places, x.shape[1]);
-  experts.experts_forward({.x = x}, groups, weights_.experts, activation_, y, stream);
+  const bool is_saved = of.step != nullptr;
+  const TensorView y = is_saved ? of.step->y : workspace().places(x.dtype, groups.places, x.shape[1]);
+  experts.experts_forward({.x = x, .gate_up = is_saved ? of.step->gate_up : TensorView()}, groups, weights_.experts, activation_, y,
+                          stream);
   const TensorView sums = shared ? workspace().sums(x.dtype, x.shape[0], x.shape[1]) : out;
   experts.unpermute({y, routing.topk_ids, routing.topk_weights}, groups, sums, stream);
   if (!shared) return;
-  layer_cuda::add_rows(rows_args(sums, shared, out), stream_of(stream));
+  layer_cuda::add_rows(rows_args(sums, shared, out), stream);
   check_launch("launch of a sum of rows");
 }
 
@@ -266,15 +295,17 @@ void CudaMoe::rehearse() {
   DeviceExperts& experts = workspace().experts();
   for (const std::int64_t tokens : {std::int64_t{1}, most}) {  // a product in parts, and one in a piece
     const TensorView x = workspace().shared(dtype(), tokens, hidden_size);
-    const DeviceRouting routing = run_gate(x, {.stream = stream.get()});
-    if (has_shared()) run_shared(x, stream.get());
-    if (group_->exchange() == nullptr) run_here(x, routing, workspace().sums(dtype(), tokens, hidden_size), stream.get());
+    const MoeStepOptions options = {.stream = stream.get()};
+    const DeviceRouting routing = run_gate({x, options});
+    if (has_shared()) run_shared({x, options});
+    if (group_->exchange() == nullptr) run_here({x, options}, routing, workspace().sums(dtype(), tokens, hidden_size));
   }
   if (group_->exchange() != nullptr && num_local_experts_ > 0) {
     const std::int64_t places = workspace().max_places();
     const TensorView y = workspace().places(dtype(), places, hidden_size);
     experts.experts_forward({.x = y}, workspace().no_rows(places, num_local_experts_), weights_.experts, activation_, y, stream.get());
   }
+  if (group_->options().gradients) rehearse_backward(stream.get());
   workspace().set_quiet(false);
   workspace().order().leave(stream.get());
   cuda_check(cudaStreamSynchronize(stream.get()), "rehearsing a layer");

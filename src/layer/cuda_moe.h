@@ -1,6 +1,7 @@
 #pragma once
-// The MoE layer on GPUs, forward: everything is enqueued on one stream, but for rows on their way, beside which the shared expert runs.
+// The MoE layer on GPUs: everything is enqueued on one stream, but for rows on their way, beside which the shared expert runs.
 
+#include "layer/cuda_step.h"
 #include "layer/device_workspace.h"
 #include "layer/gate_step.h"
 #include "layer/moe_engine.h"
@@ -27,15 +28,37 @@ class CudaMoe final : public MoeEngine {
   // kernels that wait for it.
   void rehearse();
 
-  // owed: calls of the exchange that peers in this step still expect of this rank.
-  void forward_steps(const ConstTensorView& x, const TensorView& out, const MoeStepOptions& options, int& owed);
+  // Runs a step; when it cannot go on, those that wait for this rank learn why. owed: calls of the exchange that peers in this step
+  // still expect of it.
+  template <class Step>
+  void guarded(Step&& step);
   void leave(int owed, const std::string& reason);
-  DeviceRouting run_gate(const ConstTensorView& x, const MoeStepOptions& options);
-  Received dispatch(const ConstTensorView& x, const DeviceRouting& routing, const MoeStepOptions& options, ConstTensorView& shared,
-                    int& owed);
-  ConstTensorView run_shared(const ConstTensorView& x, void* stream);
-  TensorView run_experts(const Received& received, std::int64_t hidden_size, void* stream);
-  void run_here(const ConstTensorView& x, const DeviceRouting& routing, const TensorView& out, void* stream);
+
+  // `step`: nullptr without a backward.
+  struct Forward {
+    const ConstTensorView& x;
+    const MoeStepOptions& options;
+    CudaStep* step = nullptr;
+  };
+  void forward_steps(const Forward& of, const TensorView& out, MoeStep* saved, int& owed);
+  CudaStep& prepare(MoeStep& saved, const ConstTensorView& x, const MoeStepOptions& options);
+  DeviceRouting run_gate(const Forward& of);
+  Received dispatch(const Forward& of, const DeviceRouting& routing, ConstTensorView& shared, int& owed);
+  ConstTensorView run_shared(const Forward& of);
+  TensorView run_experts(const Forward& of, const Received& received);
+  void run_here(const Forward& of, const DeviceRouting& routing, const TensorView& out);
+
+  void check_gradients(const MoeBackwardInput& input, const CudaStep* step, const ConstTensorView& d_x,
+                       const MoeGradients& gradients) const;
+  void backward_steps(const MoeBackwardInput& input, MoeStep& saved, const TensorView& d_x, const MoeGradients& gradients, int& owed);
+  void shared_backward(const MoeBackwardInput& input, const CudaStep& step, const DenseGradients& gradients);
+  // Of rows (in the workspace), and [T,K] of routing weights.
+  ConstTensorView experts_backward(const MoeBackwardInput& input, MoeStep& saved, const ExpertGradients& gradients, int& owed);
+  ConstTensorView experts_backward_here(const MoeBackwardInput& input, const CudaStep& step, const ExpertGradients& gradients);
+  // The gradient of x as far as it goes through the gate is in the workspace.
+  void gate_backward(const MoeBackwardInput& input, const CudaStep& step, const ConstTensorView& d_weights, const MoeGradients& gradients);
+  void rehearse_backward(void* stream);
+  void rehearse_products(const ExpertWeights& of, std::int64_t places, void* stream);
 
   std::shared_ptr<ExpertGroup> group_;
   MoeWeights weights_;

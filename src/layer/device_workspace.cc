@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "core/usage.h"
+#include "kernels/cuda/kernels.h"
 #include "layer/cuda/kernels.h"
 #include "memory/sm_budget.h"
 
@@ -36,6 +37,7 @@ DeviceWorkspace::DeviceWorkspace(const ExpertGroupOptions& options, const Exchan
       experts_({.device = device_}),
       trace_(options.trace) {
   const CudaDeviceScope scope(device_);
+  cuda::preload_kernels();
   const std::int64_t tokens = options.max_tokens_per_rank, experts = options.num_experts;
   const std::size_t row_bytes = static_cast<std::size_t>(options.hidden_size) * static_cast<std::size_t>(size_of(options.dtype));
   logits_ = elements(device_, tokens * experts, sizeof(float));
@@ -46,6 +48,17 @@ DeviceWorkspace::DeviceWorkspace(const ExpertGroupOptions& options, const Exchan
   places_ = elements(device_, places_count_, row_bytes);
   shared_ = elements(device_, tokens, row_bytes);
   if (exchange == nullptr) sums_ = elements(device_, tokens, row_bytes);
+  if (options.gradients) {
+    blocks_ = std::make_shared<exchange_internal::BlockPool>(device_);
+    gradients_ = {.places = elements(device_, places_count_, row_bytes),
+                  .place_weights = elements(device_, places_count_, sizeof(float)),
+                  .rows = elements(device_, tokens, row_bytes),
+                  .y = elements(device_, tokens, row_bytes),
+                  .of_gate = elements(device_, tokens * options.hidden_size, sizeof(float)),
+                  .logits = elements(device_, tokens * experts, sizeof(float)),
+                  .weights = elements(device_, tokens * options.top_k, sizeof(float)),
+                  .shared_logits = elements(device_, tokens, sizeof(float))};
+  }
   std::vector<std::int32_t> numbers(static_cast<std::size_t>(tokens) + 1);
   std::iota(numbers.begin(), numbers.end(), 0);
   numbers_ = elements(device_, tokens + 1, sizeof(std::int32_t));

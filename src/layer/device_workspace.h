@@ -3,6 +3,7 @@
 // that no step allocates, and graphs find it where it was.
 
 #include "exchange/cuda_trace.h"
+#include "exchange/device_handle.h"
 #include "layer/moe_engine.h"
 #include "memory/cuda_buffer.h"
 #include "memory/cuda_stream.h"
@@ -35,6 +36,20 @@ class DeviceWorkspace {
   TensorView shared(Dtype dtype, std::int64_t tokens, std::int64_t columns) const { return {shared_.data(), dtype, {tokens, columns}}; }
   TensorView sums(Dtype dtype, std::int64_t tokens, std::int64_t columns) const { return {sums_.data(), dtype, {tokens, columns}}; }
 
+  // For backward, where the group was made with gradients.
+  struct Gradients {
+    DeviceBuffer places;         // [P,H]
+    DeviceBuffer place_weights;  // [P] float32
+    DeviceBuffer rows, y;        // [M,H]
+    DeviceBuffer of_gate;        // [M,H] float32
+    DeviceBuffer logits;         // [M,E] float32
+    DeviceBuffer weights;        // [M,K] float32
+    DeviceBuffer shared_logits;  // [M] float32
+  };
+  const Gradients& gradients() const { return gradients_; }
+  // Memory of steps under way.
+  exchange_internal::BlockPool& blocks() { return *blocks_; }
+
   // One group of the rows [0, tokens).
   DeviceRowGroups all_rows(std::int64_t tokens) const;
   // Room for `places`, and nothing in it.
@@ -49,6 +64,8 @@ class DeviceWorkspace {
   exchange_internal::CudaTrace trace_, quiet_{false};
   bool is_quiet_ = false;
   DeviceBuffer logits_, ids_, weights_, load_, gate_parts_, places_, shared_, sums_;
+  Gradients gradients_;
+  std::shared_ptr<exchange_internal::BlockPool> blocks_;
   DeviceBuffer numbers_;  // int32: 0, 1, .. max_tokens, so that a step's count is there already
   DeviceBuffer zeros_;    // int32 [num_experts]
 };

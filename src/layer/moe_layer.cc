@@ -12,8 +12,12 @@ MoeActivations::~MoeActivations() = default;
 MoeActivations::MoeActivations(MoeActivations&&) noexcept = default;
 MoeActivations& MoeActivations::operator=(MoeActivations&&) noexcept = default;
 
-const Routing& MoeActivations::routing() const { return step_->gate.routing; }
+const Routing& MoeActivations::routing() const {
+  if (step_->logits) usage_error("the routing of a step on a GPU stays there; make it again of logits(), with route() of device_routing.h");
+  return step_->gate.routing;
+}
 ConstTensorView MoeActivations::logits() const {
+  if (step_->logits) return step_->logits;
   const std::int64_t num_experts = std::ssize(routing().load);
   return step_->gate.logits.view(Dtype::float32, step_->gate.num_tokens, num_experts);
 }

@@ -1,6 +1,8 @@
 #pragma once
 // What a step leaves: behind DenseActivations and MoeActivations.
 
+#include <memory>
+
 #include "layer/buffer.h"
 #include "layer/gate_step.h"
 #include "layer/local_experts.h"
@@ -8,6 +10,8 @@
 #include "tokenyard/layer.h"
 
 namespace tokenyard::layer_internal {
+
+struct CudaStep;  // cuda_step.h
 
 struct DenseStep {
   ShardCounts counts;         // dense_tp: rows of each rank
@@ -28,6 +32,8 @@ struct MoeStep {
   ExpertRows input;                     // of the experts
   ExpertStep experts;
   DenseActivations shared;
+  std::shared_ptr<CudaStep> on_gpu;  // of a layer there: only this and `received`
+  ConstTensorView logits;            // there
 };
 
 }  // namespace tokenyard::layer_internal

@@ -46,6 +46,11 @@ class OnDevice {
             .experts = feed_forward(host.experts),
             .shared = {feed_forward(host.shared.weights), copy(host.shared.gate)}};
   }
+  static void read(const TensorView& host, const ConstTensorView& view) {
+    if (!view) return;
+    const auto bytes = static_cast<std::size_t>(view.num_elements() * size_of(view.dtype));
+    cuda_check(cudaMemcpy(host.data, view.data, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+  }
   static void write(const TensorView& view, const ConstTensorView& host) {
     const auto bytes = static_cast<std::size_t>(host.num_elements() * size_of(host.dtype));
     cuda_check(cudaMemcpy(view.data, host.data, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");

@@ -224,8 +224,8 @@ TEST_F(DeviceLayer, SaysWhatGpusDoNotDo) {
   on_layer_ranks({}, [](LayerRank& rank) {
     const MoeStepOptions options = rank.options(Mode::throughput);
     MoeActivations saved;
-    expect_usage_error([&] { rank.layer.forward(rank.x, rank.out, options, &saved); }, {"goes forward only"});
-    expect_usage_error([&] { rank.layer.backward({}, saved, rank.x, {}); }, {"goes forward only"});
+    expect_usage_error([&] { rank.layer.forward(rank.x, rank.out, options, &saved); }, {"without gradients"});
+    expect_usage_error([&] { rank.layer.backward({.x = rank.x, .d_out = rank.out}, saved, rank.x, {}); }, {"saved is of 0 tokens"});
     const Tensor host = Tensor::zeros(rank.c.dtype, {rank.batch.tokens, rank.c.sizes.hidden});
     expect_usage_error([&] { rank.layer.forward(host.view(), rank.out, options); }, {"x is", "ordinary host memory"});
     expect_usage_error([&] { MoeLayer(rank.group, rank.weights.views(), testing::layer_options(rank.c)); },

@@ -32,14 +32,14 @@ class _Step(torch.autograd.Function):
     def backward(ctx, d_out, d_logits):
         x = ctx.saved_tensors[0]  # torch says so if somebody has changed it, or a weight
         d_out = torch.zeros_like(x) if d_out is None else d_out.contiguous()
-        d_x, gradients = ctx.core.backward(x, d_out, ctx.saved, d_logits=d_logits)
+        d_x, gradients = ctx.core.backward(x, d_out, ctx.saved, d_logits=None if d_logits is None else d_logits.contiguous())
         found = [None if wanted is None else gradient.to(wanted) for wanted, (_, gradient) in zip(ctx.wanted, gradients.items())]
         return None, None, None, d_x, *found
 
 
 class MoeLayer(torch.nn.Module):
     """tokenyard.MoeLayer with gradients, its weights as parameters (selection_bias: a buffer) by the names of tokenyard.MoeWeights. On a
-    GPU it goes forward only, in torch.no_grad().
+    GPU gradients need a group made with gradients=True.
 
     Collective, forward and backward: ranks make layers and call them in the same order. Parameters of experts are shards with a map
     (see shard_of()), so that TrainingState saves and loads them in any layout. Of parameters that several ranks hold (gate, shared
@@ -125,23 +125,28 @@ class MoeLayer(torch.nn.Module):
         they are on the CPU all the same, and the GPU is waited for.
         """
         rows = x.reshape(-1, x.shape[-1])
-        if self.group.device == "cuda":
+        if self.group.device == "cuda" and not self._wants_gradients(rows):
             return self._forward_on_gpu(x, rows, mode, mask, given_ids, with_routing)
         options = {"mode": mode, "mask": mask, "given_ids": given_ids}
         out, logits = _Step.apply(self._layer(), options, with_routing, rows, *self._weights())
         out = out.view(x.shape)
-        return (out, route(logits, self.gate, bias=self.selection_bias, mask=mask, given_ids=given_ids)) if with_routing else out
+        return (out, self._gated(logits, mask, given_ids)) if with_routing else out
+
+    def _gated(self, logits, mask, given_ids):
+        """On the CPU, with the logits' gradient."""
+        bias, mask, given_ids = (None if tensor is None else tensor.cpu() for tensor in (self.selection_bias, mask, given_ids))
+        return route(logits.cpu(), self.gate, bias=bias, mask=mask, given_ids=given_ids)
+
+    def _wants_gradients(self, rows):
+        wants = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (rows, *self._weights()))
+        if wants and not self.group.gradients:
+            raise UsageError("a forward that wants gradients, of a group on a GPU without them; make it with gradients=True, or call this in torch.no_grad()")
+        return wants
 
     def _forward_on_gpu(self, x, rows, mode, mask, given_ids, with_routing):
-        weights = [weight for weight in self._weights() if weight is not None]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
-            raise UsageError("a forward that wants gradients on a GPU; there this layer goes forward only: call it in torch.no_grad(), or train on CPUs")
         logits = rows.new_empty((len(rows), len(self.gate_weight)), dtype=torch.float32) if with_routing else None
         out = self._layer().forward(rows.detach(), mode=mode, mask=mask, given_ids=given_ids, logits=logits).view(x.shape)
-        if not with_routing:
-            return out
-        bias, mask, given_ids = (None if tensor is None else tensor.cpu() for tensor in (self.selection_bias, mask, given_ids))
-        return out, route(logits.cpu(), self.gate, bias=bias, mask=mask, given_ids=given_ids)
+        return (out, self._gated(logits, mask, given_ids)) if with_routing else out
 
     def warm_up(self, token_counts) -> None:
         """Collective: as tokenyard.MoeLayer.warm_up()."""
@@ -161,7 +166,7 @@ class MoeLayer(torch.nn.Module):
 
 def _sum(gradients, collectives):
     """All of them in one vector."""
-    flat = torch.cat([gradient.float().reshape(-1) for gradient in gradients])
+    flat = torch.cat([gradient.float().reshape(-1) for gradient in gradients]).cpu()
     ranks = collectives.world.size
     counts = [len(flat) // ranks + (rank < len(flat) % ranks) for rank in range(ranks)]
     total = collectives.all_gather_v(collectives.reduce_scatter_v(flat, counts), counts)

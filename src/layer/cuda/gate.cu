@@ -10,6 +10,8 @@
 #include <algorithm>
 
 #include "experts/cuda/elements.cuh"
+#include "kernels/cuda/preload.h"
+#include "layer/cuda/block_sum.cuh"
 #include "layer/cuda/kernels.h"
 
 namespace tokenyard::layer_cuda {
@@ -19,12 +21,6 @@ constexpr int kTile = 64;        // tokens and experts of a block
 constexpr int kStep = 64;        // of H at a time, on tensor cores
 constexpr int kPlainStep = 16;   // and without
 constexpr int kBlocksPerSm = 2;  // aimed at
-
-__device__ __forceinline__ float read(Dtype dtype, const std::byte* row, std::int64_t at) {
-  if (dtype == Dtype::bfloat16) return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(row)[at]);
-  if (dtype == Dtype::float16) return __half2float(reinterpret_cast<const __half*>(row)[at]);
-  return reinterpret_cast<const float*>(row)[at];
-}
 
 // Where the block's tile lies, and its part of H.
 struct Tile {
@@ -61,7 +57,6 @@ __global__ void add_parts(const __grid_constant__ GateProductArgs args, int part
   args.logits[at] = sum + bias_of(args, static_cast<int>(at % args.num_experts));
 }
 
-constexpr int kWarpThreads = 32;
 constexpr int kTensorThreads = 128;  // four warps, a quarter of the tile each
 constexpr int kFragment = 16;
 constexpr int kPerChunk = 8;       // elements of a copy
@@ -168,6 +163,8 @@ __global__ void __launch_bounds__(kPlainThreads) plain_product(const __grid_cons
   for (int i = 0; i < kEach * kEach; ++i)
     store(args, tile.token + line * kEach + i / kEach, tile.expert + lane * kEach + i % kEach, sums[i / kEach][i % kEach]);
 }
+
+const cuda::Preloaded preloaded({{add_parts}, {tensor_product<__nv_bfloat16>}, {tensor_product<__half>}, {plain_product}});
 
 // 16 bytes at a time.
 bool fits_tensor_cores(const GateProductArgs& args) {

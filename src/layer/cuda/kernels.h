@@ -46,4 +46,60 @@ void scale_by_gate(const RowsArgs& args, const std::byte* gate, Dtype gate_dtype
 // out = a + b, rounded once. out may be one of them.
 void add_rows(const RowsArgs& args, Stream stream);
 
+// out [rows, columns] = or += sum over terms of a(row, term) b(term, column); out dense.
+struct FactorsArgs {
+  std::int64_t rows = 0, columns = 0, terms = 0;
+  const float* a = nullptr;
+  std::int64_t a_row_stride = 0, a_term_stride = 0;
+  const std::byte* b = nullptr;
+  std::int64_t b_stride = 0;  // of terms, in elements
+  Dtype b_dtype = Dtype::float32;
+  float* out = nullptr;
+  bool accumulates = false;
+};
+void product_of_factors(const FactorsArgs& args, Stream stream);
+// out [columns] += the sum of values [rows, columns].
+void add_column_sums(const float* values, std::int64_t rows, std::int64_t columns, float* out, Stream stream);
+
+// Of y * sigmoid(<x, gate>): d_y = d_out * sigmoid, d_logits [num_rows] of the scalar products. y and d_y dense.
+struct SigmoidGradientArgs {
+  std::int64_t num_rows = 0, columns = 0;
+  Dtype dtype = Dtype::float32, gate_dtype = Dtype::float32;
+  const std::byte* x = nullptr;
+  std::int64_t x_stride = 0;
+  const std::byte* d_out = nullptr;
+  std::int64_t d_out_stride = 0;
+  const std::byte* y = nullptr;
+  const std::byte* gate = nullptr;
+  std::byte* d_y = nullptr;
+  float* d_logits = nullptr;
+};
+void differentiate_sigmoid(const SigmoidGradientArgs& args, Stream stream);
+
+// Of rows that are folded by weights: of each place, d_weights = <g, y>, and g *= weight. All dense.
+struct WeighGradientArgs {
+  const std::int32_t* num_places = nullptr;  // on the device
+  std::int64_t max_places = 0, columns = 0;
+  Dtype dtype = Dtype::float32;
+  std::byte* g = nullptr;
+  const std::byte* y = nullptr;
+  const float* weights = nullptr;
+  float* d_weights = nullptr;
+};
+void differentiate_weights(const WeighGradientArgs& args, int multiprocessors, Stream stream);
+
+// out = rows + of_gate + of_shared + d_logits gate, rounded once; all but out dense.
+struct SumGradientsArgs {
+  std::int64_t num_rows = 0, columns = 0;
+  Dtype dtype = Dtype::float32, gate_dtype = Dtype::float32;
+  const std::byte* rows = nullptr;
+  const float* of_gate = nullptr;
+  const std::byte* of_shared = nullptr;  // optional
+  const float* d_logits = nullptr;       // [num_rows] and [columns]: with a gate of the shared expert
+  const std::byte* gate = nullptr;
+  std::byte* out = nullptr;
+  std::int64_t out_stride = 0;
+};
+void add_gradients(const SumGradientsArgs& args, Stream stream);
+
 }  // namespace tokenyard::layer_cuda

@@ -3,6 +3,8 @@
 #include <cuda_runtime.h>
 
 #include "experts/cuda/elements.cuh"
+#include "kernels/cuda/preload.h"
+#include "layer/cuda/block_sum.cuh"
 #include "layer/cuda/kernels.h"
 
 namespace tokenyard::layer_cuda {
@@ -15,25 +17,9 @@ using experts_cuda::load_piece;
 using experts_cuda::store_piece;
 using experts_cuda::visit_rows;
 
-constexpr int kThreads = 256;
-constexpr int kWarpThreads = 32;
-constexpr unsigned kAllLanes = 0xffffffffU;
-
 template <Dtype kDtype>
 __device__ __forceinline__ const std::byte* row_of(const std::byte* rows, std::int64_t stride) {
   return rows + static_cast<std::int64_t>(blockIdx.x) * stride * cuda::Format<kDtype>::kSize;
-}
-
-// Summed in an order that only the block's size decides; every thread gets the sum.
-__device__ __forceinline__ float sum_of_block(float value) {
-  __shared__ float sums[kThreads / kWarpThreads];
-#pragma unroll
-  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) value = value + __shfl_xor_sync(kAllLanes, value, distance);
-  if (threadIdx.x % kWarpThreads == 0) sums[threadIdx.x / kWarpThreads] = value;
-  __syncthreads();
-  float sum = 0.0F;
-  for (const float of_warp : sums) sum = sum + of_warp;
-  return sum;
 }
 
 // A block for each row.
@@ -67,6 +53,21 @@ __global__ void __launch_bounds__(kThreads) add(const __grid_constant__ RowsArgs
     store_piece<kDtype>(out, first, args.columns, sum);
   }
 }
+
+const cuda::Preloaded preloaded({
+    {scale<Dtype::float32, Dtype::float32>},
+    {scale<Dtype::float32, Dtype::bfloat16>},
+    {scale<Dtype::float32, Dtype::float16>},
+    {scale<Dtype::bfloat16, Dtype::float32>},
+    {scale<Dtype::bfloat16, Dtype::bfloat16>},
+    {scale<Dtype::bfloat16, Dtype::float16>},
+    {scale<Dtype::float16, Dtype::float32>},
+    {scale<Dtype::float16, Dtype::bfloat16>},
+    {scale<Dtype::float16, Dtype::float16>},
+    {add<Dtype::float32>},
+    {add<Dtype::bfloat16>},
+    {add<Dtype::float16>},
+});
 
 }  // namespace
 

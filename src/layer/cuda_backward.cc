@@ -1,0 +1,289 @@
+// Backward on GPUs: gradients go to the experts along the routing of the forward, and those of rows and routing weights come back.
+
+#include "experts/row_block.h"
+#include "layer/cuda/kernels.h"
+#include "layer/cuda_calls.h"
+#include "layer/local_experts.h"
+#include "layer/steps.h"
+
+namespace tokenyard::layer_internal {
+namespace {
+
+using experts_internal::check_float32;
+using experts_internal::check_rows;
+
+// A dense matrix in a buffer.
+TensorView matrix(const DeviceBuffer& buffer, Dtype dtype, std::int64_t rows, std::int64_t columns) {
+  return {buffer.data(), dtype, {rows, columns}};
+}
+
+}  // namespace
+
+void CudaMoe::backward(const MoeBackwardInput& input, const MoeActivations& saved, const TensorView& d_x, const MoeGradients& gradients) {
+  const CudaDeviceScope scope(workspace().device());
+  guarded([&](int& owed) {
+    check_gradients(input, saved.step().on_gpu.get(), d_x, gradients);
+    backward_steps(input, saved.step(), d_x, gradients, owed);
+  });
+}
+
+void CudaMoe::check_gradients(const MoeBackwardInput& input, const CudaStep* step, const ConstTensorView& d_x,
+                              const MoeGradients& gradients) const {
+  check(input.x, input.d_out, input.options);
+  const std::int64_t tokens = input.x.shape[0], hidden_size = input.x.shape[1], experts = gate_.num_experts();
+  check_rows("d_x", d_x, tokens, hidden_size);
+  if (d_x.dtype != input.x.dtype) usage_error("x is {} and d_x {}; use one dtype", describe(input.x), describe(d_x));
+  if (step == nullptr || step->num_tokens != tokens) {
+    usage_error("saved is of {} tokens and x is {}; pass what forward saved for these rows", step == nullptr ? 0 : step->num_tokens,
+                describe(input.x));
+  }
+  if (input.d_logits) check_float32("d_logits", input.d_logits, {tokens, experts});
+  if (gradients.gate_weight) check_float32("gradients.gate_weight", gradients.gate_weight, {experts, hidden_size});
+  if (gradients.gate_bias) check_float32("gradients.gate_bias", gradients.gate_bias, {experts});
+  if (num_local_experts_ > 0) layer_internal::check_gradients(weights_.experts, gradients.experts);
+  if (has_shared()) layer_internal::check_gradients(weights_.shared.weights, gradients.shared.weights);
+  if (gradients.shared.gate) check_float32("gradients.shared.gate", gradients.shared.gate, {1, hidden_size});
+  check_memory("d_x", d_x);
+  check_memory("d_logits", input.d_logits);
+  check_memory("gradients.gate_weight", gradients.gate_weight);
+  check_memory("gradients.gate_bias", gradients.gate_bias);
+  for (const ExpertGradients* of : {&gradients.experts, &gradients.shared.weights}) {
+    check_memory("the gradient of w13", of->w13);
+    check_memory("the gradient of w2", of->w2);
+    check_memory("the gradient of w13_bias", of->w13_bias);
+    check_memory("the gradient of w2_bias", of->w2_bias);
+  }
+  check_memory("gradients.shared.gate", gradients.shared.gate);
+}
+
+void CudaMoe::backward_steps(const MoeBackwardInput& input, MoeStep& saved, const TensorView& d_x, const MoeGradients& gradients,
+                             int& owed) {
+  const CudaStep& step = *saved.on_gpu;
+  const cudaStream_t stream = stream_of(input.options.stream);
+  const DeviceWorkspace::Gradients& memory = workspace().gradients();
+  CallOrder& order = workspace().order();
+  order.enter(stream);
+  if (has_shared() && step.num_tokens > 0) shared_backward(input, step, gradients.shared);
+  const ConstTensorView d_weights = group_->exchange() != nullptr ? experts_backward(input, saved, gradients.experts, owed)
+                                                                  : experts_backward_here(input, step, gradients.experts);
+  gate_backward(input, step, d_weights, gradients);
+  const ConstTensorView& gate = weights_.shared.gate;
+  layer_cuda::add_gradients(
+      {.num_rows = step.num_tokens,
+       .columns = input.x.shape[1],
+       .dtype = input.x.dtype,
+       .gate_dtype = gate.dtype,
+       .rows = memory.rows.data(),
+       .of_gate = memory.of_gate.as<float>(),
+       .of_shared = has_shared() ? data_of(workspace().shared(input.x.dtype, step.num_tokens, input.x.shape[1])) : nullptr,
+       .d_logits = memory.shared_logits.as<float>(),
+       .gate = data_of(gate),
+       .out = static_cast<std::byte*>(d_x.data),
+       .out_stride = stride_of(d_x)},
+      stream);
+  check_launch("launch of a sum of gradients");
+  order.leave(stream);
+}
+
+void CudaMoe::shared_backward(const MoeBackwardInput& input, const CudaStep& step, const DenseGradients& gradients) {
+  const cudaStream_t stream = stream_of(input.options.stream);
+  const Phase phase(workspace().trace(), "shared", 0, stream);
+  const ConstTensorView &x = input.x, &gate = weights_.shared.gate;
+  const DeviceWorkspace::Gradients& memory = workspace().gradients();
+  ConstTensorView d_y = input.d_out;
+  if (gate) {
+    d_y = matrix(memory.y, x.dtype, x.shape[0], x.shape[1]);
+    layer_cuda::differentiate_sigmoid({.num_rows = x.shape[0],
+                                       .columns = x.shape[1],
+                                       .dtype = x.dtype,
+                                       .gate_dtype = gate.dtype,
+                                       .x = data_of(x),
+                                       .x_stride = stride_of(x),
+                                       .d_out = data_of(input.d_out),
+                                       .d_out_stride = stride_of(input.d_out),
+                                       .y = data_of(step.shared_y),
+                                       .gate = data_of(gate),
+                                       .d_y = memory.y.data(),
+                                       .d_logits = memory.shared_logits.as<float>()},
+                                      stream);
+    if (gradients.gate) {
+      layer_cuda::product_of_factors({.rows = 1,
+                                      .columns = x.shape[1],
+                                      .terms = x.shape[0],
+                                      .a = memory.shared_logits.as<float>(),
+                                      .a_term_stride = 1,
+                                      .b = data_of(x),
+                                      .b_stride = stride_of(x),
+                                      .b_dtype = x.dtype,
+                                      .out = gradients.gate.as<float>(),
+                                      .accumulates = true},
+                                     stream);
+    }
+    check_launch("launch of the gradient of the shared expert's gate");
+  }
+  workspace().experts().experts_backward({.x = x,
+                                          .gate_up = step.shared_gate_up,
+                                          .dy = d_y,
+                                          .dx = workspace().shared(x.dtype, x.shape[0], x.shape[1]),
+                                          .gradients = gradients.weights},
+                                         workspace().all_rows(x.shape[0]), weights_.shared.weights, activation_, stream);
+}
+
+ConstTensorView CudaMoe::experts_backward(const MoeBackwardInput& input, MoeStep& saved, const ExpertGradients& gradients, int& owed) {
+  const cudaStream_t stream = stream_of(input.options.stream);
+  const Phase phase(workspace().trace(), "experts", 0, stream);
+  const std::int64_t tokens = input.x.shape[0], hidden_size = input.x.shape[1];
+  const CudaStep& step = *saved.on_gpu;
+  const DeviceWorkspace::Gradients& memory = workspace().gradients();
+  Exchange& exchange = *group_->exchange();
+  const Handle handle = saved.received.handle();
+  const DeviceRowGroups groups = DeviceRowGroups::of(saved.received);
+  Received g = made(owed, [&] { return exchange.dispatch({.rows = input.d_out}, handle, {.stream = stream}); });
+  const TensorView d_places = matrix(memory.places, input.x.dtype, groups.places, hidden_size);
+  if (num_local_experts_ > 0) {
+    layer_cuda::differentiate_weights({.num_places = groups.begins.as<std::int32_t>() + num_local_experts_,
+                                       .max_places = groups.places,
+                                       .columns = hidden_size,
+                                       .dtype = input.x.dtype,
+                                       .g = static_cast<std::byte*>(g.rows().data),
+                                       .y = data_of(step.y),
+                                       .weights = saved.received.row_weights().as<float>(),
+                                       .d_weights = memory.place_weights.as<float>()},
+                                      workspace().multiprocessors(), stream);
+    check_launch("launch of the gradient of routing weights");
+    workspace().experts().experts_backward(
+        {.x = saved.received.rows(), .gate_up = step.gate_up, .dy = g.rows(), .dx = d_places, .gradients = gradients}, groups,
+        weights_.experts, activation_, stream);
+  }
+  g.release(stream);
+  const Combined back = made(owed, [&] {
+    return exchange.combine(d_places, handle,
+                            {.row_weights = {memory.place_weights.data(), Dtype::float32, {groups.places}},
+                             .out = matrix(memory.rows, input.x.dtype, tokens, hidden_size),
+                             .stream = stream});
+  });
+  const TensorView d_weights = matrix(memory.weights, Dtype::float32, tokens, gate_.gate().top_k);
+  cuda_check(cudaMemcpyAsync(d_weights.data, back.combined_weights.data, static_cast<std::size_t>(d_weights.num_elements()) * sizeof(float),
+                             cudaMemcpyDeviceToDevice, stream),
+             "copying gradients of routing weights");
+  return d_weights;
+}
+
+ConstTensorView CudaMoe::experts_backward_here(const MoeBackwardInput& input, const CudaStep& step, const ExpertGradients& gradients) {
+  void* const stream = input.options.stream;
+  const Phase phase(workspace().trace(), "experts", 0, stream_of(stream));
+  const std::int64_t tokens = input.x.shape[0], hidden_size = input.x.shape[1];
+  const DeviceWorkspace::Gradients& memory = workspace().gradients();
+  const TensorView d_weights = matrix(memory.weights, Dtype::float32, tokens, gate_.gate().top_k);
+  if (tokens == 0) return d_weights;
+  DeviceExperts& experts = workspace().experts();
+  const ConstTensorView ids = step.routing.topk_ids;
+  const DeviceRowGroups groups = experts.gather(ids, num_local_experts_, stream);
+  const TensorView d_y = workspace().places(input.x.dtype, groups.places, hidden_size);
+  const TensorView d_places = matrix(memory.places, input.x.dtype, groups.places, hidden_size);
+  experts.unpermute_backward({step.y, ids, step.routing.topk_weights}, groups, input.d_out, d_y, d_weights, stream);
+  experts.experts_backward({.x = input.x, .gate_up = step.gate_up, .dy = d_y, .dx = d_places, .gradients = gradients}, groups,
+                           weights_.experts, activation_, stream);
+  experts.unpermute({d_places, ids, {}}, groups, matrix(memory.rows, input.x.dtype, tokens, hidden_size), stream);
+  return d_weights;
+}
+
+void CudaMoe::gate_backward(const MoeBackwardInput& input, const CudaStep& step, const ConstTensorView& d_weights,
+                            const MoeGradients& gradients) {
+  const cudaStream_t stream = stream_of(input.options.stream);
+  const Phase phase(workspace().trace(), "gate", 0, stream);
+  const std::int64_t tokens = input.x.shape[0], hidden_size = input.x.shape[1], experts = gate_.num_experts();
+  if (tokens == 0) return;
+  const DeviceWorkspace::Gradients& memory = workspace().gradients();
+  const TensorView d_logits = matrix(memory.logits, Dtype::float32, tokens, experts);
+  const auto bytes = static_cast<std::size_t>(d_logits.num_elements()) * sizeof(float);
+  cuda_check(input.d_logits ? cudaMemcpyAsync(d_logits.data, input.d_logits.data, bytes, cudaMemcpyDeviceToDevice, stream)
+                            : cudaMemsetAsync(d_logits.data, 0, bytes, stream),
+             "preparing the gradient of logits");
+  const GateWeights& weights = weights_.gate;
+  const RoutingInput routed = {
+      .logits = step.logits, .bias = weights.selection_bias, .mask = input.options.mask, .given_ids = input.options.given_ids};
+  add_weights_gradient(routed, gate_.gate(), step.routing, d_weights, d_logits, stream);
+  if (gradients.gate_bias) layer_cuda::add_column_sums(d_logits.as<float>(), tokens, experts, gradients.gate_bias.as<float>(), stream);
+  if (gradients.gate_weight) {
+    layer_cuda::product_of_factors({.rows = experts,
+                                    .columns = hidden_size,
+                                    .terms = tokens,
+                                    .a = d_logits.as<float>(),
+                                    .a_row_stride = 1,
+                                    .a_term_stride = experts,
+                                    .b = data_of(input.x),
+                                    .b_stride = stride_of(input.x),
+                                    .b_dtype = input.x.dtype,
+                                    .out = gradients.gate_weight.as<float>(),
+                                    .accumulates = true},
+                                   stream);
+  }
+  layer_cuda::product_of_factors({.rows = tokens,
+                                  .columns = hidden_size,
+                                  .terms = experts,
+                                  .a = d_logits.as<float>(),
+                                  .a_row_stride = experts,
+                                  .a_term_stride = 1,
+                                  .b = data_of(weights.weight),
+                                  .b_stride = hidden_size,
+                                  .b_dtype = weights.weight.dtype,
+                                  .out = memory.of_gate.as<float>()},
+                                 stream);
+  check_launch("launch of the gate's gradients");
+}
+
+// Scratch memory of a backward of so many places: its sizes hang on them and on the number of experts alone, so products are narrow.
+void CudaMoe::rehearse_products(const ExpertWeights& of, std::int64_t places, void* stream) {
+  constexpr std::int64_t kNarrow = 16;
+  DeviceExperts& experts = workspace().experts();
+  const std::int64_t count = of.w13.shape[0], width = of.w13.shape[2], hidden_size = gate_.hidden_size();
+  const DeviceBuffer zeros =
+      value_or_throw(make_device_buffer(workspace().device(), static_cast<std::size_t>(count * 2 * kNarrow * kNarrow) * sizeof(float)));
+  cuda_check(cudaMemsetAsync(zeros.data(), 0, zeros.bytes(), stream_of(stream)), "rehearsing gradients");
+  const auto view = [&](Dtype type, std::initializer_list<std::int64_t> shape) { return TensorView(zeros.data(), type, shape); };
+  const auto rehearse = [&](std::int64_t num_experts, std::int64_t wide, std::int64_t columns, std::int64_t rows) {
+    const TensorView x = workspace().places(dtype(), rows, columns);
+    const bool has_experts = num_experts > 0;  // views of none need no memory
+    ExpertWeights weights = {.w13 = view(dtype(), {num_experts, 2, wide, columns}), .w2 = view(dtype(), {num_experts, columns, wide})};
+    ExpertGradients gradients = {.w13 = view(Dtype::float32, {num_experts, 2, wide, columns}),
+                                 .w2 = view(Dtype::float32, {num_experts, columns, wide})};
+    if (of.w13_bias && has_experts) {
+      weights.w13_bias = view(dtype(), {num_experts, 2, wide});
+      gradients.w13_bias = view(Dtype::float32, {num_experts, 2, wide});
+    }
+    if (of.w2_bias && has_experts) {
+      weights.w2_bias = view(dtype(), {num_experts, columns});
+      gradients.w2_bias = view(Dtype::float32, {num_experts, columns});
+    }
+    const TensorView gate_up(workspace().gradients().places.data(), dtype(), {rows, 2 * wide});
+    experts.experts_backward({.x = x, .gate_up = gate_up, .dy = x, .dx = x, .gradients = gradients},
+                             workspace().no_rows(rows, static_cast<int>(num_experts)), weights, activation_, stream);
+  };
+  rehearse(0, width, hidden_size, places);
+  rehearse(count, kNarrow, kNarrow, places);
+  cuda_check(cudaStreamSynchronize(stream_of(stream)), "rehearsing gradients");
+}
+
+void CudaMoe::rehearse_backward(void* stream) {
+  const std::int64_t places = workspace().max_places(), hidden_size = gate_.hidden_size(), top_k = gate_.gate().top_k;
+  if (num_local_experts_ > 0) rehearse_products(weights_.experts, places, stream);
+  if (has_shared()) rehearse_products(weights_.shared.weights, group_->options().max_tokens_per_rank, stream);
+  const MoeStepOptions options = {.stream = stream};
+  const TensorView x = workspace().shared(dtype(), 1, hidden_size);
+  const DeviceRouting routing = run_gate({x, options});
+  const DeviceWorkspace::Gradients& memory = workspace().gradients();
+  const TensorView d_weights = matrix(memory.weights, Dtype::float32, 1, top_k);
+  add_weights_gradient({.logits = workspace().logits(1, gate_.num_experts()), .bias = weights_.gate.selection_bias}, gate_.gate(), routing,
+                       d_weights, matrix(memory.logits, Dtype::float32, 1, gate_.num_experts()), stream);
+  if (group_->exchange() == nullptr) {
+    DeviceExperts& experts = workspace().experts();
+    const DeviceRowGroups groups = experts.gather(routing.topk_ids, num_local_experts_, stream);
+    experts.unpermute_backward({workspace().places(dtype(), top_k, hidden_size), routing.topk_ids, routing.topk_weights}, groups, x,
+                               matrix(memory.places, dtype(), top_k, hidden_size), d_weights, stream);
+  }
+  const std::int64_t width = num_local_experts_ > 0 ? weights_.experts.w13.shape[2] : 0;
+  workspace().blocks().reserve(places * (2 * width + hidden_size) * size_of(dtype()) + static_cast<std::int64_t>(memory.logits.bytes()));
+}
+
+}  // namespace tokenyard::layer_internal
