@@ -68,7 +68,7 @@ struct alignas(128) DeviceBeacon {
 };
 
 // In a rank's own device memory; only its kernels touch it, one after the other on one stream.
-struct DeviceState {
+struct alignas(64) DeviceState {  // of which a kernel reads the first words at once
   std::uint64_t call = 0;         // the last call that has ended
   std::uint64_t last_pull = 0;    // the last combine whose partial sums peers pulled from here
   std::uint64_t unsettled = 0;    // a call that failed with `aborted`: peers may not have left it yet

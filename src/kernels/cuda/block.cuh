@@ -64,29 +64,37 @@ __device__ inline protocol::CallHeader complete_header(protocol::CallHeader head
 }
 
 // has_failed once more, and the end of the call.
-__device__ inline void end_call(const Context& c) { end_call(c, block_has_failed(c)); }
+__device__ inline void end_call(const Context& c) { end_call(c, block_has_failed(c), call_number(c)); }
 
 // By all threads of one block, first in a call: settles what came before, then tells everybody. Block-uniform.
-__device__ inline bool begin_call(const Context& c, const protocol::CallHeader& header, std::uint32_t offer) {
-  if (!settle(c)) return false;
-  announce(c, header, offer, call_number(c));
+__device__ inline bool begin_call(const Context& c, const protocol::CallHeader& header, std::uint32_t offer, const CallState& state) {
+  if (!settle(c, state)) return false;
+  announce(c, header, offer, state.call);
   return true;
 }
 
-// By any block: waits until every other rank has begun the call; block 0 also checks that it is the same one, the others only that
-// what they are about to write is theirs to write: neither harms a peer that makes another call. Not for this rank itself: block 0
-// may still wait for a peer before it announces, and that peer is to blame, not this rank. What a peer announces, it announces
-// after it has left every earlier call. Block-uniform; false: the call has failed.
-__device__ inline bool wait_for_peers(const Context& c, const protocol::CallHeader& header, Phase phase) {
+// By any block: waits until every other rank has begun the call. Checks only that what the block is about to write is its to write:
+// that harms no peer which makes another call, and check_peers tells it later. Not for this rank itself: block 0 may still wait for
+// a peer before it announces, and that peer is to blame, not this rank. What a peer announces, it announces after it has left every
+// earlier call. Block-uniform; false: the call has failed.
+__device__ inline bool wait_for_peers(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call) {
   const bool is_combine = header.operation == protocol::Operation::combine;
   bool good = true;
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
     if (peer == c.rank) continue;
-    good = wait_for_flag(c, Flag::begun, peer, phase) && good;
-    const bool is_other = (protocol::offered_buffer(*flag_of(c, Flag::begun, peer)) == protocol::kNoBuffer) != is_combine;
-    if (good && (blockIdx.x == 0 || is_other)) good = agrees(c, header, peer, phase);
+    const std::uint64_t begun = await_word(c, flag_of(c, Flag::begun, peer), protocol::flag_word(call), {peer, phase, call});
+    good = good && begun != 0;
+    const bool is_other = (protocol::offered_buffer(begun) == protocol::kNoBuffer) != is_combine;
+    if (good && is_other) good = agrees(c, header, peer, phase, call);
   }
   return __syncthreads_and(good) != 0;
+}
+
+// By one block, behind its work: do all ranks make the same call?
+__device__ inline void check_peers(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call) {
+  for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
+    if (peer != c.rank) agrees(c, header, peer, phase, call);
+  }
 }
 
 // The receive buffer that `rank`, which has begun, offers. This rank's own is known where its announcement may not be there yet.
@@ -94,10 +102,10 @@ __device__ inline int buffer_of(const Context& c, int rank, int own_buffer) {
   return rank == c.rank ? own_buffer : protocol::offered_buffer(*flag_of(c, Flag::begun, rank));
 }
 
-// What this rank has sent, behind the rows of a dispatch; by the threads of one block.
+// What this rank has sent; by one warp.
 __device__ inline void add_link_bytes(const Context& c, const std::int32_t* sent_counts, std::int64_t bytes_per_row) {
   if (c.link_bytes == nullptr) return;
-  for (int rank = threadIdx.x; rank < c.ranks; rank += blockDim.x) {
+  for (int rank = lane_index(); rank < c.ranks; rank += kLanes) {
     c.link_bytes[rank] += static_cast<std::uint64_t>(sent_counts[rank] * bytes_per_row);
   }
 }

@@ -53,6 +53,26 @@ __device__ inline bool has_failed(const Context& c) {
   return failed != 0 || dead_call == call + 1;
 }
 
+// What a kernel asks first, in one trip to the L2 cache.
+struct CallState {
+  std::uint64_t call = 0;  // under way
+  std::uint64_t last_pull = 0;
+  std::uint64_t unsettled = 0;
+  bool failed = false;
+};
+// One thread looks, for all blocks look at the same words. Block-uniform; once per kernel.
+__device__ inline CallState state_of_call(const Context& c) {
+  __shared__ CallState seen;
+  if (threadIdx.x == 0) {
+    const volatile protocol::DeviceState& state = *c.state;
+    const std::uint64_t call = state.call + 1, last_pull = state.last_pull, unsettled = state.unsettled;
+    const std::uint64_t dead_call = state.dead_call, failed = state.failed;
+    seen = {.call = call, .last_pull = last_pull, .unsettled = unsettled, .failed = failed != 0 || dead_call == call};
+  }
+  __syncthreads();
+  return seen;
+}
+
 // The first failure of a call is the one that is told.
 __device__ inline void record_failure(const Context& c, protocol::ErrorRecord record) {
   const bool sticky = record.kind != static_cast<std::uint32_t>(FailureKind::aborted);
@@ -115,12 +135,12 @@ struct Wait {
   std::uint64_t call = 0;
   unsigned pause_ns = 0;  // between looks
 };
-// Waits in this thread until the word is `least` or more. False: the call has failed.
-__device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word, std::uint64_t least, const Wait& wait) {
+// Waits in this thread until the word is `least` or more, and returns it. 0: the call has failed.
+__device__ inline std::uint64_t await_word(const Context& c, const std::uint64_t* word, std::uint64_t least, const Wait& wait) {
   const auto [peer, phase, call, pause_ns] = wait;
   std::uint64_t seen;
   const auto is_set = [&] { return (seen = ptx::load_acquire(word)) >= least; };
-  if (is_set()) return true;
+  if (is_set()) return seen;
   protocol::DeviceBeacon& mine = beacon(c, c.rank);
   const std::uint64_t begin = ptx::global_timer_ns();
   constexpr int kLookEvery = 256;  // waits are short: look for trouble now and then
@@ -128,7 +148,7 @@ __device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word
     for (int i = 0; i < kLookEvery; ++i) {
       if (is_set()) {
         mine.waiting_on = 0;
-        return true;
+        return seen;
       }
       if (pause_ns != 0) __nanosleep(pause_ns);
     }
@@ -137,15 +157,18 @@ __device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word
     mine.phase = static_cast<std::uint32_t>(phase);
     mine.waiting_on = static_cast<std::uint32_t>(peer) + 1;
     if (const Trouble trouble = trouble_with(c, peer, phase, call); trouble.any) {
-      if (is_set()) return !has_failed(c);  // it did so before it came into trouble
+      if (is_set()) return has_failed(c) ? 0 : seen;  // it did so before it came into trouble
       if (!trouble.is_told) fail(c, trouble.kind, trouble.phase, trouble.peer, static_cast<std::int64_t>(last));
-      return false;
+      return 0;
     }
     if (ptx::global_timer_ns() - begin > c.timeout_ns) {
       fail(c, FailureKind::timeout, phase, peer, static_cast<std::int64_t>(last));
-      return false;
+      return 0;
     }
   }
+}
+__device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word, std::uint64_t least, const Wait& wait) {
+  return await_word(c, word, least, wait) != 0;
 }
 __device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase, std::uint64_t call) {
   return wait_for_word(c, flag_of(c, flag, peer), protocol::flag_word(call), {peer, phase, call});
@@ -189,7 +212,12 @@ __device__ inline void announce(const Context& c, protocol::CallHeader header, s
   header.call = 0;
   for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
     const int peer = (c.rank + 1 + i) % c.ranks;
-    set_flag(c, Flag::begun, peer, call, offer);
+    // Relaxed: what earlier kernels did is done, and nobody but this rank's own blocks sees what this one has done so far.
+    if (peer == c.rank) {
+      set_flag(c, Flag::begun, peer, call, offer);
+    } else {
+      ptx::store_relaxed(&mailbox(c, peer, c.rank).flags[static_cast<int>(Flag::begun)], protocol::flag_word(call, offer));
+    }
     protocol::CallHeader& to = mailbox(c, peer, c.rank).headers[call % protocol::kRing];
     to = header;
     ptx::store_release(&to.call, call);
@@ -206,8 +234,8 @@ __device__ inline void announce_at_once(const Context& c, protocol::CallHeader h
 }
 
 // After Flag::begun of `peer` was seen: does it make the same call?
-__device__ inline bool agrees(const Context& c, protocol::CallHeader header, int peer, Phase phase) {
-  header.call = call_number(c);
+__device__ inline bool agrees(const Context& c, protocol::CallHeader header, int peer, Phase phase, std::uint64_t call) {
+  header.call = call;
   const protocol::CallHeader& box = mailbox(c, c.rank, peer).headers[header.call % protocol::kRing];
   if (!wait_for_word(c, &box.call, header.call, {peer, phase, header.call})) return false;
   const protocol::CallHeader theirs = box;
@@ -225,20 +253,20 @@ __device__ inline bool agrees(const Context& c, protocol::CallHeader header, int
 }
 
 // The whole block waits until every peer has begun this call, and checks that it is the same one. Block-uniform.
-__device__ inline bool wait_until_begun(const Context& c, const protocol::CallHeader& header, Phase phase) {
+__device__ inline bool wait_until_begun(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call) {
   bool good = true;
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
-    good = wait_for_flag(c, Flag::begun, peer, phase) && agrees(c, header, peer, phase) && good;
+    good = wait_for_flag(c, Flag::begun, peer, phase, call) && agrees(c, header, peer, phase, call) && good;
   }
   return __syncthreads_and(good) != 0;
 }
 
 // Called first in a call, by the whole block that announces it: what earlier calls left behind must be over. Peers have read
 // this rank's expert rows (pull), and have left a call that was aborted. Block-uniform.
-__device__ inline bool settle(const Context& c) {
+__device__ inline bool settle(const Context& c, const CallState& state) {
+  const auto [call, last_pull, unsettled, failed] = state;
+  if (failed) return false;
   bool good = true;
-  const std::uint64_t last_pull = c.state->last_pull;
-  const std::uint64_t unsettled = c.state->unsettled;
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
     if (unsettled != 0) good = wait_for_flag(c, Flag::left, peer, Phase::dispatch_credit, unsettled) && good;
     if (last_pull != 0) good = wait_for_flag(c, Flag::reads, peer, Phase::combine_read, last_pull) && good;
@@ -248,13 +276,15 @@ __device__ inline bool settle(const Context& c) {
   return good;
 }
 
-// True, in every thread, in the block of this kernel that comes here last: all others' work is visible to it. Call it once
-// per ticket and kernel, by all threads of all blocks.
-__device__ inline bool is_last_block(const Context& c, int ticket) {
+// True, in every thread, in the block of this kernel that comes here last: all others' work is visible to it, unless `ordered` is
+// false, when no more is known than that they have got here (it saves the wait for their stores). Call it once per ticket and
+// kernel, by all threads of all blocks.
+__device__ inline bool is_last_block(const Context& c, int ticket, bool ordered = true) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = ptx::add_acquire_release(&c.tickets[ticket], 1U) == gridDim.x * gridDim.y - 1;
+    const std::uint32_t before = ordered ? ptx::add_acquire_release(&c.tickets[ticket], 1U) : atomicAdd(&c.tickets[ticket], 1U);
+    last = before == gridDim.x * gridDim.y - 1;
     if (last) c.tickets[ticket] = 0;
   }
   __syncthreads();
@@ -262,16 +292,16 @@ __device__ inline bool is_last_block(const Context& c, int ticket) {
 }
 
 // Ends the call, in the last block of its last kernel. A call that has failed is left: peers may go on to the next one.
-__device__ inline void end_call(const Context& c, bool failed) {
+__device__ inline void end_call(const Context& c, bool failed, std::uint64_t call) {
   if (failed) {
-    set_flag_everywhere(c, Flag::left);
+    set_flag_everywhere(c, Flag::left, call);
     if (c.state->failed != 0) {
       for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x)
         ptx::store_release(&mailbox(c, peer, c.rank).failed, c.state->failed);
     }
     __syncthreads();
   }
-  if (threadIdx.x == 0) c.state->call = c.state->call + 1;
+  if (threadIdx.x == 0) c.state->call = call;
 }
 
 }  // namespace tokenyard::cuda

@@ -11,10 +11,12 @@ namespace {
 template <Dtype kDtype, bool kAligned>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_fused_kernel(const __grid_constant__ CombineArgs args) {
   const Context& c = args.context;
-  if (begin_push(args)) push_rows<kDtype, kAligned>(args);
-  if (is_last_block(c, kCombinePushed) && !block_has_failed(c)) set_flag_everywhere(c, Flag::partials);
-  if (!block_has_failed(c)) sum_tokens<kDtype, kAligned, false>(args, [&] { return wait_for_all(c, Flag::partials, Phase::combine_rows); });
-  if (is_last_block(c, kCombineEnd)) end_call(c);
+  const std::uint64_t call = push<kDtype, kAligned>(args).call;
+  if (is_last_block(c, kCombinePushed) && !block_has_failed(c)) set_flag_everywhere(c, Flag::partials, call);
+  if (!block_has_failed(c)) {
+    sum_tokens<kDtype, kAligned, false>(args, [&] { return wait_for_all(c, Flag::partials, Phase::combine_rows, call); });
+  }
+  if (is_last_block(c, kCombineEnd, false)) end_call(c, block_has_failed(c), call);
 }
 
 const Preloaded preloaded({{combine_fused_kernel<Dtype::float32, true>},

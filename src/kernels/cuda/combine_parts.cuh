@@ -19,19 +19,35 @@ constexpr int kStepBytes = kLanes * kVectorBytes;  // what a warp reads of a row
 // Tickets of is_last_block.
 enum CombineTicket { kCombineEnd, kCombinePushed };
 
-// In every block of a call's first kernel: waits until all peers make the same call and their arenas may be written. Block-uniform.
-__device__ inline bool begin_combine(const CombineArgs& args) {
+// In every block of a call's first kernel: block 0 announces it. Block-uniform.
+__device__ inline CallState announce_combine(const CombineArgs& args) {
   const Context& c = args.context;
-  if (block_has_failed(c)) return false;
-  const protocol::CallHeader header = complete_header(args.header, args.handle);
-  if (blockIdx.x == 0 && !begin_call(c, header, protocol::offer(protocol::kNoBuffer))) return false;
-  return wait_for_peers(c, header, Phase::combine_credit);
+  CallState state = state_of_call(c);
+  if (state.failed || blockIdx.x != 0) return state;
+  state.failed = !begin_call(c, complete_header(args.header, args.handle), protocol::offer(protocol::kNoBuffer), state);
+  return state;
+}
+// Then, before the block needs peers: they have begun, and their arenas may be written. Block-uniform.
+__device__ inline bool meet_peers(const CombineArgs& args, const CallState& state) {
+  return !state.failed && wait_for_peers(args.context, args.header, Phase::combine_credit, state.call);
+}
+__device__ inline CallState begin_combine(const CombineArgs& args) {
+  CallState state = announce_combine(args);
+  state.failed = !meet_peers(args, state);
+  return state;
+}
+// Behind the work of a kernel that has begun the call. The last block has the least of it.
+__device__ inline void check_peers(const CombineArgs& args, const CallState& state) {
+  if (!state.failed && blockIdx.x == gridDim.x - 1)
+    check_peers(args.context, complete_header(args.header, args.handle), Phase::combine_credit, state.call);
 }
 
 // In every block of the kernel that folds. at_source: combine_weights came before it and has begun the call. Block-uniform.
-__device__ inline bool begin_push(const CombineArgs& args) {
+__device__ inline CallState begin_push(const CombineArgs& args) {
   if (args.weighting != Weighting::at_source) return begin_combine(args);
-  return !block_has_failed(args.context) && wait_for_all(args.context, Flag::weights, Phase::combine_weights);
+  CallState state = state_of_call(args.context);
+  state.failed = state.failed || !wait_for_all(args.context, Flag::weights, Phase::combine_weights, state.call);
+  return state;
 }
 
 // The lists of one warp, in shared memory.

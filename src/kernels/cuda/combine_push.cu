@@ -7,7 +7,7 @@ namespace {
 
 template <Dtype kDtype, bool kAligned>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_push_kernel(const __grid_constant__ CombineArgs args) {
-  if (begin_push(args)) push_rows<kDtype, kAligned>(args);
+  push<kDtype, kAligned>(args);
   if (is_last_block(args.context, kCombineEnd) && !block_has_failed(args.context)) set_flag_everywhere(args.context, Flag::partials);
 }
 

@@ -104,7 +104,7 @@ __device__ inline void return_weights(const CombineArgs& args, const AwayRow& ro
 template <Dtype kDtype, bool kAligned>
 __device__ inline void push_rows(const CombineArgs& args) {
   const Context& c = args.context;
-  if (blockIdx.x == 0) add_link_bytes(c, args.handle.rank_counts, args.header.row_bytes);
+  if (blockIdx.x == 0 && warp_index() == 0) add_link_bytes(c, args.handle.rank_counts, args.header.row_bytes);
   const std::int64_t most = most_rows(args);
   if (c.ranks == 1 || most == 0) return;
   std::int64_t returned = 0;
@@ -128,6 +128,15 @@ __device__ inline void push_rows(const CombineArgs& args) {
       if (args.y != nullptr) push_segment<kDtype, kAligned>(args, row, cut, segment, lists);
     }
   }
+}
+
+// All of a push but what tells of its end.
+template <Dtype kDtype, bool kAligned>
+__device__ inline CallState push(const CombineArgs& args) {
+  const CallState state = begin_push(args);
+  if (!state.failed) push_rows<kDtype, kAligned>(args);
+  if (args.weighting != Weighting::at_source) check_peers(args, state);
+  return state;
 }
 
 }  // namespace tokenyard::cuda

@@ -99,10 +99,11 @@ __device__ bool agrees_with(const DirectCollectiveArgs& args, int peer, std::uin
 // Block-uniform.
 __device__ bool begin_collective(const DirectCollectiveArgs& args) {
   const Context& c = args.context;
-  if (block_has_failed(c)) return false;
-  const std::uint64_t call = call_number(c);
+  const CallState state = state_of_call(c);
+  const std::uint64_t call = state.call;
+  if (state.failed) return false;
   if (blockIdx.x == 0) {
-    if (!settle(c)) return false;
+    if (!settle(c, state)) return false;
     announce_to_peers(args, call);
   }
   bool good = true;

@@ -93,14 +93,15 @@ __device__ inline void finish_move(const MoveJob& job) {
   const Context& c = args.context;
   if (!is_last_block(c, kMoveEnd)) return;
   if (threadIdx.x == 0) c.tickets[kRowsTicket] = c.tickets[kRecordsTicket] = 0;
+  const std::uint64_t call = call_number(c);
   bool good = !block_has_failed(c);
   if (good) {
-    set_flag_everywhere(c, Flag::rows);
-    add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
-    good = wait_for_all(c, Flag::rows, Phase::dispatch_rows);
+    set_flag_everywhere(c, Flag::rows, call);
+    if (warp_index() == 0) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
+    good = wait_for_all(c, Flag::rows, Phase::dispatch_rows, call);
   }
   if (!good && !args.cached) clear_handle(args);
-  if (args.last) end_call(c, !good);
+  if (args.last) end_call(c, !good, call);
 }
 
 }  // namespace tokenyard::cuda

@@ -16,11 +16,13 @@ __device__ inline WarpShare clerk_share() { return WarpShare::of(movers_of_block
 // Opens the call of a cached dispatch; behind a plan every rank is known to have begun. Block-uniform.
 __device__ inline bool begin_move(const MoveArgs& args) {
   const Context& c = args.context;
-  if (block_has_failed(c)) return false;
-  if (!args.cached) return true;
+  const CallState state = state_of_call(c);
+  if (state.failed || !args.cached) return !state.failed;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
-  if (blockIdx.x == 0 && !begin_call(c, header, protocol::offer(args.buffer))) return false;
-  return wait_for_peers(c, header, Phase::dispatch_credit);
+  if (blockIdx.x == 0 && !begin_call(c, header, protocol::offer(args.buffer), state)) return false;
+  const bool good = wait_for_peers(c, header, Phase::dispatch_credit, state.call);
+  if (good && blockIdx.x == 0) check_peers(c, header, Phase::dispatch_credit, state.call);
+  return good;
 }
 
 __device__ inline std::int32_t tokens_of(const MoveArgs& args) {

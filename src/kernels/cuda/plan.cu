@@ -238,12 +238,13 @@ __device__ void fill_handle(const PlanArgs& args, const std::int32_t* sums, cons
 }
 
 // By the last block. Block-uniform; false: the call has failed.
-__device__ bool exchange_counts(const PlanArgs& args, std::uint64_t call, std::int32_t* sums, LastMemory& memory) {
+__device__ bool exchange_counts(const PlanArgs& args, const CallState& state, std::int32_t* sums, LastMemory& memory) {
   const Context& c = args.context;
-  if (block_has_failed(c) || !settle(c)) return false;
+  const std::uint64_t call = state.call;
+  if (!settle(c, state)) return false;
   publish_counts(args, call);
   scan_chunks(args);  // while others' counts are on their way
-  if (!wait_until_begun(c, args.header, Phase::dispatch_counts)) return false;
+  if (!wait_until_begun(c, args.header, Phase::dispatch_counts, call)) return false;
   sum_counts(args, call, sums);
   if (!everything_fits(args, sums, memory)) return false;
   fill_handle(args, sums, memory, call);
@@ -257,9 +258,9 @@ __global__ void __launch_bounds__(kPlanThreads) plan_dispatch(const __grid_const
   const Context& c = args.context;
   if (!block_has_failed(c)) count_chunk(args, chunk);
   if (!is_last_block(c, kPlanTicket)) return;
-  const std::uint64_t call = call_number(c);
+  const CallState state = state_of_call(c);
   const int words = static_cast<int>(c.shape.count_words());
-  if (!exchange_counts(args, call, words <= kHistogramWords ? chunk.counts : args.counts, last)) {
+  if (!exchange_counts(args, state, words <= kHistogramWords ? chunk.counts : args.counts, last)) {
     __syncthreads();
     clear_counts(c, args.handle, args.routing.num_tokens, args.routing.local_experts);
     clear_sent(c, args.handle, args.routing.num_tokens);
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_dispatch(const __grid_const
   for (int word = threadIdx.x; word < words; word += kPlanThreads) args.counts[word] = 0;
   if (threadIdx.x != 0) return;
   reset_id_counts(c);
-  tell_host(args.host, call, *args.handle.header, static_cast<std::int32_t>(last.pairs));
+  tell_host(args.host, state.call, *args.handle.header, static_cast<std::int32_t>(last.pairs));
 }
 
 const Preloaded preloaded({{plan_dispatch}});

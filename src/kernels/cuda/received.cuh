@@ -23,12 +23,11 @@ struct ReceivedPair {
 __device__ inline ReceivedPair read_pair(const std::byte* record, int k, int top_k) {
   const protocol::Record from{const_cast<std::byte*>(record), top_k};
   ReceivedPair pair;
-  pair.source_token = from.source_token();
-  if (pair.source_token < 0) return pair;
+  pair.source_token = from.source_token();  // all loaded at once
   pair.partial_slot = from.partial_slot();
   pair.local_id = from.local_ids()[k];
   pair.weight = from.weights()[k];
-  return pair;
+  return pair.source_token < 0 ? ReceivedPair() : pair;
 }
 
 __device__ inline void write_pair(const HandleView& handle, std::int64_t row, int k, int source, const ReceivedPair& pair) {

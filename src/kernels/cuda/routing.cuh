@@ -57,10 +57,11 @@ __device__ inline void add_id_counts(const Context& c, const IdCounts& counts) {
 }
 // By one thread of the last block: into the header and the state of the exchange.
 __device__ inline void take_id_counts(const Context& c, HandleView::Header& header) {
-  header.invalid_ids = static_cast<std::int32_t>(c.tickets[kInvalidTicket]);
-  header.lost_ids = static_cast<std::int32_t>(c.tickets[kLostTicket]);
-  c.state->invalid_ids += c.tickets[kInvalidTicket];
-  c.state->lost_ids += c.tickets[kLostTicket];
+  const std::uint32_t invalid = c.tickets[kInvalidTicket], lost = c.tickets[kLostTicket];
+  header.invalid_ids = static_cast<std::int32_t>(invalid);
+  header.lost_ids = static_cast<std::int32_t>(lost);
+  if (invalid != 0) c.state->invalid_ids += invalid;
+  if (lost != 0) c.state->lost_ids += lost;
 }
 __device__ inline void reset_id_counts(const Context& c) { c.tickets[kInvalidTicket] = c.tickets[kLostTicket] = 0; }
 

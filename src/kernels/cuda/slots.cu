@@ -27,7 +27,6 @@ struct Peer {
   std::int32_t tokens;  // that it sends
 };
 struct SlotsMemory {
-  std::uint64_t call;
   Peer peers[kKnownPeers];
   std::uint32_t present[kMaxGroups];  // bit per rank: the current token goes there
 };
@@ -55,16 +54,25 @@ __device__ Peer peer_of(const MoveArgs& args, const SlotsMemory& memory, int ran
   return rank < kKnownPeers ? memory.peers[rank] : look_up_peer(args, rank);
 }
 
+__device__ std::int32_t tokens_of(const MoveArgs& args) { return args.cached ? args.handle.header->num_tokens : args.routing.num_tokens; }
+
 // Waits until all have begun, and remembers what they offer and send. That they make the same call is checked behind the rows,
 // which harm nothing: what a peer offers is free to be written. Block-uniform; false: the call has failed.
 __device__ bool meet_peers(const MoveArgs& args, const protocol::CallHeader& header, SlotsMemory& memory, std::uint64_t call) {
   const Context& c = args.context;
   bool good = true;
   for (int peer = threadIdx.x; peer < c.ranks; peer += kSlotThreads) {
-    const bool begun = peer == c.rank ? wait_for_own_begin(c, call) : wait_for_flag(c, Flag::begun, peer, Phase::dispatch_credit, call);
-    good = good && begun;
-    const Peer met = look_up_peer(args, peer);
-    if (begun && met.buffer == protocol::kNoBuffer) good = agrees(c, header, peer, Phase::dispatch_credit) && false;
+    Peer met{.arena = arena(c, peer), .buffer = args.buffer, .tokens = tokens_of(args)};
+    if (peer == c.rank) {
+      good = wait_for_own_begin(c, call) && good;
+    } else {
+      const Wait wait{peer, Phase::dispatch_credit, call};
+      const std::uint64_t begun = await_word(c, flag_of(c, Flag::begun, peer), protocol::flag_word(call), wait);
+      met.buffer = protocol::offered_buffer(begun);
+      met.tokens = protocol::offered_tokens(begun);
+      good = good && begun != 0;
+      if (good && met.buffer == protocol::kNoBuffer) good = agrees(c, header, peer, Phase::dispatch_credit, call) && false;
+    }
     if (peer < kKnownPeers) memory.peers[peer] = met;
   }
   return __syncthreads_and(good) != 0;
@@ -253,7 +261,7 @@ template <bool kQuantise>
 __device__ bool send_tokens(const MoveJob& job, const protocol::CallHeader& header, std::uint64_t call, SlotsMemory& memory,
                             SlotsStage* stage) {
   const MoveArgs& args = job.args;
-  const std::int32_t tokens = args.cached ? args.handle.header->num_tokens : args.routing.num_tokens;
+  const std::int32_t tokens = tokens_of(args);
   const int step = static_cast<int>(gridDim.x);
   bool met = false;
   for (std::int32_t index = static_cast<int>(blockIdx.x) - (step > tokens ? 1 : 0); index < tokens; index += step) {
@@ -300,56 +308,56 @@ __device__ void land_slots(const MoveArgs& args, std::uint64_t call, const Slots
   }
 }
 
-// By the last block of all.
-__device__ void finish_handle(const MoveArgs& args, std::uint64_t call, bool failed) {
-  const Context& c = args.context;
+// By block 0: what landing adds to is zero before anybody lands or sends.
+__device__ bool begin_slots(const MoveArgs& args, const protocol::CallHeader& header, const CallState& state) {
   const HandleView& handle = args.handle;
-  const std::int32_t tokens = args.routing.num_tokens;
-  if (failed) {
-    clear_counts(c, handle, tokens, args.routing.local_experts);
-    clear_sent(c, handle, tokens);
-    clear_received(handle, received_capacity(c, Mode::latency));
-    for (std::int64_t i = threadIdx.x; handle.present != nullptr && i < received_capacity(c, Mode::latency); i += kSlotThreads)
-      handle.present[i] = 0;
-    __syncthreads();
-  } else if (warp_index() == 0) {
-    std::int32_t rows = 0;
-    for (int rank = lane_index(); rank <= c.ranks; rank += kLanes) {
-      handle.source_begin[rank] = static_cast<std::int32_t>(rank * c.shape.max_tokens_per_rank);
-      if (rank < c.ranks) rows += handle.rank_counts[rank];
-    }
-    rows = __reduce_add_sync(kAllLanes, rows);
-    if (lane_index() == 0) {
-      HandleView::Header header{.call = call, .num_tokens = tokens, .num_rows = rows, .layout_rows = rows};
-      take_id_counts(c, header);
-      *handle.header = header;
-    }
-  }
-  if (threadIdx.x != 0) return;
-  reset_id_counts(c);
-  if (args.last) tell_host(args.host, call, *handle.header, 0);
-}
-
-// By block 0: counts are zero before anybody lands or sends.
-__device__ bool begin_slots(const MoveArgs& args, const protocol::CallHeader& header) {
-  const HandleView& handle = args.handle;
-  for (int rank = threadIdx.x; !args.cached && rank < args.context.ranks; rank += kSlotThreads) {
-    handle.rank_counts[rank] = 0;
-    handle.sent_counts[rank] = 0;
+  for (int rank = threadIdx.x; !args.cached && rank <= args.context.ranks; rank += kSlotThreads) {
+    handle.source_begin[rank] = static_cast<std::int32_t>(rank * args.context.shape.max_tokens_per_rank);
+    if (rank < args.context.ranks) handle.rank_counts[rank] = handle.sent_counts[rank] = 0;
   }
   for (int local = threadIdx.x; !args.cached && local < args.routing.local_experts; local += kSlotThreads) {
     handle.expert_counts[local] = 0;
     handle.dropped[local] = 0;
   }
-  const std::int32_t tokens = args.cached ? handle.header->num_tokens : args.routing.num_tokens;
-  return begin_call(args.context, header, protocol::offer(args.buffer, tokens));
+  return begin_call(args.context, header, protocol::offer(args.buffer, tokens_of(args)), state);
 }
 
-// By one block, behind the rows: do all ranks make the same call?
-__device__ void check_peers(const Context& c, const protocol::CallHeader& header) {
-  for (int peer = threadIdx.x; peer < c.ranks; peer += kSlotThreads) {
-    if (peer != c.rank) agrees(c, header, peer, Phase::dispatch_credit);
+// By one warp.
+__device__ void fill_header(const MoveArgs& args, std::uint64_t call) {
+  const Context& c = args.context;
+  HandleView::Header header{.call = call, .num_tokens = args.routing.num_tokens};
+  if (lane_index() == 0) take_id_counts(c, header);
+  std::int32_t rows = 0;
+  for (int rank = lane_index(); rank < c.ranks; rank += kLanes) rows += args.handle.rank_counts[rank];
+  header.num_rows = header.layout_rows = __reduce_add_sync(kAllLanes, rows);
+  if (lane_index() == 0) *args.handle.header = header;
+}
+
+// What a failed dispatch leaves: nothing.
+__device__ void clear_handle(const MoveArgs& args) {
+  const Context& c = args.context;
+  const HandleView& handle = args.handle;
+  const std::int64_t capacity = received_capacity(c, Mode::latency);
+  clear_counts(c, handle, args.routing.num_tokens, args.routing.local_experts);
+  clear_sent(c, handle, args.routing.num_tokens);
+  clear_received(handle, capacity);
+  for (std::int64_t i = threadIdx.x; handle.present != nullptr && i < capacity; i += kSlotThreads) handle.present[i] = 0;
+  __syncthreads();
+}
+
+// By the last block of all. What the call needs to know is loaded by three warps at once.
+__device__ void finish_slots(const MoveJob& job, std::uint64_t call) {
+  const MoveArgs& args = job.args;
+  const Context& c = args.context;
+  if (warp_index() == 1) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
+  if (warp_index() == 2 && !args.cached) fill_header(args, call);
+  const bool failed = block_has_failed(c);
+  if (failed && !args.cached) clear_handle(args);
+  if (threadIdx.x == 0 && !args.cached) {
+    reset_id_counts(c);
+    if (args.last) tell_host(args.host, call, *args.handle.header, 0);
   }
+  if (args.last) end_call(c, failed, call);
 }
 
 template <bool kQuantise>
@@ -358,20 +366,15 @@ __global__ void __launch_bounds__(kSlotThreads, 1) dispatch_slots(const __grid_c
   __shared__ SlotsMemory memory;
   const MoveArgs& args = job.args;
   const Context& c = args.context;
+  const CallState state = state_of_call(c);
   const protocol::CallHeader header = complete_header(args.header, args.handle);
-  if (threadIdx.x == 0) memory.call = call_number(c);
-  bool good = !block_has_failed(c);
-  const std::uint64_t call = memory.call;
-  if (good && blockIdx.x == 0) good = begin_slots(args, header);
-  if (good && send_tokens<kQuantise>(job, header, call, memory, stage)) {
-    land_slots(args, call, memory);
-    if (blockIdx.x == 0) check_peers(c, header);
+  bool good = !state.failed;
+  if (good && blockIdx.x == 0) good = begin_slots(args, header, state);
+  if (good && send_tokens<kQuantise>(job, header, state.call, memory, stage)) {
+    land_slots(args, state.call, memory);
+    if (blockIdx.x == 0) check_peers(c, header, Phase::dispatch_credit, state.call);
   }
-  if (!is_last_block(c, kLandedTicket)) return;
-  const bool failed = block_has_failed(c);
-  if (!failed) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
-  if (!args.cached) finish_handle(args, call, failed);
-  if (args.last) end_call(c, failed);
+  if (is_last_block(c, kLandedTicket)) finish_slots(job, state.call);
 }
 
 const Preloaded preloaded({{dispatch_slots<false>}, {dispatch_slots<true>}});
