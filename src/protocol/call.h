@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "protocol/host_device.h"
+
 namespace tokenyard::protocol {
 
 enum class Operation : std::uint8_t { none, dispatch, combine };
@@ -25,5 +27,26 @@ struct CallHeader {
   std::uint8_t row_weights = 0;  // combine: weights travel back too
   bool operator==(const CallHeader&) const = default;
 };
+
+// 24 bits of a header: one in 2^24 pairs of different calls has the same.
+constexpr TY_HOST_DEVICE std::uint32_t digest(const CallHeader& header) {
+  const std::uint64_t sizes = static_cast<std::uint64_t>(header.scale_bytes) << 32 | header.row_bytes;
+  const std::uint8_t kinds[] = {static_cast<std::uint8_t>(header.operation),
+                                header.layout,
+                                header.mode,
+                                header.top_k,
+                                header.dtype,
+                                header.weighting,
+                                header.unfolded,
+                                header.row_weights};
+  std::uint64_t packed = 0;
+  for (const std::uint8_t kind : kinds) packed = packed << 8 | kind;
+  std::uint64_t mixed = 0;
+  for (const std::uint64_t word : {header.call, header.placement_hash, header.handle_call, sizes, packed}) {
+    mixed = (mixed ^ word) * 0x9e3779b97f4a7c15U;  // 2^64 / golden ratio
+    mixed ^= mixed >> 32;
+  }
+  return static_cast<std::uint32_t>(mixed >> 40);
+}
 
 }  // namespace tokenyard::protocol

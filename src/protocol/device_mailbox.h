@@ -15,7 +15,8 @@ namespace tokenyard::protocol {
 // Order in which a call sets them.
 enum class Flag : std::uint8_t {
   begun,     // the writer has begun the call: its receive buffer (dispatch: offered_buffer) or staging (combine) may be written,
-             // rows it offers for pulling are ready, its header follows; throughput dispatch: its counts are here
+             // rows it offers for pulling are ready; throughput dispatch: its counts are here
+  digest,    // of the header of its call; the header itself follows
   records,   // throughput dispatch: its records lie in the receive buffer
   rows,      // throughput dispatch: its rows and their scales lie there
   weights,   // combine, at_source: its weights lie in weights_in
@@ -23,7 +24,7 @@ enum class Flag : std::uint8_t {
   reads,     // combine by pull: it has read everything it wants from the receiver's expert rows
   left,      // it gave up the call: nothing of it is under way any more
 };
-constexpr int kFlags = 7;
+constexpr int kFlags = 8;
 
 // 2^40 calls, a few months of the fastest ones.
 constexpr int kFlagBits = 24;
@@ -45,7 +46,7 @@ constexpr TY_HOST_DEVICE std::int32_t offered_tokens(std::uint64_t word) {
 
 // One per (owner, writer), in the owner's arena.
 struct alignas(128) DeviceMailbox {
-  CallHeader headers[kRing];    // of call c at c % kRing; its number is written last (release)
+  CallHeader headers[kRing];    // of call c at c % kRing; whole when it has the digest
   std::uint64_t flags[kFlags];  // by Flag; release: publishes what the flag says
   std::uint64_t failed;         // pack_failure() of the writer's sticky failure; 0: healthy
   std::uint64_t aborted;        // the last call that the writer rejected; the reason lies below (release)

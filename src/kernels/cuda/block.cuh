@@ -54,6 +54,16 @@ class Pieces {
   std::int64_t next_ = 0;  // in lane 0
 };
 
+// Parameters reach a multiprocessor line by line, as they are first used, each time at the price of a trip to the L2 cache. A kernel in
+// a hurry asks for all of them at once: a line per warp.
+template <class Parameters>
+__device__ __forceinline__ void fetch_parameters(const Parameters& parameters) {
+  constexpr int kWords = sizeof(Parameters) / 4;
+  constexpr int kLine = 16;  // words
+  const auto* const words = reinterpret_cast<const std::uint32_t*>(&parameters);
+  for (int word = warp_index() * kLine; word < kWords; word += warps_of_block() * kLine) ptx::keep(words[word]);
+}
+
 // has_failed, the same in every thread: one looks, for all blocks look at the same words.
 __device__ inline bool block_has_failed(const Context& c) { return __syncthreads_or(threadIdx.x == 0 && has_failed(c)) != 0; }
 

@@ -206,10 +206,15 @@ __device__ inline void set_flag_everywhere(const Context& c, Flag flag, std::uin
 }
 __device__ inline void set_flag_everywhere(const Context& c, Flag flag) { set_flag_everywhere(c, flag, call_number(c)); }
 
-// Tells every peer that this rank has begun and what it offers; then, for that is needed later, what call it makes. By the threads
-// of one block.
+// What call this rank makes, for the peer to check. Nothing here waits: a reader knows by the digest when it has all of the header.
+__device__ inline void tell_call(const Context& c, const protocol::CallHeader& header, int peer) {
+  protocol::DeviceMailbox& box = mailbox(c, peer, c.rank);
+  ptx::store_relaxed(&box.flags[static_cast<int>(Flag::digest)], protocol::flag_word(header.call, protocol::digest(header)));
+  box.headers[header.call % protocol::kRing] = header;
+}
+// Tells every peer that this rank has begun, what it offers and what call it makes. By the threads of one block.
 __device__ inline void announce(const Context& c, protocol::CallHeader header, std::uint32_t offer, std::uint64_t call) {
-  header.call = 0;
+  header.call = call;
   for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
     const int peer = (c.rank + 1 + i) % c.ranks;
     // Relaxed: what earlier kernels did is done, and nobody but this rank's own blocks sees what this one has done so far.
@@ -218,36 +223,46 @@ __device__ inline void announce(const Context& c, protocol::CallHeader header, s
     } else {
       ptx::store_relaxed(&mailbox(c, peer, c.rank).flags[static_cast<int>(Flag::begun)], protocol::flag_word(call, offer));
     }
-    protocol::CallHeader& to = mailbox(c, peer, c.rank).headers[call % protocol::kRing];
-    to = header;
-    ptx::store_release(&to.call, call);
+    tell_call(c, header, peer);
   }
 }
-// The same at once; publishes what the block has done before a barrier as well.
+// The same, and publishes what the block has done before a barrier.
 __device__ inline void announce_at_once(const Context& c, protocol::CallHeader header, std::uint32_t offer, std::uint64_t call) {
   header.call = call;
   for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
     const int peer = (c.rank + 1 + i) % c.ranks;
-    mailbox(c, peer, c.rank).headers[call % protocol::kRing] = header;
+    tell_call(c, header, peer);
     set_flag(c, Flag::begun, peer, call, offer);
   }
+}
+
+// The header with this digest that `peer` has sent or is sending. What is there after a second is told in any case.
+__device__ inline protocol::CallHeader header_of(const Context& c, int peer, std::uint64_t call, std::uint32_t digest) {
+  constexpr std::uint64_t kPatienceNs = 1'000'000'000;
+  const volatile auto& box = reinterpret_cast<const volatile std::uint64_t(&)[sizeof(protocol::CallHeader) / 8]>(
+      mailbox(c, c.rank, peer).headers[call % protocol::kRing]);
+  protocol::CallHeader header;
+  const std::uint64_t begin = ptx::global_timer_ns();
+  do {
+    for (std::size_t i = 0; i < sizeof header / 8; ++i) reinterpret_cast<std::uint64_t*>(&header)[i] = box[i];
+  } while (protocol::digest(header) != digest && ptx::global_timer_ns() - begin < kPatienceNs);
+  return header;
 }
 
 // After Flag::begun of `peer` was seen: does it make the same call?
 __device__ inline bool agrees(const Context& c, protocol::CallHeader header, int peer, Phase phase, std::uint64_t call) {
   header.call = call;
-  const protocol::CallHeader& box = mailbox(c, c.rank, peer).headers[header.call % protocol::kRing];
-  if (!wait_for_word(c, &box.call, header.call, {peer, phase, header.call})) return false;
-  const protocol::CallHeader theirs = box;
-  if (theirs == header) return true;
+  const std::uint64_t theirs = await_word(c, flag_of(c, Flag::digest, peer), protocol::flag_word(call), {peer, phase, call});
+  if (theirs == 0) return false;
+  if (theirs == protocol::flag_word(call, protocol::digest(header))) return true;
   protocol::ErrorRecord record;
   record.kind = static_cast<std::uint32_t>(FailureKind::mismatch);
   record.phase = static_cast<std::uint32_t>(phase);
   record.peer = peer;
-  record.expected = static_cast<std::int64_t>(header.call);
-  record.seen = static_cast<std::int64_t>(theirs.call);
+  record.expected = static_cast<std::int64_t>(call);
   record.mine = header;
-  record.theirs = theirs;
+  record.theirs = header_of(c, peer, call, static_cast<std::uint32_t>(theirs & ((1U << protocol::kFlagBits) - 1)));
+  record.seen = static_cast<std::int64_t>(record.theirs.call);
   record_failure(c, record);
   return false;
 }

@@ -57,11 +57,12 @@ __device__ Peer peer_of(const MoveArgs& args, const SlotsMemory& memory, int ran
 __device__ std::int32_t tokens_of(const MoveArgs& args) { return args.cached ? args.handle.header->num_tokens : args.routing.num_tokens; }
 
 // Waits until all have begun, and remembers what they offer and send. That they make the same call is checked behind the rows,
-// which harm nothing: what a peer offers is free to be written. Block-uniform; false: the call has failed.
+// which harm nothing: what a peer offers is free to be written. The last threads of the block wait; in each of them, false: the call
+// has failed. A barrier must follow.
 __device__ bool meet_peers(const MoveArgs& args, const protocol::CallHeader& header, SlotsMemory& memory, std::uint64_t call) {
   const Context& c = args.context;
   bool good = true;
-  for (int peer = threadIdx.x; peer < c.ranks; peer += kSlotThreads) {
+  for (int peer = kSlotThreads - 1 - static_cast<int>(threadIdx.x); peer < c.ranks; peer += kSlotThreads) {
     Peer met{.arena = arena(c, peer), .buffer = args.buffer, .tokens = tokens_of(args)};
     if (peer == c.rank) {
       good = wait_for_own_begin(c, call) && good;
@@ -75,7 +76,7 @@ __device__ bool meet_peers(const MoveArgs& args, const protocol::CallHeader& hea
     }
     if (peer < kKnownPeers) memory.peers[peer] = met;
   }
-  return __syncthreads_and(good) != 0;
+  return good;
 }
 
 // Everything about a token that needs no peer: loads are under way, or done, before the wait.
@@ -96,7 +97,8 @@ __device__ Token look_at(const MoveJob& job, std::int32_t index, std::uint64_t c
   return token;
 }
 
-// Which ranks the token goes to: from its ids, remembered in the handle, or from the handle. Begins and ends with a barrier.
+// Which ranks the token goes to: from its ids, remembered in the handle, or from the handle. Begins with a barrier;
+// another must follow.
 __device__ void find_destinations(const MoveArgs& args, const Token& token, SlotsMemory& memory) {
   const Context& c = args.context;
   const int groups = (c.ranks + kLanes - 1) / kLanes;
@@ -121,7 +123,6 @@ __device__ void find_destinations(const MoveArgs& args, const Token& token, Slot
     for (int k = lane_index(); k < args.routing.top_k; k += kLanes) checked_shards(c, args.routing, token.index, k, ids);
     add_id_counts(c, ids);
   }
-  __syncthreads();
 }
 
 // One piece of the row, by the block, to every rank that gets it.
@@ -269,11 +270,11 @@ __device__ bool send_tokens(const MoveJob& job, const protocol::CallHeader& head
     Token token = look_at(job, index, call);
     if constexpr (kQuantise) quantise_piece(job, token, 0, token.row, *stage);
     find_destinations(args, token, memory);
-    if (!met && !meet_peers(args, header, memory, call)) return false;
+    if (__syncthreads_and(met || meet_peers(args, header, memory, call)) == 0) return false;
     met = true;
     send_token<kQuantise>(job, token, memory, stage);
   }
-  return met || meet_peers(args, header, memory, call);
+  return met || __syncthreads_and(meet_peers(args, header, memory, call)) != 0;
 }
 
 // A (token, k) of a source: of what it does not send, no more than that it is absent.
@@ -366,6 +367,7 @@ __global__ void __launch_bounds__(kSlotThreads, 1) dispatch_slots(const __grid_c
   __shared__ SlotsMemory memory;
   const MoveArgs& args = job.args;
   const Context& c = args.context;
+  fetch_parameters(job);
   const CallState state = state_of_call(c);
   const protocol::CallHeader header = complete_header(args.header, args.handle);
   bool good = !state.failed;
