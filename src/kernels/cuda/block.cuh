@@ -54,16 +54,6 @@ class Pieces {
   std::int64_t next_ = 0;  // in lane 0
 };
 
-// Parameters reach a multiprocessor line by line, as they are first used, each time at the price of a trip to the L2 cache. A kernel in
-// a hurry asks for all of them at once: a line per warp.
-template <class Parameters>
-__device__ __forceinline__ void fetch_parameters(const Parameters& parameters) {
-  constexpr int kWords = sizeof(Parameters) / 4;
-  constexpr int kLine = 16;  // words
-  const auto* const words = reinterpret_cast<const std::uint32_t*>(&parameters);
-  for (int word = warp_index() * kLine; word < kWords; word += warps_of_block() * kLine) ptx::keep(words[word]);
-}
-
 // has_failed, the same in every thread: one looks, for all blocks look at the same words.
 __device__ inline bool block_has_failed(const Context& c) { return __syncthreads_or(threadIdx.x == 0 && has_failed(c)) != 0; }
 
@@ -76,35 +66,26 @@ __device__ inline protocol::CallHeader complete_header(protocol::CallHeader head
 // has_failed once more, and the end of the call.
 __device__ inline void end_call(const Context& c) { end_call(c, block_has_failed(c), call_number(c)); }
 
-// By all threads of one block, first in a call: settles what came before, then tells everybody. Block-uniform.
+// By all threads of one block, first in a call: tells the other ranks, and settles what came before. Block-uniform.
 __device__ inline bool begin_call(const Context& c, const protocol::CallHeader& header, std::uint32_t offer, const CallState& state) {
-  if (!settle(c, state)) return false;
+  if (!leave_aborted(c, state)) return false;
   announce(c, header, offer, state.call);
-  return true;
+  return wait_for_readers(c, state);
 }
 
-// By any block: waits until every other rank has begun the call. Checks only that what the block is about to write is its to write:
-// that harms no peer which makes another call, and check_peers tells it later. Not for this rank itself: block 0 may still wait for
-// a peer before it announces, and that peer is to blame, not this rank. What a peer announces, it announces after it has left every
-// earlier call. Block-uniform; false: the call has failed.
-__device__ inline bool wait_for_peers(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call) {
+// By any block: waits until every other rank has begun the call. One block `checks` that it is the same one; the others, that what
+// they are about to write is theirs to write, which harms no peer that makes another call. What a peer announces, it announces after
+// it has left every earlier call. Block-uniform; false: the call has failed.
+__device__ inline bool wait_for_peers(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call, bool checks) {
   const bool is_combine = header.operation == protocol::Operation::combine;
   bool good = true;
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
     if (peer == c.rank) continue;
     const std::uint64_t begun = await_word(c, flag_of(c, Flag::begun, peer), protocol::flag_word(call), {peer, phase, call});
-    good = good && begun != 0;
-    const bool is_other = (protocol::offered_buffer(begun) == protocol::kNoBuffer) != is_combine;
-    if (good && is_other) good = agrees(c, header, peer, phase, call);
+    good = good && begun != 0 && (protocol::offered_buffer(begun) == protocol::kNoBuffer) == is_combine;
   }
+  if (checks) good = check_peers(c, header, phase, call) && good;
   return __syncthreads_and(good) != 0;
-}
-
-// By one block, behind its work: do all ranks make the same call?
-__device__ inline void check_peers(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call) {
-  for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
-    if (peer != c.rank) agrees(c, header, peer, phase, call);
-  }
 }
 
 // The receive buffer that `rank`, which has begun, offers. This rank's own is known where its announcement may not be there yet.

@@ -212,21 +212,17 @@ __device__ inline void tell_call(const Context& c, const protocol::CallHeader& h
   ptx::store_relaxed(&box.flags[static_cast<int>(Flag::digest)], protocol::flag_word(header.call, protocol::digest(header)));
   box.headers[header.call % protocol::kRing] = header;
 }
-// Tells every peer that this rank has begun, what it offers and what call it makes. By the threads of one block.
+// Tells the other ranks that this one has begun, what it offers and what call it makes. By the threads of one block. Relaxed: what
+// earlier kernels did is done, and of this one nothing is published.
 __device__ inline void announce(const Context& c, protocol::CallHeader header, std::uint32_t offer, std::uint64_t call) {
   header.call = call;
-  for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
+  for (int i = threadIdx.x; i < c.ranks - 1; i += blockDim.x) {
     const int peer = (c.rank + 1 + i) % c.ranks;
-    // Relaxed: what earlier kernels did is done, and nobody but this rank's own blocks sees what this one has done so far.
-    if (peer == c.rank) {
-      set_flag(c, Flag::begun, peer, call, offer);
-    } else {
-      ptx::store_relaxed(&mailbox(c, peer, c.rank).flags[static_cast<int>(Flag::begun)], protocol::flag_word(call, offer));
-    }
+    ptx::store_relaxed(&mailbox(c, peer, c.rank).flags[static_cast<int>(Flag::begun)], protocol::flag_word(call, offer));
     tell_call(c, header, peer);
   }
 }
-// The same, and publishes what the block has done before a barrier.
+// The same, this rank itself included, and publishes what the block has done before a barrier.
 __device__ inline void announce_at_once(const Context& c, protocol::CallHeader header, std::uint32_t offer, std::uint64_t call) {
   header.call = call;
   for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
@@ -267,29 +263,44 @@ __device__ inline bool agrees(const Context& c, protocol::CallHeader header, int
   return false;
 }
 
+// Do all ranks make the same call? By the threads of a block from the last one on: the first ones may have other peers to wait for.
+__device__ inline bool check_peers(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call) {
+  bool good = true;
+  for (int peer = static_cast<int>(blockDim.x - 1 - threadIdx.x); peer < c.ranks; peer += static_cast<int>(blockDim.x)) {
+    if (peer != c.rank) good = agrees(c, header, peer, phase, call) && good;
+  }
+  return good;
+}
+
 // The whole block waits until every peer has begun this call, and checks that it is the same one. Block-uniform.
 __device__ inline bool wait_until_begun(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call) {
+  const bool good = check_peers(c, header, phase, call);
+  return wait_for_all(c, Flag::begun, phase, call) && __syncthreads_and(good) != 0;
+}
+
+// Until every rank has left the rejected call, one that came late may still write what it was about. By the whole block that announces
+// the next one, before it does. Block-uniform.
+__device__ inline bool leave_aborted(const Context& c, const CallState& state) {
+  if (state.failed) return false;
+  if (state.unsettled == 0) return true;
   bool good = true;
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
-    good = wait_for_flag(c, Flag::begun, peer, phase, call) && agrees(c, header, peer, phase, call) && good;
+    good = wait_for_flag(c, Flag::left, peer, Phase::dispatch_credit, state.unsettled) && good;
+  }
+  good = __syncthreads_and(good) != 0;
+  if (threadIdx.x == 0 && good) c.state->unsettled = 0;
+  return good;
+}
+
+// Until peers have read this rank's expert rows (pull): behind the call they may be written again. By a whole block. Block-uniform.
+__device__ inline bool wait_for_readers(const Context& c, const CallState& state) {
+  bool good = true;
+  for (int peer = threadIdx.x; state.last_pull != 0 && peer < c.ranks; peer += blockDim.x) {
+    good = wait_for_flag(c, Flag::reads, peer, Phase::combine_read, state.last_pull) && good;
   }
   return __syncthreads_and(good) != 0;
 }
-
-// Called first in a call, by the whole block that announces it: what earlier calls left behind must be over. Peers have read
-// this rank's expert rows (pull), and have left a call that was aborted. Block-uniform.
-__device__ inline bool settle(const Context& c, const CallState& state) {
-  const auto [call, last_pull, unsettled, failed] = state;
-  if (failed) return false;
-  bool good = true;
-  for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
-    if (unsettled != 0) good = wait_for_flag(c, Flag::left, peer, Phase::dispatch_credit, unsettled) && good;
-    if (last_pull != 0) good = wait_for_flag(c, Flag::reads, peer, Phase::combine_read, last_pull) && good;
-  }
-  good = __syncthreads_and(good) != 0;
-  if (threadIdx.x == 0 && good && unsettled != 0) c.state->unsettled = 0;
-  return good;
-}
+__device__ inline bool settle(const Context& c, const CallState& state) { return leave_aborted(c, state) && wait_for_readers(c, state); }
 
 // True, in every thread, in the block of this kernel that comes here last: all others' work is visible to it, unless `ordered` is
 // false, when no more is known than that they have got here (it saves the wait for their stores). Call it once per ticket and

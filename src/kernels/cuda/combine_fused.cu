@@ -11,7 +11,6 @@ namespace {
 template <Dtype kDtype, bool kAligned>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_fused_kernel(const __grid_constant__ CombineArgs args) {
   const Context& c = args.context;
-  fetch_parameters(args);
   const std::uint64_t call = push<kDtype, kAligned>(args).call;
   if (is_last_block(c, kCombinePushed) && !block_has_failed(c)) set_flag_everywhere(c, Flag::partials, call);
   if (!block_has_failed(c)) {

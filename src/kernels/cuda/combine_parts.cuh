@@ -27,19 +27,17 @@ __device__ inline CallState announce_combine(const CombineArgs& args) {
   state.failed = !begin_call(c, complete_header(args.header, args.handle), protocol::offer(protocol::kNoBuffer), state);
   return state;
 }
-// Then, before the block needs peers: they have begun, and their arenas may be written. Block-uniform.
+// Then, before the block needs peers: they have begun the same call, and their arenas may be written. The last block has the least to
+// do and checks. Block-uniform.
 __device__ inline bool meet_peers(const CombineArgs& args, const CallState& state) {
-  return !state.failed && wait_for_peers(args.context, args.header, Phase::combine_credit, state.call);
+  if (state.failed) return false;
+  const protocol::CallHeader header = complete_header(args.header, args.handle);
+  return wait_for_peers(args.context, header, Phase::combine_credit, state.call, blockIdx.x == gridDim.x - 1);
 }
 __device__ inline CallState begin_combine(const CombineArgs& args) {
   CallState state = announce_combine(args);
   state.failed = !meet_peers(args, state);
   return state;
-}
-// Behind the work of a kernel that has begun the call. The last block has the least of it.
-__device__ inline void check_peers(const CombineArgs& args, const CallState& state) {
-  if (!state.failed && blockIdx.x == gridDim.x - 1)
-    check_peers(args.context, complete_header(args.header, args.handle), Phase::combine_credit, state.call);
 }
 
 // In every block of the kernel that folds. at_source: combine_weights came before it and has begun the call. Block-uniform.

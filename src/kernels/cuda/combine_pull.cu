@@ -20,10 +20,8 @@ __device__ void finish_pull(const CombineArgs& args, std::uint64_t call) {
 
 template <Dtype kDtype>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_pull_kernel(const __grid_constant__ CombineArgs args) {
-  fetch_parameters(args);
   const CallState state = announce_combine(args);
   sum_tokens<kDtype, true, true>(args, [&] { return meet_peers(args, state); });
-  check_peers(args, state);
   if (is_last_block(args.context, kCombineEnd, false)) finish_pull(args, state.call);
 }
 

@@ -135,7 +135,6 @@ template <Dtype kDtype, bool kAligned>
 __device__ inline CallState push(const CombineArgs& args) {
   const CallState state = begin_push(args);
   if (!state.failed) push_rows<kDtype, kAligned>(args);
-  if (args.weighting != Weighting::at_source) check_peers(args, state);
   return state;
 }
 

@@ -25,9 +25,7 @@ __device__ void send_weights(const CombineArgs& args) {
 }
 
 __global__ void __launch_bounds__(kCombineThreads, 1) send_weights_kernel(const __grid_constant__ CombineArgs args) {
-  const CallState state = begin_combine(args);
-  if (!state.failed) send_weights(args);
-  check_peers(args, state);
+  if (!begin_combine(args).failed) send_weights(args);
   if (is_last_block(args.context, kCombineEnd) && !block_has_failed(args.context)) set_flag_everywhere(args.context, Flag::weights);
 }
 

@@ -20,9 +20,7 @@ __device__ inline bool begin_move(const MoveArgs& args) {
   if (state.failed || !args.cached) return !state.failed;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
   if (blockIdx.x == 0 && !begin_call(c, header, protocol::offer(args.buffer), state)) return false;
-  const bool good = wait_for_peers(c, header, Phase::dispatch_credit, state.call);
-  if (good && blockIdx.x == 0) check_peers(c, header, Phase::dispatch_credit, state.call);
-  return good;
+  return wait_for_peers(c, header, Phase::dispatch_credit, state.call, blockIdx.x == gridDim.x - 1);
 }
 
 __device__ inline std::int32_t tokens_of(const MoveArgs& args) {

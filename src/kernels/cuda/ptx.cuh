@@ -34,9 +34,6 @@ __device__ __forceinline__ std::uint64_t global_timer_ns() {
   return value;
 }
 
-// A value that is loaded although nothing comes of it.
-__device__ __forceinline__ void keep(std::uint32_t value) { asm volatile("" ::"r"(value)); }
-
 // 16 bytes that are read once: they need no place in L1.
 __device__ __forceinline__ int4 load_streaming(const void* from) {
   int4 v;

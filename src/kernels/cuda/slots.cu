@@ -56,13 +56,12 @@ __device__ Peer peer_of(const MoveArgs& args, const SlotsMemory& memory, int ran
 
 __device__ std::int32_t tokens_of(const MoveArgs& args) { return args.cached ? args.handle.header->num_tokens : args.routing.num_tokens; }
 
-// Waits until all have begun, and remembers what they offer and send. That they make the same call is checked behind the rows,
-// which harm nothing: what a peer offers is free to be written. The last threads of the block wait; in each of them, false: the call
-// has failed. A barrier must follow.
+// Waits until all have begun, and remembers what they offer and send. Only block 0 checks that they make the same call: rows harm
+// nobody, since what a peer offers is free to be written. False, in the threads that learn it: the call has failed. A barrier must follow.
 __device__ bool meet_peers(const MoveArgs& args, const protocol::CallHeader& header, SlotsMemory& memory, std::uint64_t call) {
   const Context& c = args.context;
   bool good = true;
-  for (int peer = kSlotThreads - 1 - static_cast<int>(threadIdx.x); peer < c.ranks; peer += kSlotThreads) {
+  for (int peer = static_cast<int>(threadIdx.x + kLanes) % kSlotThreads; peer < c.ranks; peer += kSlotThreads) {
     Peer met{.arena = arena(c, peer), .buffer = args.buffer, .tokens = tokens_of(args)};
     if (peer == c.rank) {
       good = wait_for_own_begin(c, call) && good;
@@ -71,11 +70,11 @@ __device__ bool meet_peers(const MoveArgs& args, const protocol::CallHeader& hea
       const std::uint64_t begun = await_word(c, flag_of(c, Flag::begun, peer), protocol::flag_word(call), wait);
       met.buffer = protocol::offered_buffer(begun);
       met.tokens = protocol::offered_tokens(begun);
-      good = good && begun != 0;
-      if (good && met.buffer == protocol::kNoBuffer) good = agrees(c, header, peer, Phase::dispatch_credit, call) && false;
+      good = good && begun != 0 && met.buffer != protocol::kNoBuffer;
     }
     if (peer < kKnownPeers) memory.peers[peer] = met;
   }
+  if (blockIdx.x == 0) good = check_peers(c, header, Phase::dispatch_credit, call) && good;
   return good;
 }
 
@@ -202,11 +201,12 @@ __device__ std::int32_t remote_ordinal(const SlotsMemory& memory, int own_rank, 
   return own_rank < rank && goes_to(memory, own_rank) ? before - 1 : before;
 }
 
-// A record for every rank, also where the token does not go: the receiver has no other way to know.
+// A record for every rank, also where the token does not go: the receiver has no other way to know. The last warps have the least of
+// the row to store.
 __device__ void store_records(const MoveArgs& args, const Token& token, const SlotsMemory& memory) {
   const Context& c = args.context;
   const std::int64_t slot = c.rank * c.shape.max_tokens_per_rank + token.index;
-  for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
+  for (int rank = warps_of_block() - 1 - warp_index(); rank < c.ranks; rank += warps_of_block()) {
     RecordHead head;
     if (goes_to(memory, rank)) {
       head.source_token = token.index;
@@ -309,9 +309,12 @@ __device__ void land_slots(const MoveArgs& args, std::uint64_t call, const Slots
   }
 }
 
-// By block 0: what landing adds to is zero before anybody lands or sends.
+// By block 0: others learn of the call at once, this rank's own blocks when what they add to is zero.
 __device__ bool begin_slots(const MoveArgs& args, const protocol::CallHeader& header, const CallState& state) {
+  const Context& c = args.context;
   const HandleView& handle = args.handle;
+  const std::uint32_t offer = protocol::offer(args.buffer, tokens_of(args));
+  if (!begin_call(c, header, offer, state)) return false;
   for (int rank = threadIdx.x; !args.cached && rank <= args.context.ranks; rank += kSlotThreads) {
     handle.source_begin[rank] = static_cast<std::int32_t>(rank * args.context.shape.max_tokens_per_rank);
     if (rank < args.context.ranks) handle.rank_counts[rank] = handle.sent_counts[rank] = 0;
@@ -320,7 +323,9 @@ __device__ bool begin_slots(const MoveArgs& args, const protocol::CallHeader& he
     handle.expert_counts[local] = 0;
     handle.dropped[local] = 0;
   }
-  return begin_call(args.context, header, protocol::offer(args.buffer, tokens_of(args)), state);
+  __syncthreads();
+  if (threadIdx.x == 0) set_flag(c, Flag::begun, c.rank, state.call, offer);
+  return true;
 }
 
 // By one warp.
@@ -367,14 +372,12 @@ __global__ void __launch_bounds__(kSlotThreads, 1) dispatch_slots(const __grid_c
   __shared__ SlotsMemory memory;
   const MoveArgs& args = job.args;
   const Context& c = args.context;
-  fetch_parameters(job);
   const CallState state = state_of_call(c);
   const protocol::CallHeader header = complete_header(args.header, args.handle);
   bool good = !state.failed;
   if (good && blockIdx.x == 0) good = begin_slots(args, header, state);
   if (good && send_tokens<kQuantise>(job, header, state.call, memory, stage)) {
     land_slots(args, state.call, memory);
-    if (blockIdx.x == 0) check_peers(c, header, Phase::dispatch_credit, state.call);
   }
   if (is_last_block(c, kLandedTicket)) finish_slots(job, state.call);
 }
