@@ -63,9 +63,7 @@ __device__ bool meet_peers(const MoveArgs& args, const protocol::CallHeader& hea
   bool good = true;
   for (int peer = static_cast<int>(threadIdx.x + kLanes) % kSlotThreads; peer < c.ranks; peer += kSlotThreads) {
     Peer met{.arena = arena(c, peer), .buffer = args.buffer, .tokens = tokens_of(args)};
-    if (peer == c.rank) {
-      good = wait_for_own_begin(c, call) && good;
-    } else {
+    if (peer != c.rank) {
       const Wait wait{peer, Phase::dispatch_credit, call};
       const std::uint64_t begun = await_word(c, flag_of(c, Flag::begun, peer), protocol::flag_word(call), wait);
       met.buffer = protocol::offered_buffer(begun);
@@ -116,11 +114,6 @@ __device__ void find_destinations(const MoveArgs& args, const Token& token, Slot
     args.handle.slots[first + rank] = k_mask != 0 ? static_cast<std::int32_t>(c.rank * c.shape.max_tokens_per_rank + token.index) : -1;
     args.handle.k_masks[first + rank] = k_mask;
     if (k_mask != 0) atomicOr(&memory.present[rank / kLanes], 1U << (rank % kLanes));
-  }
-  if (!args.cached && warp_index() == 0) {
-    IdCounts ids;
-    for (int k = lane_index(); k < args.routing.top_k; k += kLanes) checked_shards(c, args.routing, token.index, k, ids);
-    add_id_counts(c, ids);
   }
 }
 
@@ -216,7 +209,6 @@ __device__ void store_records(const MoveArgs& args, const Token& token, const Sl
     const Peer peer = peer_of(args, memory, rank);
     std::byte* to = peer.arena + c.layout.records + peer.buffer * c.layout.records_bytes + slot * c.shape.record_bytes();
     write_record(to, head, token.choices, local_ids_at(args.routing, token.choices, rank), args.routing.top_k);
-    if (head.source_token >= 0 && lane_index() == 0) atomicAdd(&args.handle.sent_counts[rank], 1);
   }
 }
 
@@ -226,6 +218,20 @@ __device__ void flag_token(const Context& c, const Token& token) {
   for (int i = threadIdx.x; i < c.ranks; i += kSlotThreads) {
     const int rank = (c.rank + 1 + i) % c.ranks;
     ptx::store_release(arrival(c, rank, c.rank, token.index), protocol::flag_word(token.call));
+  }
+}
+
+// What this rank wants to know of a token that is on its way. Counts are zero when block 0 has begun.
+__device__ void note_token(const MoveArgs& args, const Token& token, const SlotsMemory& memory) {
+  const Context& c = args.context;
+  if (warp_index() == 0) {
+    IdCounts ids;
+    for (int k = lane_index(); k < args.routing.top_k; k += kLanes) checked_shards(c, args.routing, token.index, k, ids);
+    add_id_counts(c, ids);
+  }
+  if (warp_index() != 1 || !wait_for_own_begin(c, token.call)) return;
+  for (int rank = lane_index(); rank < c.ranks; rank += kLanes) {
+    if (goes_to(memory, rank)) atomicAdd(&args.handle.sent_counts[rank], 1);
   }
 }
 
@@ -255,6 +261,7 @@ __device__ void send_token(const MoveJob& job, Token& token, const SlotsMemory& 
     store_piece(job, token, token.row, piece, memory);
   }
   flag_token(args.context, token);
+  if (!args.cached) note_token(args, token, memory);
 }
 
 // Block 0 announces; it sends only where there are fewer blocks than that and the tokens need. Block-uniform; false: failed.
@@ -289,7 +296,7 @@ __device__ void land_pair(const MoveArgs& args, int source, std::int64_t row, in
   if (handle.present != nullptr) handle.present[row] = pair.source_token >= 0 ? 1 : 0;
 }
 
-// Every thread waits for what it lands. Blocks take part from the last one on: the first ones have more to send.
+// Every thread waits for what it lands; block 0 has begun, so that what it adds to is zero. Blocks take part from the last one on: the first ones have more to send.
 __device__ void land_slots(const MoveArgs& args, std::uint64_t call, const SlotsMemory& memory) {
   const Context& c = args.context;
   const auto top_k = args.cached ? 1U : static_cast<unsigned>(args.handle.top_k);
@@ -297,6 +304,7 @@ __device__ void land_slots(const MoveArgs& args, std::uint64_t call, const Slots
   const unsigned pairs = static_cast<unsigned>(c.ranks) * max_tokens * top_k;  // at most 2^31
   const std::byte* const records = receive_records(c, c.rank, args.buffer);
   const std::int64_t record_bytes = c.shape.record_bytes();
+  if (__syncthreads_and(threadIdx.x != 0 || wait_for_own_begin(c, call)) == 0) return;
   for (unsigned at = (gridDim.x - 1 - blockIdx.x) * kSlotThreads + threadIdx.x; at < pairs; at += gridDim.x * kSlotThreads) {
     const unsigned row = at / top_k;
     const int source = static_cast<int>(row / max_tokens);
