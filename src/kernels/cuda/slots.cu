@@ -221,15 +221,17 @@ __device__ void flag_token(const Context& c, const Token& token) {
   }
 }
 
-// What this rank wants to know of a token that is on its way. Counts are zero when block 0 has begun.
+// What this rank wants to know of a token that is on its way, by the last warps: the first ones land. Counts are zero when block 0
+// has begun.
 __device__ void note_token(const MoveArgs& args, const Token& token, const SlotsMemory& memory) {
   const Context& c = args.context;
-  if (warp_index() == 0) {
+  const int last = warps_of_block() - 1;
+  if (warp_index() == last) {
     IdCounts ids;
     for (int k = lane_index(); k < args.routing.top_k; k += kLanes) checked_shards(c, args.routing, token.index, k, ids);
     add_id_counts(c, ids);
   }
-  if (warp_index() != 1 || !wait_for_own_begin(c, token.call)) return;
+  if (warp_index() != last - 1 || !wait_for_own_begin(c, token.call)) return;
   for (int rank = lane_index(); rank < c.ranks; rank += kLanes) {
     if (goes_to(memory, rank)) atomicAdd(&args.handle.sent_counts[rank], 1);
   }
@@ -240,13 +242,13 @@ template <bool kQuantise>
 __device__ void send_token(const MoveJob& job, Token& token, const SlotsMemory& memory, SlotsStage* stage) {
   const MoveArgs& args = job.args;
   const std::int64_t row_bytes = args.source.row_bytes;
+  if (!args.cached) store_records(args, token, memory);
   store_piece(job, token, token.row, 0, memory);
   if constexpr (kQuantise) {
     store_staged_scales(job, token, 0, *stage, memory);
   } else {
     store_scales(job, token, memory);
   }
-  if (!args.cached) store_records(args, token, memory);
   for (std::int64_t piece = kPieceBytes; piece < row_bytes; piece += kPieceBytes) {
     if constexpr (kQuantise) {
       quantise_piece(job, token, piece, token.row, *stage);
@@ -296,7 +298,8 @@ __device__ void land_pair(const MoveArgs& args, int source, std::int64_t row, in
   if (handle.present != nullptr) handle.present[row] = pair.source_token >= 0 ? 1 : 0;
 }
 
-// Every thread waits for what it lands; block 0 has begun, so that what it adds to is zero. Blocks take part from the last one on: the first ones have more to send.
+// Every thread waits for what it lands, and first for block 0 to have begun, so that what it adds to is zero. Blocks take part from
+// the last one on: the first ones have more to send.
 __device__ void land_slots(const MoveArgs& args, std::uint64_t call, const SlotsMemory& memory) {
   const Context& c = args.context;
   const auto top_k = args.cached ? 1U : static_cast<unsigned>(args.handle.top_k);
@@ -304,8 +307,9 @@ __device__ void land_slots(const MoveArgs& args, std::uint64_t call, const Slots
   const unsigned pairs = static_cast<unsigned>(c.ranks) * max_tokens * top_k;  // at most 2^31
   const std::byte* const records = receive_records(c, c.rank, args.buffer);
   const std::int64_t record_bytes = c.shape.record_bytes();
-  if (__syncthreads_and(threadIdx.x != 0 || wait_for_own_begin(c, call)) == 0) return;
-  for (unsigned at = (gridDim.x - 1 - blockIdx.x) * kSlotThreads + threadIdx.x; at < pairs; at += gridDim.x * kSlotThreads) {
+  const unsigned first = (gridDim.x - 1 - blockIdx.x) * kSlotThreads + threadIdx.x;
+  if (!args.cached && first < pairs && !wait_for_own_begin(c, call)) return;
+  for (unsigned at = first; at < pairs; at += gridDim.x * kSlotThreads) {
     const unsigned row = at / top_k;
     const int source = static_cast<int>(row / max_tokens);
     const unsigned token = row - static_cast<unsigned>(source) * max_tokens;
