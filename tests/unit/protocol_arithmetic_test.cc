@@ -5,10 +5,13 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <set>
 #include <vector>
 
 #include "kernels/cpu/kernels.h"
 #include "protocol/block_scale.h"
+#include "protocol/call.h"
+#include "protocol/device_mailbox.h"
 #include "protocol/overflow.h"
 #include "seeded_random.h"
 #include "tokenyard/dtype.h"
@@ -113,6 +116,34 @@ TEST(Overflow, PartsMergeInAnyOrder) {
       EXPECT_EQ(merged.excess_count, whole.excess_count);
     }
   }
+}
+
+// Every field that a wrong call may differ in, with small values as calls have them.
+TEST(Digest, DiffersWhereHeadersDo) {
+  const CallHeader base{.call = 7, .placement_hash = 0x1234, .row_bytes = 14336, .operation = Operation::dispatch, .top_k = 8};
+  std::vector<CallHeader> headers;
+  for (unsigned n = 0; n < 200; ++n) {
+    const auto byte = static_cast<std::uint8_t>(n);
+    const auto add = [&](auto&& change) { change(headers.emplace_back(base)); };
+    add([&](CallHeader& h) { h.call += n + 1; });
+    add([&](CallHeader& h) { h.placement_hash += n + 1; });
+    add([&](CallHeader& h) { h.handle_call += n + 1; });
+    add([&](CallHeader& h) { h.row_bytes += n + 1; });
+    add([&](CallHeader& h) { h.scale_bytes += n + 1; });
+    for (std::uint8_t CallHeader::*field : {&CallHeader::layout, &CallHeader::mode, &CallHeader::top_k, &CallHeader::dtype,
+                                            &CallHeader::weighting, &CallHeader::unfolded, &CallHeader::row_weights}) {
+      add([&](CallHeader& h) { h.*field = static_cast<std::uint8_t>(h.*field + byte + 1); });
+    }
+  }
+  headers.push_back(base);
+  headers.emplace_back(base).operation = Operation::combine;
+  std::set<std::uint32_t> digests;
+  for (const CallHeader& header : headers) {
+    EXPECT_LT(digest(header), 1U << kFlagBits);
+    digests.insert(digest(header));
+  }
+  // 2402 headers, 2^24 digests: 0.17 pairs are alike by chance.
+  EXPECT_GE(digests.size(), headers.size() - 2);
 }
 
 }  // namespace
