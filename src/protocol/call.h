@@ -42,7 +42,8 @@ constexpr TY_HOST_DEVICE std::uint32_t digest(const CallHeader& header) {
   std::uint64_t packed = 0;
   for (const std::uint8_t kind : kinds) packed = packed << 8 | kind;
   std::uint64_t mixed = 0;
-  for (const std::uint64_t word : {header.call, header.placement_hash, header.handle_call, sizes, packed}) {
+  const std::uint64_t words[] = {header.call, header.placement_hash, header.handle_call, sizes, packed};
+  for (const std::uint64_t word : words) {
     mixed = (mixed ^ word) * 0x9e3779b97f4a7c15U;  // 2^64 / golden ratio
     mixed ^= mixed >> 32;
   }
