@@ -131,6 +131,22 @@ TEST(MoeStep, GradientsOfLossesOnTheLogitsGoIn) {
   });
 }
 
+TEST(MoeStep, LeavesTheLogitsOfItsChoiceWhereAsked) {
+  on_ranks(kShared, [](OnRank& rank) {
+    const std::int64_t tokens = rank.batch.tokens, hidden = rank.c.sizes.hidden, experts = rank.c.sizes.experts;
+    const Tensor logits = Tensor::zeros(Dtype::float32, {tokens, experts}), out = rank.zeros();
+    rank.layer.forward(rank.x.view(), out.view(), {.logits = logits.view()});
+    Values expected;
+    for (std::int64_t i = 0; i < tokens * experts; ++i) {
+      double sum = 0;
+      for (std::int64_t h = 0; h < hidden; ++h)
+        sum += rank.batch.x[i / experts * hidden + h] * rank.model.parameters().gate[i % experts * hidden + h];
+      expected.push_back(sum);
+    }
+    expect_close("logits", logits.values(), expected, 1e-5);
+  });
+}
+
 TEST(MoeStep, OneExchangeServesAllLayers) {
   on_ranks(kShared, [](OnRank& rank) {
     LayerCase other = {.sizes = {.flavour = Flavour::qwen}, .ep = 4};
