@@ -26,22 +26,31 @@ class Buffer(LowLatency):
     def __init__(self, group=None, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=24,
                  allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False, explicitly_destroy=False, enable_shrink=False, comm=None, *,
                  use_fabric=False):
-        if enable_shrink:
-            raise UsageError("enable_shrink = True: ranks cannot be masked in this version; lost ranks raise tokenyard.TransportError")
-        self.world = world_of(group, comm, 100_000)
-        self.group, self.group_size, self.rank = group, self.world.size, self.world.rank
+        self.group, self._comm = group, comm
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.explicitly_destroy, self.enable_shrink = low_latency_mode, explicitly_destroy, enable_shrink
         self._lane = Lane()
-        self._room = Room(self.world)
         self._handles = Handles()
+        self._meet()
+        self.group_size, self.rank = self.world.size, self.world.rank
+
+    def _meet(self):
+        """Collective: the world, and nothing allocated yet."""
+        self.world = world_of(self.group, self._comm)
+        self._room = Room(self.world)
+        self._handles.clear()
         self._init_low_latency()
+
+    def __del__(self):
+        # Before the world: when the interpreter ends, the rank that holds the store waits there for all that is left of it.
+        for name in ("_handles", "_shrink", "_room", "_low_latency_room"):
+            self.__dict__.pop(name, None)
 
     def destroy(self) -> None:
         if not self.explicitly_destroy:
             raise UsageError("destroy() of a buffer made without explicitly_destroy=True; it goes with its last reference")
         self._handles.clear()
-        self._room = self._low_latency_room = self.world = None
+        self._room = self._low_latency_room = self._shrink = self.world = None
 
     @staticmethod
     def is_sm90_compiled() -> bool:

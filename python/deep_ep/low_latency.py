@@ -5,17 +5,20 @@ from tokenyard import UsageError
 
 from .events import EventOverlap
 from .room import Room, is_capturing
+from .shrink import Shrink, same_rows_without
 
 
 class LowLatencyHandle(tuple):
-    """DeepEP's (src_info, layout_range, M, H, E), with the exchange's handle."""
+    """DeepEP's (src_info, layout_range, M, H, E), with the exchange's handle and the number of the exchange that made it."""
 
     exchange_handle = None
+    generation = 0
 
 
 class LowLatency:
     def _init_low_latency(self):
         self._low_latency_room = Room(self.world, mode="latency")
+        self._shrink = Shrink(self._low_latency_room) if self.enable_shrink else None
         self._combine_buffers = {}  # by shape: graphs read them for as long as the buffer lives
         self._combine_buffer = None
 
@@ -25,7 +28,9 @@ class LowLatency:
         return 2 * num_experts * num_max_dispatch_tokens_per_rank * hidden * 2
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts) -> None:
-        """Nothing has to be cleaned: slots carry the number of their call."""
+        """Nothing has to be cleaned: slots carry the number of their call. With enable_shrink the ranks meet, and who does not come is masked."""
+        if self._shrink is not None:
+            self._shrink.run(lambda: None)
 
     def _exchange_for(self, x, topk_idx, num_max, num_experts):
         if num_experts % self.group_size:
@@ -45,28 +50,42 @@ class LowLatency:
         if x.shape[0] > num_max_dispatch_tokens_per_rank:
             raise UsageError(f"{x.shape[0]} tokens; num_max_dispatch_tokens_per_rank is {num_max_dispatch_tokens_per_rank}")
         scale_format = None if not use_fp8 else "ue8m0" if use_ue8m0 else "float32_pow2" if round_scale else "float32"
-        exchange = self._exchange_for(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
-        placement = self._low_latency_room.placement(num_experts)
         results = _Results(self, x, num_max_dispatch_tokens_per_rank, num_experts, scale_format)
 
-        def start(call):
-            return call(x, topk_idx, placement=placement, layout="expert_padded", expert_capacity=results.slots, quantise=scale_format,
-                        copy_out=True, out_rows=results.flat_rows, out_scales=results.flat_scales)
+        def start(name):
+            exchange = self._exchange_for(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
+            placement = self._low_latency_room.placement(num_experts)
+            return getattr(exchange, name)(x, topk_idx, placement=placement, layout="expert_padded", expert_capacity=results.slots,
+                                           quantise=scale_format, copy_out=True, out_rows=results.flat_rows, out_scales=results.flat_scales)
 
         def fill(received):
-            results.fill(received)
+            results.fill(received, self._low_latency_room)
+
+        def count():
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(results.counts)
 
-        event, hook = self._go(exchange.dispatch, exchange.start_dispatch, start, fill, async_finish, return_recv_hook, (x, topk_idx))
+        event, hook = self._go("dispatch", start, fill, count, async_finish, return_recv_hook, (x, topk_idx))
         return results.shown(), results.counts, results.handle, event, hook
 
-    def _go(self, call, start_call, start, fill, async_finish, return_recv_hook, reads):
-        """Runs a call now, or starts it and leaves its end to the hook: (event, hook)."""
-        if return_recv_hook:
-            pending = start(start_call)
-            return EventOverlap(None), lambda: fill(pending.finish())
-        _, event = self._lane.run(lambda: fill(start(call)), asynchronous=async_finish, like=reads[0], reads=reads)
+    def _go(self, name, start, fill, at_end, async_finish, return_recv_hook, reads):
+        """Runs a call now, or starts it and leaves its end to the hook: (event, hook). at_end: what is done once, however often it was tried."""
+        if self._shrink is not None:
+            def task():
+                self._shrink.run(lambda: fill(start(name)))
+                at_end()
+
+            if return_recv_hook:  # a rank that is masked now has to be left out from the start
+                return EventOverlap(None), task
+        else:
+            def task():
+                fill(start(name))
+                at_end()
+
+            if return_recv_hook:
+                pending = start(f"start_{name}")
+                return EventOverlap(None), lambda: (fill(pending.finish()), at_end())[1]
+        _, event = self._lane.run(task, asynchronous=async_finish, like=reads[0], reads=reads)
         return event, None
 
     def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False, async_finish=False,
@@ -79,14 +98,15 @@ class LowLatency:
         if not isinstance(handle, LowLatencyHandle):
             raise UsageError("the handle is not the one that low_latency_dispatch returned")
         rows = self._combine_buffer if zero_copy else x
-        exchange = self._low_latency_room.exchange
         sums = torch.empty((topk_idx.shape[0], rows.shape[-1]), dtype=rows.dtype, device=rows.device) if out is None else out
 
-        def start(call):
-            return call(rows.contiguous(), handle.exchange_handle, weighting="at_source", source_weights=topk_weights, out=sums)
+        def start(name):
+            room, y, made = self._low_latency_room, rows, handle.exchange_handle
+            if handle.generation != room.generation and self._shrink is not None:
+                y, made = same_rows_without(room, rows, topk_idx, handle)
+            return getattr(room.exchange, name)(y.contiguous(), made, weighting="at_source", source_weights=topk_weights, out=sums)
 
-        event, hook = self._go(exchange.combine, exchange.start_combine, start, lambda result: None, async_finish, return_recv_hook,
-                               (rows, topk_weights, sums))
+        event, hook = self._go("combine", start, lambda result: None, lambda: None, async_finish, return_recv_hook, (rows, topk_weights, sums))
         return sums, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle):
@@ -99,14 +119,23 @@ class LowLatency:
         self._combine_buffer = self._combine_buffers[shape]
         return self._combine_buffer
 
+    def _shrinking(self):
+        if self._shrink is None:
+            raise UsageError("masks of ranks need a buffer made with enable_shrink=True; this one was made without")
+        return self._shrink
+
     def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
-        raise UsageError("ranks cannot be masked in this version; the buffer was made without enable_shrink")
+        """Collective over the ranks that stay, unlike DeepEP's: they go on without rank_to_mask."""
+        self._shrinking().update(rank_to_mask, mask, self.rank, self.group_size)
 
     def low_latency_query_mask_buffer(self, mask_status):
-        mask_status.zero_()
+        """Fills mask_status [R] int32: 1 for the ranks that calls go on without."""
+        mask_status.copy_(torch.tensor(self._shrinking().mask(self.group_size), dtype=mask_status.dtype))
 
     def low_latency_clean_mask_buffer(self):
-        """No rank is masked."""
+        """Collective over all ranks of the group, unlike DeepEP's: they meet anew, and none is masked. Earlier handles end."""
+        self._shrinking()
+        self._meet()
 
 
 class _Results:
@@ -129,13 +158,16 @@ class _Results:
         ranges = self.halves.view(torch.int64).squeeze(2)
         self.handle = LowLatencyHandle((source, ranges, num_max, hidden, num_experts))
 
-    def fill(self, received):
+    def fill(self, received, room):
         if self.scales is not None:
             self.scales.copy_(self.flat_scales.view(self.scales.shape))
         self.counts.copy_(received.expert_counts)
         self.handle[0].copy_(received.source_token)
-        self.halves.copy_(received.ranges.flip(2))
-        self.handle.exchange_handle = received.handle
+        if len(room.ranks) == self.halves.shape[1]:
+            self.halves.copy_(received.ranges.flip(2))
+        else:
+            self.halves.zero_()[:, room.ranks] = received.ranges.flip(2)
+        self.handle.exchange_handle, self.handle.generation = received.handle, room.generation
 
     def shown(self):
         return self.rows if self.scales is None else (self.rows, self.scales)

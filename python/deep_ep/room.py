@@ -17,6 +17,7 @@ class Room:
 
     def __init__(self, world: World, **options):
         self.world, self._options = world, options
+        self._num_ranks, self.ranks = world.size, list(range(world.size))  # ranks: who is left of them
         self._shape = dict.fromkeys(_NEEDS, 1)
         self._placements = {}
         self._captured = []  # exchanges that graphs use: they stay as long as the buffer
@@ -40,12 +41,23 @@ class Room:
             self._captured.append(self.exchange)
         return self.exchange
 
+    def shrink(self) -> None:
+        """Collective over the ranks that are left: goes on without the others, whose experts are nowhere then."""
+        if self.exchange is None:  # they were lost while it was being made
+            self.world, former = self.world.survivors()
+        else:
+            former = self.exchange.recover()
+            self.world = self.exchange.world
+        self.ranks = [self.ranks[rank] for rank in former]
+        self.generation += 1
+
     def placement(self, num_experts: int) -> Placement:
         """Contiguous windows of experts, registered with the exchange."""
         if num_experts not in self._placements:
             if is_capturing(torch.device(self.exchange.device)):
                 raise UsageError(f"a graph is being captured, and this is the first call with num_experts = {num_experts}; make it once before the capture")
-            self._placements[num_experts] = Placement.uniform(num_experts, self.world.size)
+            whole = Placement.uniform(num_experts, self._num_ranks)
+            self._placements[num_experts] = whole.restricted_to(self.ranks) if len(self.ranks) < self._num_ranks else whole
             self.exchange.add(self._placements[num_experts])
         return self._placements[num_experts]
 

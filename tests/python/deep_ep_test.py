@@ -180,6 +180,67 @@ def test_low_latency(hook, fp8, scale_kind, tmp_path):
     on_group(lambda group, rank: check_low_latency(group, rank, hook, fp8, scale_kind), tmp_path)
 
 
+def alive_sums(x, ids, weights, rank, alive):
+    """What identity experts give a rank when only those of `alive` answer."""
+    there = torch.tensor([e >= 0 and int(e) // WINDOW in alive for e in ids[rank].flatten()], dtype=torch.bool).view(ids[rank].shape)
+    return (x[rank].float() * torch.where(there, weights[rank], 0.0).sum(1, keepdim=True)).bfloat16()
+
+
+def check_shrink(group, rank, hook, silent_in):
+    """Rank 1 is silent from its first dispatch, or combine, on; the others go on without it, and take it back."""
+    import deep_ep
+
+    x, ids, weights = given(4)
+    slots, alive = 8, [0, 2]
+    buffer = deep_ep.Buffer(group, low_latency_mode=True, enable_shrink=True)
+    status = torch.zeros(RANKS, dtype=torch.int32)
+
+    def dispatch():
+        rows, counts, handle, _, finish = buffer.low_latency_dispatch(x[rank], ids[rank], slots, EXPERTS, use_fp8=False, return_recv_hook=hook)
+        finish() if hook else None
+        return rows.clone(), counts, handle
+
+    def combine(rows, handle):
+        sums, _, finish = buffer.low_latency_combine(rows, ids[rank], weights[rank], handle, return_recv_hook=hook)
+        finish() if hook else None
+        return sums
+
+    def counted(ranks):
+        return [sum(e == rank * WINDOW + i for s in ranks for e in ids[s].flatten().tolist()) for i in range(WINDOW)]
+
+    if rank == 1:
+        if silent_in == "combine":
+            dispatch()
+    else:
+        rows, counts, handle = dispatch()
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0, silent_in == "dispatch", 0]
+        assert counts.tolist() == counted(alive if silent_in == "dispatch" else range(RANKS))
+        torch.testing.assert_close(combine(rows, handle), alive_sums(x, ids, weights, rank, alive))
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0, 1, 0]
+        torch.testing.assert_close(combine(rows, handle), alive_sums(x, ids, weights, rank, alive))  # an old handle serves again
+        buffer.clean_low_latency_buffer(slots, HIDDEN, EXPERTS)
+        rows, counts, handle = dispatch()
+        assert counts.tolist() == counted(alive) and all(int(pair) == 0 for pair in handle[1][:, 1])
+        with pytest.raises(ty.UsageError, match="rank 1 is masked and has left"):
+            buffer.low_latency_update_mask_buffer(1, False)
+        with pytest.raises(ty.UsageError, match=f"rank_to_mask = {rank} on rank {rank} of 3"):
+            buffer.low_latency_update_mask_buffer(rank, True)
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_query_mask_buffer(status)
+    rows, counts, handle = dispatch()
+    assert status.tolist() == [0, 0, 0] and counts.tolist() == counted(range(RANKS))
+    torch.testing.assert_close(combine(rows, handle), alive_sums(x, ids, weights, rank, range(RANKS)))
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("silent_in", ["dispatch", "combine"])
+def test_enable_shrink(hook, silent_in, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENYARD_TIMEOUT_MS", "1500")
+    on_group(lambda group, rank: check_shrink(group, rank, hook, silent_in), tmp_path)
+
+
 def check_elastic(group, rank, expand, cpu_sync, alignment, multiple):
     import deep_ep
     from deep_ep.utils.refs import dispatch as reference
@@ -251,7 +312,9 @@ def test_errors_name_the_value(tmp_path):
             (lambda: buffer.low_latency_dispatch(x, ids, 1, 2), "2 tokens; num_max_dispatch_tokens_per_rank is 1"),
             (lambda: buffer.low_latency_dispatch(x, ids, 2, 2, use_ue8m0=True), "use_ue8m0 without round_scale"),
             (lambda: buffer.low_latency_dispatch(x, ids, 2, 2, async_finish=True, return_recv_hook=True), "choose one"),
-            (lambda: deep_ep.Buffer(group, enable_shrink=True), "enable_shrink = True"),
+            (lambda: buffer.low_latency_update_mask_buffer(1, True), "enable_shrink=True"),
+            (lambda: buffer.low_latency_query_mask_buffer(torch.zeros(2, dtype=torch.int32)), "enable_shrink=True"),
+            (lambda: buffer.low_latency_clean_mask_buffer(), "enable_shrink=True"),
             (lambda: deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=1).dispatch(x, ids, num_experts=2), "2 tokens, num_max_tokens_per_rank = 1"),
         ]:
             with pytest.raises(ty.UsageError, match=text):

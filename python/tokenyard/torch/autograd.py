@@ -37,14 +37,18 @@ class _Dispatch(torch.autograd.Function):
         results.append(received)
         rows, row_weights = received.rows, received.row_weights.clone()
         ctx.exchange, ctx.handle, ctx.weigh = exchange, received.handle, topk_weights is not None and topk_weights.requires_grad
+        ctx.tokens = x.shape[0]
         if not ctx.weigh:
             ctx.mark_non_differentiable(row_weights)
         return rows, row_weights
 
     @staticmethod
     def backward(ctx, grad_rows, grad_row_weights):
-        grad_x, grad_weights = ctx.exchange.dispatch_backward(ctx.handle, grad_rows.contiguous(), grad_row_weights.contiguous() if ctx.weigh else None)
-        return None, grad_x, grad_weights, None, None, None
+        # A combine of the rows' gradients, in memory of torch: on a GPU the exchange's own would not know who reads it.
+        grad_x = torch.empty(ctx.tokens, grad_rows.shape[1], dtype=grad_rows.dtype, device=grad_rows.device)
+        weights = {"row_weights": grad_row_weights.contiguous()} if ctx.weigh else {}
+        result = ctx.exchange.combine(grad_rows.contiguous(), ctx.handle, out=grad_x, **weights)
+        return None, grad_x, result[1].clone() if ctx.weigh else None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -57,10 +61,13 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         rows, topk_weights = ctx.saved_tensors
+        if ctx.weighting in ("none", "at_input"):  # the gradient is a dispatch, straight into memory of torch
+            received = ctx.exchange.dispatch(grad.contiguous(), handle=ctx.handle, copy_out=True)
+            return None, _without_padding(received.rows, ctx.padding), None, None, None
         received, grad_weights = ctx.exchange.combine_backward(
             ctx.handle, grad.contiguous(), rows.contiguous(), weighting=ctx.weighting, **_source_weights(ctx.weighting, topk_weights))
         grad_rows = _without_padding(received.rows.clone(), ctx.padding)
-        return None, grad_rows, grad_weights if ctx.needs_input_grad[2] else None, None, None
+        return None, grad_rows, grad_weights.clone() if ctx.needs_input_grad[2] else None, None, None
 
 
 def _source_weights(weighting, topk_weights):
