@@ -1,4 +1,4 @@
-"""Grouped products and the feed-forward of CUDA tensors: as on the CPU within rounding, with gradients, without waiting for the GPU."""
+"""Grouped products and the feed-forward of CUDA tensors: as torch computes them expert by expert, within rounding, with gradients, without waiting for the GPU."""
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -7,7 +7,7 @@ if not torch.cuda.is_available():
 
 import tokenyard as ty  # noqa: E402
 import tokenyard.torch as tyt  # noqa: E402
-from torch_experts_test import COUNTS, EXPERTS, HIDDEN, LAYOUTS, TOLERANCE, WIDTH, layout_of, random  # noqa: E402
+from torch_experts_test import COUNTS, EXPERTS, HIDDEN, LAYOUTS, LIMITS, TOLERANCE, WIDTH, feed_forward_of, layout_of, plain, product_of, random  # noqa: E402
 
 
 def on_gpu(layout):
@@ -22,23 +22,23 @@ def on_gpu(layout):
 
 def same(ours, theirs, dtype):
     scale = max(1.0, float(theirs.detach().abs().max()))
-    torch.testing.assert_close(ours.cpu(), theirs, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype] * scale)
+    torch.testing.assert_close(ours.double().cpu(), theirs.double(), rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype] * scale)
 
 
-def compare(compute, layout, dtype, born, inputs):
-    """Values and gradients of compute(groups, *inputs) on both; rows of padding are not compared, and NaN in the gradient."""
-    groups, _, rows, _ = layout_of(layout)
+def compare(compute, reference, layout, dtype, born, inputs):
+    """Values and gradients of compute(groups, *inputs) and of plain(reference); rows of padding are not compared, and NaN in the gradient."""
+    groups, _, rows, experts = layout_of(layout)
     gpu_groups = on_gpu(layout) if born == "on_gpu" else groups
     is_row = torch.tensor(rows) >= 0
     gpu_inputs = [None if t is None else t.detach().cuda().requires_grad_() for t in inputs]
-    ours, theirs = compute(gpu_groups, *gpu_inputs), compute(groups, *inputs)
+    ours, theirs = compute(gpu_groups, *gpu_inputs), plain(inputs[0], rows, experts, reference)
     same(ours[:len(is_row)][is_row.cuda()], theirs[is_row], dtype)
     upstream = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     upstream[~is_row] = float("nan")
     padded = torch.full(ours.shape, float("nan"), dtype=dtype)
     padded[:len(upstream)] = upstream  # on the GPU gathered rows have as many places as there can be
     ours = torch.autograd.grad(ours, [t for t in gpu_inputs if t is not None], padded.cuda())
-    theirs = torch.autograd.grad(theirs, [t for t in inputs if t is not None], upstream)
+    theirs = torch.autograd.grad(theirs, [t for t in inputs if t is not None], upstream.double())
     for a, b in zip(ours, theirs):
         same(a, b, dtype)
 
@@ -49,7 +49,7 @@ def compare(compute, layout, dtype, born, inputs):
 def test_grouped_gemm(born, layout, dtype):
     count = layout_of(layout)[1]
     inputs = random(count, HIDDEN, seed=1, dtype=dtype), random(EXPERTS, 7, HIDDEN, seed=2, dtype=dtype), random(EXPERTS, 7, seed=3, dtype=dtype)
-    compare(lambda groups, x, w, bias: tyt.grouped_gemm(x, groups, w, bias), layout, dtype, born, inputs)
+    compare(lambda groups, x, w, bias: tyt.grouped_gemm(x, groups, w, bias), product_of(*inputs[1:]), layout, dtype, born, inputs)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -59,8 +59,8 @@ def test_feed_forward(activation, layout, dtype):
     biases = (random(EXPERTS, 2, WIDTH, seed=4, dtype=dtype), random(EXPERTS, HIDDEN, seed=5, dtype=dtype)) if activation == "clamped" else (None, None)
     inputs = (random(layout_of(layout)[1], HIDDEN, seed=1, dtype=dtype), random(EXPERTS, 2, WIDTH, HIDDEN, seed=2, dtype=dtype),
               random(EXPERTS, HIDDEN, WIDTH, seed=3, dtype=dtype), *biases)
-    compare(lambda groups, x, w13, w2, b13, b2: tyt.feed_forward(x, groups, w13, w2, w13_bias=b13, w2_bias=b2, activation=activation),
-            layout, dtype, "on_gpu", inputs)
+    compare(lambda groups, x, w13, w2, b13, b2: tyt.feed_forward(x, groups, w13, w2, w13_bias=b13, w2_bias=b2, activation=activation, **LIMITS),
+            feed_forward_of(activation, *inputs[1:]), layout, dtype, "on_gpu", inputs)
 
 
 def test_between_dispatch_and_combine():

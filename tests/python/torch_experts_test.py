@@ -55,12 +55,32 @@ def plain(x, rows, expert, compute):
     return torch.stack([zero if out is None else out for out in outs])
 
 
+def product_of(w, bias):
+    """compute(expert, row) of a grouped product, for plain()."""
+    return lambda e, row: w[e].double() @ row + bias[e].double()
+
+
+LIMITS = {"limit": 3.0, "alpha": 1.5}
+
+
+def feed_forward_of(activation, w13, w2, *biases):
+    """compute(expert, row) of a feed-forward, for plain()."""
+    def compute(e, row):
+        gate, up = w13[e].double() @ row + (0 if biases[0] is None else biases[0][e].double())
+        if activation == "silu":
+            return w2[e].double() @ (torch.nn.functional.silu(gate) * up)
+        gate, up = gate.clamp(max=3), up.clamp(-3, 3)
+        return w2[e].double() @ (gate * torch.sigmoid(1.5 * gate) * (up + 1)) + biases[1][e].double()
+
+    return compute
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_grouped_gemm(layout, dtype):
     groups, count, rows, expert = layout_of(layout)
     x, w, bias = random(count, HIDDEN, seed=1, dtype=dtype), random(EXPERTS, 7, HIDDEN, seed=2, dtype=dtype), random(EXPERTS, 7, seed=3, dtype=dtype)
-    expected = plain(x, rows, expert, lambda e, row: w[e].double() @ row + bias[e].double())
+    expected = plain(x, rows, expert, product_of(w, bias))
     check(tyt.grouped_gemm(x, groups, w, bias), expected, (x, w, bias), torch.tensor(rows) < 0)
 
 
@@ -73,15 +93,8 @@ def test_feed_forward(layout, activation, dtype):
     w13, w2 = random(EXPERTS, 2, WIDTH, HIDDEN, seed=2, dtype=dtype), random(EXPERTS, HIDDEN, WIDTH, seed=3, dtype=dtype)
     biases = (random(EXPERTS, 2, WIDTH, seed=4, dtype=dtype), random(EXPERTS, HIDDEN, seed=5, dtype=dtype)) if activation == "clamped" else (None, None)
 
-    def compute(e, row):
-        gate, up = w13[e].double() @ row + (0 if biases[0] is None else biases[0][e].double())
-        if activation == "silu":
-            return w2[e].double() @ (torch.nn.functional.silu(gate) * up)
-        gate, up = gate.clamp(max=3), up.clamp(-3, 3)
-        return w2[e].double() @ (gate * torch.sigmoid(1.5 * gate) * (up + 1)) + biases[1][e].double()
-
-    y = tyt.feed_forward(x, groups, w13, w2, w13_bias=biases[0], w2_bias=biases[1], activation=activation, limit=3.0, alpha=1.5)
-    check(y, plain(x, rows, expert, compute), (x, w13, w2, *biases), torch.tensor(rows) < 0)
+    y = tyt.feed_forward(x, groups, w13, w2, w13_bias=biases[0], w2_bias=biases[1], activation=activation, **LIMITS)
+    check(y, plain(x, rows, expert, feed_forward_of(activation, w13, w2, *biases)), (x, w13, w2, *biases), torch.tensor(rows) < 0)
 
 
 def test_weights_that_are_not_dense_and_gradients_that_nobody_wants():
