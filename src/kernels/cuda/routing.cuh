@@ -31,6 +31,7 @@ __device__ inline const std::uint32_t* shards_for(const RoutingArgs& routing, in
 struct IdCounts {
   unsigned invalid = 0;  // outside of the table
   unsigned lost = 0;     // experts without an instance
+  bool refused = false;  // an id or a weight has made the call fail
 };
 
 // shards_for (token, k) with what there is to say about its id, and its weight when that is asked for.
@@ -39,10 +40,14 @@ __device__ inline const std::uint32_t* checked_shards(const Context& c, const Ro
   const std::int64_t expert = id_at(routing, token, k);
   if (expert >= routing.table.num_experts) {
     ++counts.invalid;
-    if (routing.validate) fail(c, FailureKind::mismatch, Phase::dispatch_counts, c.rank, routing.table.num_experts, expert);
+    if (routing.validate) {
+      fail(c, FailureKind::mismatch, Phase::dispatch_counts, c.rank, routing.table.num_experts, expert);
+      counts.refused = true;
+    }
   }
   if (routing.validate && !isfinite(weight_at(routing, token, k))) {
     fail(c, FailureKind::mismatch, Phase::dispatch_counts, c.rank, kNotFinite, token);
+    counts.refused = true;
   }
   const std::uint32_t* shards = shards_for(routing, c.rank, token, expert);
   if (shards != nullptr && shards[0] == kNoInstance) ++counts.lost;

@@ -94,9 +94,18 @@ __device__ Token look_at(const MoveJob& job, std::int32_t index, std::uint64_t c
   return token;
 }
 
+// By one warp: what is wrong with the ids and weights of a token. False: enough to refuse the call. The token is not sent then, and peers
+// that wait for it learn why.
+__device__ bool check_ids(const MoveArgs& args, const Token& token) {
+  IdCounts ids;
+  for (int k = lane_index(); k < args.routing.top_k; k += kLanes) checked_shards(args.context, args.routing, token.index, k, ids);
+  add_id_counts(args.context, ids);
+  return !ids.refused;
+}
+
 // Which ranks the token goes to: from its ids, remembered in the handle, or from the handle. Begins with a barrier;
-// another must follow.
-__device__ void find_destinations(const MoveArgs& args, const Token& token, SlotsMemory& memory) {
+// another must follow. False, in the threads that learn it: the token is refused.
+__device__ bool find_destinations(const MoveArgs& args, const Token& token, SlotsMemory& memory) {
   const Context& c = args.context;
   const int groups = (c.ranks + kLanes - 1) / kLanes;
   const std::int64_t first = static_cast<std::int64_t>(token.index) * c.ranks;
@@ -115,6 +124,7 @@ __device__ void find_destinations(const MoveArgs& args, const Token& token, Slot
     args.handle.k_masks[first + rank] = k_mask;
     if (k_mask != 0) atomicOr(&memory.present[rank / kLanes], 1U << (rank % kLanes));
   }
+  return args.cached || warp_index() != warps_of_block() - 2 || check_ids(args, token);
 }
 
 // One piece of the row, by the block, to every rank that gets it.
@@ -221,17 +231,10 @@ __device__ void flag_token(const Context& c, const Token& token) {
   }
 }
 
-// What this rank wants to know of a token that is on its way, by the last warps: the first ones land. Counts are zero when block 0
-// has begun.
-__device__ void note_token(const MoveArgs& args, const Token& token, const SlotsMemory& memory) {
+// A token on its way is counted by a warp that lands little. Counts are zero when block 0 has begun.
+__device__ void count_token(const MoveArgs& args, const Token& token, const SlotsMemory& memory) {
   const Context& c = args.context;
-  const int last = warps_of_block() - 1;
-  if (warp_index() == last) {
-    IdCounts ids;
-    for (int k = lane_index(); k < args.routing.top_k; k += kLanes) checked_shards(c, args.routing, token.index, k, ids);
-    add_id_counts(c, ids);
-  }
-  if (warp_index() != last - 1 || !wait_for_own_begin(c, token.call)) return;
+  if (warp_index() != warps_of_block() - 1 || !wait_for_own_begin(c, token.call)) return;
   for (int rank = lane_index(); rank < c.ranks; rank += kLanes) {
     if (goes_to(memory, rank)) atomicAdd(&args.handle.sent_counts[rank], 1);
   }
@@ -263,7 +266,7 @@ __device__ void send_token(const MoveJob& job, Token& token, const SlotsMemory& 
     store_piece(job, token, token.row, piece, memory);
   }
   flag_token(args.context, token);
-  if (!args.cached) note_token(args, token, memory);
+  if (!args.cached) count_token(args, token, memory);
 }
 
 // Block 0 announces; it sends only where there are fewer blocks than that and the tokens need. Block-uniform; false: failed.
@@ -278,8 +281,9 @@ __device__ bool send_tokens(const MoveJob& job, const protocol::CallHeader& head
     if (index < 0) continue;
     Token token = look_at(job, index, call);
     if constexpr (kQuantise) quantise_piece(job, token, 0, token.row, *stage);
-    find_destinations(args, token, memory);
-    if (__syncthreads_and(met || meet_peers(args, header, memory, call)) == 0) return false;
+    const bool sends = find_destinations(args, token, memory);
+    const bool meets = met || meet_peers(args, header, memory, call);
+    if (__syncthreads_and(sends && meets) == 0) return false;
     met = true;
     send_token<kQuantise>(job, token, memory, stage);
   }
