@@ -14,9 +14,11 @@ namespace tokenyard::protocol {
 
 // Order in which a call sets them.
 enum class Flag : std::uint8_t {
-  begun,     // the writer has begun the call: its receive buffer (dispatch: offered_buffer) or staging (combine) may be written,
-             // rows it offers for pulling are ready; throughput dispatch: its counts are here
-  digest,    // of the header of its call; the header itself follows
+  begun,  // the writer has begun the call: its receive buffer (dispatch: offered_buffer) or staging (combine) may be written,
+          // rows it offers for pulling are ready; throughput dispatch: its counts are here
+  begun_odd,
+  digest,  // of the header of its call; the header itself follows
+  digest_odd,
   records,   // throughput dispatch: its records lie in the receive buffer
   rows,      // throughput dispatch: its rows and their scales lie there
   weights,   // combine, at_source: its weights lie in weights_in
@@ -24,7 +26,10 @@ enum class Flag : std::uint8_t {
   reads,     // combine by pull: it has read everything it wants from the receiver's expert rows
   left,      // it gave up the call: nothing of it is under way any more
 };
-constexpr int kFlags = 8;
+constexpr int kFlags = 10;
+// What brings something along has a word for even calls and one for odd calls of an exchange: a peer that has all it needs from this
+// rank's first blocks begins the next call, and a block that comes late still finds what the peer said of this one.
+constexpr TY_HOST_DEVICE Flag of_call(Flag even, std::uint64_t call) { return static_cast<Flag>(static_cast<int>(even) + call % 2); }
 
 // 2^40 calls, a few months of the fastest ones.
 constexpr int kFlagBits = 24;

@@ -81,16 +81,18 @@ __device__ inline bool wait_for_peers(const Context& c, const protocol::CallHead
   bool good = true;
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
     if (peer == c.rank) continue;
-    const std::uint64_t begun = await_word(c, flag_of(c, Flag::begun, peer), protocol::flag_word(call), {peer, phase, call});
+    const std::uint64_t begun = await_word(c, flag_of(c, of_call(Flag::begun, call), peer), protocol::flag_word(call), {peer, phase, call});
     good = good && begun != 0 && (protocol::offered_buffer(begun) == protocol::kNoBuffer) == is_combine;
   }
   if (checks) good = check_peers(c, header, phase, call) && good;
   return __syncthreads_and(good) != 0;
 }
 
-// The receive buffer that `rank`, which has begun, offers. This rank's own is known where its announcement may not be there yet.
+// The receive buffer that `rank` offers, which has begun this call and cannot end it without this block. This rank's own is known
+// where its announcement may not be there yet.
 __device__ inline int buffer_of(const Context& c, int rank, int own_buffer) {
-  return rank == c.rank ? own_buffer : protocol::offered_buffer(*flag_of(c, Flag::begun, rank));
+  if (rank == c.rank) return own_buffer;
+  return protocol::offered_buffer(max(*flag_of(c, Flag::begun, rank), *flag_of(c, Flag::begun_odd, rank)));
 }
 
 // What this rank has sent; by one warp.

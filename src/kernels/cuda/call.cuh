@@ -8,6 +8,7 @@
 namespace tokenyard::cuda {
 
 using protocol::Flag;
+using protocol::of_call;
 
 __device__ inline std::byte* arena(const Context& c, int rank) { return c.arenas[rank]; }
 // What `writer` writes for `owner`.
@@ -179,7 +180,7 @@ __device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phas
 
 // Waits in this thread until this rank itself has begun: another block sees to it, and to deadlines.
 __device__ inline bool wait_for_own_begin(const Context& c, std::uint64_t call) {
-  const std::uint64_t* word = flag_of(c, Flag::begun, c.rank);
+  const std::uint64_t* word = flag_of(c, of_call(Flag::begun, call), c.rank);
   while (protocol::flag_call(ptx::load_acquire(word)) < call) {
     if (has_failed(c)) return false;
   }
@@ -200,6 +201,10 @@ __device__ inline bool wait_for_all(const Context& c, Flag flag, Phase phase) { 
 __device__ inline void set_flag(const Context& c, Flag flag, int peer, std::uint64_t call, std::uint32_t bits = 0) {
   ptx::store_release(&mailbox(c, peer, c.rank).flags[static_cast<int>(flag)], protocol::flag_word(call, bits));
 }
+// Publishes nothing but itself.
+__device__ inline void set_flag_relaxed(const Context& c, Flag flag, int peer, std::uint64_t call, std::uint32_t bits = 0) {
+  ptx::store_relaxed(&mailbox(c, peer, c.rank).flags[static_cast<int>(flag)], protocol::flag_word(call, bits));
+}
 // By the threads of one block, after a barrier behind the work to publish.
 __device__ inline void set_flag_everywhere(const Context& c, Flag flag, std::uint64_t call) {
   for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) set_flag(c, flag, (c.rank + 1 + i) % c.ranks, call);
@@ -208,9 +213,8 @@ __device__ inline void set_flag_everywhere(const Context& c, Flag flag) { set_fl
 
 // What call this rank makes, for the peer to check. Nothing here waits: a reader knows by the digest when it has all of the header.
 __device__ inline void tell_call(const Context& c, const protocol::CallHeader& header, int peer) {
-  protocol::DeviceMailbox& box = mailbox(c, peer, c.rank);
-  ptx::store_relaxed(&box.flags[static_cast<int>(Flag::digest)], protocol::flag_word(header.call, protocol::digest(header)));
-  box.headers[header.call % protocol::kRing] = header;
+  set_flag_relaxed(c, of_call(Flag::digest, header.call), peer, header.call, protocol::digest(header));
+  mailbox(c, peer, c.rank).headers[header.call % protocol::kRing] = header;
 }
 // Tells the other ranks that this one has begun, what it offers and what call it makes. By the threads of one block. Relaxed: what
 // earlier kernels did is done, and of this one nothing is published.
@@ -218,7 +222,7 @@ __device__ inline void announce(const Context& c, protocol::CallHeader header, s
   header.call = call;
   for (int i = threadIdx.x; i < c.ranks - 1; i += blockDim.x) {
     const int peer = (c.rank + 1 + i) % c.ranks;
-    ptx::store_relaxed(&mailbox(c, peer, c.rank).flags[static_cast<int>(Flag::begun)], protocol::flag_word(call, offer));
+    set_flag_relaxed(c, of_call(Flag::begun, call), peer, call, offer);
     tell_call(c, header, peer);
   }
 }
@@ -228,7 +232,7 @@ __device__ inline void announce_at_once(const Context& c, protocol::CallHeader h
   for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
     const int peer = (c.rank + 1 + i) % c.ranks;
     tell_call(c, header, peer);
-    set_flag(c, Flag::begun, peer, call, offer);
+    set_flag(c, of_call(Flag::begun, call), peer, call, offer);
   }
 }
 
@@ -248,7 +252,7 @@ __device__ inline protocol::CallHeader header_of(const Context& c, int peer, std
 // After Flag::begun of `peer` was seen: does it make the same call?
 __device__ inline bool agrees(const Context& c, protocol::CallHeader header, int peer, Phase phase, std::uint64_t call) {
   header.call = call;
-  const std::uint64_t theirs = await_word(c, flag_of(c, Flag::digest, peer), protocol::flag_word(call), {peer, phase, call});
+  const std::uint64_t theirs = await_word(c, flag_of(c, of_call(Flag::digest, call), peer), protocol::flag_word(call), {peer, phase, call});
   if (theirs == 0) return false;
   if (theirs == protocol::flag_word(call, protocol::digest(header))) return true;
   protocol::ErrorRecord record;
@@ -275,7 +279,7 @@ __device__ inline bool check_peers(const Context& c, const protocol::CallHeader&
 // The whole block waits until every peer has begun this call, and checks that it is the same one. Block-uniform.
 __device__ inline bool wait_until_begun(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call) {
   const bool good = check_peers(c, header, phase, call);
-  return wait_for_all(c, Flag::begun, phase, call) && __syncthreads_and(good) != 0;
+  return wait_for_all(c, of_call(Flag::begun, call), phase, call) && __syncthreads_and(good) != 0;
 }
 
 // Until every rank has left the rejected call, one that came late may still write what it was about. By the whole block that announces

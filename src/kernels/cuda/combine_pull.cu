@@ -10,7 +10,7 @@ __device__ void finish_pull(const CombineArgs& args, std::uint64_t call) {
   const Context& c = args.context;
   // What has been read is in registers: nothing is left for a release to wait for. Also of a call that has failed.
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
-    ptx::store_relaxed(&mailbox(c, peer, c.rank).flags[static_cast<int>(Flag::reads)], protocol::flag_word(call));
+    set_flag_relaxed(c, Flag::reads, peer, call);
   }
   const bool failed = block_has_failed(c);
   if (!failed && warp_index() == 0) add_link_bytes(c, args.handle.rank_counts, args.header.row_bytes);

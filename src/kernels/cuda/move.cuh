@@ -23,10 +23,6 @@ __device__ inline bool begin_move(const MoveArgs& args) {
   return wait_for_peers(c, header, Phase::dispatch_credit, state.call, blockIdx.x == gridDim.x - 1);
 }
 
-__device__ inline std::int32_t tokens_of(const MoveArgs& args) {
-  return args.cached ? args.handle.header->num_tokens : args.routing.num_tokens;
-}
-
 // The index of a token's row at `rank`, -1: none.
 __device__ inline std::int32_t slot_of(const MoveArgs& args, std::int32_t token, int rank) {
   const std::int64_t ranks = args.context.ranks;

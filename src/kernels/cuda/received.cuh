@@ -7,6 +7,11 @@
 
 namespace tokenyard::cuda {
 
+// Of this rank.
+__device__ inline std::int32_t tokens_of(const MoveArgs& args) {
+  return args.cached ? args.handle.header->num_tokens : args.routing.num_tokens;
+}
+
 // Rows that the arrays of a handle have room for.
 __device__ inline std::int64_t received_capacity(const Context& c, Mode mode) {
   return mode == Mode::latency ? c.shape.ranks * c.shape.max_tokens_per_rank : c.shape.receive_rows;

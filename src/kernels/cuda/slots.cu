@@ -46,31 +46,28 @@ struct Token {
 
 __device__ bool goes_to(const SlotsMemory& memory, int rank) { return (memory.present[rank / kLanes] >> (rank % kLanes) & 1) != 0; }
 
-__device__ Peer look_up_peer(const MoveArgs& args, int rank) {
-  const std::uint64_t begun = *flag_of(args.context, Flag::begun, rank);
-  return {arena(args.context, rank), protocol::offered_buffer(begun), protocol::offered_tokens(begun)};
+// What a rank that has begun offers. This rank's own announcement may not be there yet, and is not needed.
+__device__ Peer peer_with(const MoveArgs& args, int rank, std::uint64_t begun) {
+  std::byte* const memory = arena(args.context, rank);
+  if (rank == args.context.rank) return {memory, args.buffer, tokens_of(args)};
+  return {memory, protocol::offered_buffer(begun), protocol::offered_tokens(begun)};
 }
-__device__ Peer peer_of(const MoveArgs& args, const SlotsMemory& memory, int rank) {
-  return rank < kKnownPeers ? memory.peers[rank] : look_up_peer(args, rank);
+__device__ Peer peer_of(const MoveArgs& args, const SlotsMemory& memory, int rank, std::uint64_t call) {
+  return rank < kKnownPeers ? memory.peers[rank] : peer_with(args, rank, *flag_of(args.context, of_call(Flag::begun, call), rank));
 }
 
-__device__ std::int32_t tokens_of(const MoveArgs& args) { return args.cached ? args.handle.header->num_tokens : args.routing.num_tokens; }
-
-// Waits until all have begun, and remembers what they offer and send. Only block 0 checks that they make the same call: rows harm
+// Waits until the others have begun, and remembers what all offer and send. Only block 0 checks that they make the same call: rows harm
 // nobody, since what a peer offers is free to be written. False, in the threads that learn it: the call has failed. A barrier must follow.
 __device__ bool meet_peers(const MoveArgs& args, const protocol::CallHeader& header, SlotsMemory& memory, std::uint64_t call) {
   const Context& c = args.context;
   bool good = true;
-  for (int peer = static_cast<int>(threadIdx.x + kLanes) % kSlotThreads; peer < c.ranks; peer += kSlotThreads) {
-    Peer met{.arena = arena(c, peer), .buffer = args.buffer, .tokens = tokens_of(args)};
+  for (int peer = static_cast<int>(threadIdx.x + kLanes) % kSlotThreads; peer < c.ranks; peer += kSlotThreads) {  // the last warp first
+    std::uint64_t begun = 0;
     if (peer != c.rank) {
-      const Wait wait{peer, Phase::dispatch_credit, call};
-      const std::uint64_t begun = await_word(c, flag_of(c, Flag::begun, peer), protocol::flag_word(call), wait);
-      met.buffer = protocol::offered_buffer(begun);
-      met.tokens = protocol::offered_tokens(begun);
-      good = good && begun != 0 && met.buffer != protocol::kNoBuffer;
+      begun = await_word(c, flag_of(c, of_call(Flag::begun, call), peer), protocol::flag_word(call), {peer, Phase::dispatch_credit, call});
+      good = good && begun != 0 && protocol::offered_buffer(begun) != protocol::kNoBuffer;
     }
-    if (peer < kKnownPeers) memory.peers[peer] = met;
+    if (peer < kKnownPeers) memory.peers[peer] = peer_with(args, peer, begun);
   }
   if (blockIdx.x == 0) good = check_peers(c, header, Phase::dispatch_credit, call) && good;
   return good;
@@ -137,7 +134,7 @@ __device__ void store_piece(const MoveJob& job, const Token& token, const int4 (
   for (int i = 0; i < c.ranks; ++i) {
     const int rank = start + i < c.ranks ? start + i : start + i - c.ranks;
     if (!goes_to(memory, rank)) continue;
-    const Peer peer = peer_of(job.args, memory, rank);
+    const Peer peer = peer_of(job.args, memory, rank, token.call);
     std::byte* to = peer.arena + c.layout.rows + peer.buffer * c.layout.rows_bytes + slot * job.args.source.row_bytes + piece;
 #pragma unroll
     for (int j = 0; j < kUnroll; ++j) {
@@ -155,7 +152,7 @@ __device__ void store_scales(const MoveJob& job, const Token& token, const Slots
   if (scales.units == 0) return;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     if (!goes_to(memory, rank)) continue;
-    const Peer peer = peer_of(job.args, memory, rank);
+    const Peer peer = peer_of(job.args, memory, rank, token.call);
     std::byte* to = peer.arena + c.layout.scales + peer.buffer * c.layout.scales_bytes + slot * scales.row_bytes;
     for (int unit = lane_index(); unit < scales.units; unit += kLanes) {
       const int4 value = unit < kLanes ? token.scales : load_scale_unit(job, token.index, unit);
@@ -174,7 +171,7 @@ __device__ void store_staged_scales(const MoveJob& job, const Token& token, int 
   const std::int64_t slot = c.rank * c.shape.max_tokens_per_rank + token.index;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     if (!goes_to(memory, rank)) continue;
-    const Peer peer = peer_of(job.args, memory, rank);
+    const Peer peer = peer_of(job.args, memory, rank, token.call);
     std::byte* to = peer.arena + c.layout.scales + peer.buffer * c.layout.scales_bytes + slot * job.scales.row_bytes;
     to += quantised_scale_bytes(source.format, first_block);
     for (int word = lane_index(); word < words; word += kLanes) {
@@ -216,7 +213,7 @@ __device__ void store_records(const MoveArgs& args, const Token& token, const Sl
       const std::int64_t first_partial = token.index * c.shape.partials_per_token();
       if (rank != c.rank) head.partial_slot = static_cast<std::int32_t>(first_partial + remote_ordinal(memory, c.rank, rank));
     }
-    const Peer peer = peer_of(args, memory, rank);
+    const Peer peer = peer_of(args, memory, rank, token.call);
     std::byte* to = peer.arena + c.layout.records + peer.buffer * c.layout.records_bytes + slot * c.shape.record_bytes();
     write_record(to, head, token.choices, local_ids_at(args.routing, token.choices, rank), args.routing.top_k);
   }
@@ -317,7 +314,7 @@ __device__ void land_slots(const MoveArgs& args, std::uint64_t call, const Slots
     const unsigned row = at / top_k;
     const int source = static_cast<int>(row / max_tokens);
     const unsigned token = row - static_cast<unsigned>(source) * max_tokens;
-    const bool is_sent = static_cast<std::int32_t>(token) < peer_of(args, memory, source).tokens;
+    const bool is_sent = static_cast<std::int32_t>(token) < peer_of(args, memory, source, call).tokens;
     const std::uint64_t* const word = arrival(c, c.rank, source, token);
     if (is_sent && !wait_for_word(c, word, protocol::flag_word(call), {source, Phase::dispatch_rows, call})) return;
     if (args.cached) continue;
@@ -340,7 +337,7 @@ __device__ bool begin_slots(const MoveArgs& args, const protocol::CallHeader& he
     handle.dropped[local] = 0;
   }
   __syncthreads();
-  if (threadIdx.x == 0) set_flag(c, Flag::begun, c.rank, state.call, offer);
+  if (threadIdx.x == 0) set_flag(c, of_call(Flag::begun, state.call), c.rank, state.call, offer);
   return true;
 }
 
