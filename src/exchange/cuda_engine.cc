@@ -277,7 +277,6 @@ Failure CudaEngine::describe_failure(const protocol::ErrorRecord& record) const 
   return failure;
 }
 
-// Follows who waits for whom, as ranks told before their own deadlines ended.
 std::unique_ptr<ExchangeEngine> make_cuda_engine(const World& world, const ExchangeOptions& options) {
   return std::make_unique<CudaEngine>(world, options);
 }
