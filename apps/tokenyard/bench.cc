@@ -27,9 +27,7 @@ void run_bench(CLI::App& app, BenchCommand& command) {
   if (!command.json_path.empty()) require_writable("--json", command.json_path);
   const nlohmann::json report = measure(command.settings, "bench");
   fmt::print("{}", bench_table(report));
-  if (command.json_path.empty()) return;
-  write_file(command.json_path, report.dump(1) + "\n");
-  fmt::print("written: {}\n", command.json_path);
+  write_result(command.json_path, report.dump(1) + "\n");
 }
 
 }  // namespace

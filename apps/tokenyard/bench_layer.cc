@@ -115,9 +115,7 @@ void run_layer(LayerCommand& command) {
                        .label = "bench layer"};
   const json report = report_of(command.settings, run_on_ranks(run, to_json(command.settings)));
   fmt::print("{}", table_of(command.settings, report));
-  if (command.json_path.empty()) return;
-  write_file(command.json_path, report.dump(1) + "\n");
-  fmt::print("written: {}\n", command.json_path);
+  write_result(command.json_path, report.dump(1) + "\n");
 }
 
 }  // namespace

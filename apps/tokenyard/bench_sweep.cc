@@ -97,14 +97,8 @@ void run_sweep(CLI::App& app, SweepCommand& command) {
   if (!runs[0]["baseline"]["measured"].get<bool>()) {
     fmt::print("no {} baseline: {}\n", baseline_name(runs[0]), runs[0]["baseline"]["why_not"].get<std::string>());
   }
-  if (!command.json_path.empty()) {
-    write_file(command.json_path, json{{"format", kBenchFormat}, {"kind", "sweep"}, {"runs", runs}}.dump(1) + "\n");
-    fmt::print("written: {}\n", command.json_path);
-  }
-  if (!command.svg_path.empty()) {
-    write_file(command.svg_path, line_plot(plot_of(runs)));
-    fmt::print("written: {}\n", command.svg_path);
-  }
+  write_result(command.json_path, json{{"format", kBenchFormat}, {"kind", "sweep"}, {"runs", runs}}.dump(1) + "\n");
+  if (!command.svg_path.empty()) write_result(command.svg_path, line_plot(plot_of(runs)));
 }
 
 }  // namespace

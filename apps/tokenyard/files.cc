@@ -43,4 +43,10 @@ void write_file(const std::string& path, const std::string& text) {
   if (!out) throw Error(fmt::format("{}: cannot be written ({}); free space or name another file", path, std::strerror(errno)));
 }
 
+void write_result(const std::string& path, const std::string& text) {
+  if (path.empty()) return;
+  write_file(path, text);
+  fmt::print("written: {}\n", path);
+}
+
 }  // namespace tokenyard::cli

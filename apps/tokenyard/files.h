@@ -11,5 +11,7 @@ std::string read_file(const std::string& option, const std::string& path);
 void require_writable(const std::string& option, const std::string& path);
 // Error (operating failure) when the disk refuses.
 void write_file(const std::string& path, const std::string& text);
+// The same, and says so on standard output; nothing where `path` is empty.
+void write_result(const std::string& path, const std::string& text);
 
 }  // namespace tokenyard::cli

@@ -126,8 +126,7 @@ void run_parallel(CLI::App& app, ParallelCommand& command) {
   if (command.json_path.empty()) return;
   const std::string json = report_json(config, held, command).dump(1) + "\n";
   if (to_file) {
-    write_file(command.json_path, json);
-    fmt::print("written: {}\n", command.json_path);
+    write_result(command.json_path, json);
   } else {
     fmt::print("{}", json);
   }

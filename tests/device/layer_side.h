@@ -103,14 +103,7 @@ class LayerRank {
     cuda_check(cudaMemcpy(host.view().data, view.data, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
     return host.values();
   }
-  Values expected() const {
-    Values all;
-    for (std::int64_t t = 0; t < batch.tokens; ++t) {
-      const Values row = model.forward(&batch.x[t * c.sizes.hidden]);
-      all.insert(all.end(), row.begin(), row.end());
-    }
-    return all;
-  }
+  Values expected() const { return testing::outputs_of(model, batch, c.sizes.hidden); }
   void expect_answer(const char* what) const { testing::expect_close(what, fetch(out), expected(), c.tolerance); }
 
   LayerCase c;

@@ -78,23 +78,14 @@ TEST_F(DeviceLayer, WritesOverItsInputWhenAskedTo) {
 
 TEST_F(DeviceLayer, ReplaysAndMasks) {
   on_layer_ranks({.ep = 2}, [](LayerRank& rank) {
-    const std::int64_t tokens = rank.batch.tokens, hidden = rank.c.sizes.hidden;
-    std::vector<std::int64_t> ids;
-    std::vector<std::uint8_t> mask;
-    Values expected;
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      const std::vector<int> chosen = {static_cast<int>(t % 6), static_cast<int>((t + 2) % 6), static_cast<int>((t + 3) % 6)};
-      ids.insert(ids.end(), chosen.begin(), chosen.end());
-      mask.push_back(t % 2);
-      const Values row = t % 2 == 0 ? Values(hidden) : rank.model.forward(&rank.batch.x[t * hidden], &chosen);
-      expected.insert(expected.end(), row.begin(), row.end());
-    }
+    const std::int64_t tokens = rank.batch.tokens;
+    testing::Replay replay = testing::replay_of(rank.model, rank.batch, rank.c.sizes.hidden);
     MoeStepOptions options = rank.options(Mode::throughput);
-    options.mask = rank.device.copy({mask.data(), Dtype::uint8, {tokens}});
-    options.given_ids = rank.device.copy({ids.data(), Dtype::int64, {tokens, 3}});
+    options.mask = rank.device.copy({replay.mask.data(), Dtype::uint8, {tokens}});
+    options.given_ids = rank.device.copy({replay.ids.data(), Dtype::int64, {tokens, 3}});
     rank.group->world().barrier();
     rank.layer.forward(rank.x, rank.out, options);
-    testing::expect_close("out", rank.fetch(rank.out), expected, 2e-5);
+    testing::expect_close("out", rank.fetch(rank.out), replay.outputs, 2e-5);
   });
 }
 

@@ -176,6 +176,27 @@ Batch batch_of(const LayerCase& c, int rank) {
   return batch;
 }
 
+Values outputs_of(const Model& model, const Batch& batch, std::int64_t hidden) {
+  Values all;
+  for (std::int64_t t = 0; t < batch.tokens; ++t) {
+    const Values row = model.forward(&batch.x[t * hidden]);
+    all.insert(all.end(), row.begin(), row.end());
+  }
+  return all;
+}
+
+Replay replay_of(const Model& model, const Batch& batch, std::int64_t hidden) {
+  Replay replay;
+  for (std::int64_t t = 0; t < batch.tokens; ++t) {
+    const std::vector<int> chosen = {static_cast<int>(t % 6), static_cast<int>((t + 2) % 6), static_cast<int>((t + 3) % 6)};
+    replay.ids.insert(replay.ids.end(), chosen.begin(), chosen.end());
+    replay.mask.push_back(t % 2);
+    const Values row = t % 2 == 0 ? Values(hidden) : model.forward(&batch.x[t * hidden], &chosen);
+    replay.outputs.insert(replay.outputs.end(), row.begin(), row.end());
+  }
+  return replay;
+}
+
 ParallelConfig config_of(const LayerCase& c) {
   return solve_parallel({.device_count = c.ep * c.tp * c.outer_dp, .ep = c.ep, .outer_dp = c.outer_dp, .mlp_tp = c.tp});
 }

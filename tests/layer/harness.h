@@ -63,6 +63,15 @@ struct Batch {
   Values x, d_out;
 };
 Batch batch_of(const LayerCase& c, int rank);
+// What the model makes of the batch's tokens.
+Values outputs_of(const Model& model, const Batch& batch, std::int64_t hidden);
+// A step with ids that are given and every second token masked, and what the model makes of it.
+struct Replay {
+  std::vector<std::int64_t> ids;   // [tokens][3]
+  std::vector<std::uint8_t> mask;  // [tokens]
+  Values outputs;
+};
+Replay replay_of(const Model& model, const Batch& batch, std::int64_t hidden);
 
 ParallelConfig config_of(const LayerCase& c);
 ExpertGroupOptions group_options(const LayerCase& c);

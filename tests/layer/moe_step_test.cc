@@ -28,14 +28,7 @@ struct OnRank {
         x(of.dtype, batch.x, {batch.tokens, of.sizes.hidden}),
         layer(group, weights.views(), layer_options(of)) {}
   Tensor zeros() const { return Tensor::zeros(c.dtype, {batch.tokens, c.sizes.hidden}); }
-  Values expected() const {
-    Values all;
-    for (std::int64_t t = 0; t < batch.tokens; ++t) {
-      const Values row = model.forward(&batch.x[t * c.sizes.hidden]);
-      all.insert(all.end(), row.begin(), row.end());
-    }
-    return all;
-  }
+  Values expected() const { return outputs_of(model, batch, c.sizes.hidden); }
 };
 
 const LayerCase kShared = {.sizes = {.flavour = Flavour::deepseek}, .ep = 4};
@@ -94,21 +87,12 @@ TEST(MoeStep, ModesAndMicroBatchesUnderWayAtOnce) {
 
 TEST(MoeStep, ReplaysAndMasks) {
   on_ranks({.ep = 2}, [](OnRank& rank) {
-    const std::int64_t tokens = rank.batch.tokens, hidden = rank.c.sizes.hidden;
-    std::vector<std::int64_t> ids;
-    std::vector<std::uint8_t> mask;
-    Values expected;
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      const std::vector<int> chosen = {static_cast<int>(t % 6), static_cast<int>((t + 2) % 6), static_cast<int>((t + 3) % 6)};
-      ids.insert(ids.end(), chosen.begin(), chosen.end());
-      mask.push_back(t % 2);
-      const Values row = t % 2 == 0 ? Values(hidden) : rank.model.forward(&rank.batch.x[t * hidden], &chosen);
-      expected.insert(expected.end(), row.begin(), row.end());
-    }
+    const std::int64_t tokens = rank.batch.tokens;
+    Replay replay = replay_of(rank.model, rank.batch, rank.c.sizes.hidden);
     const Tensor out = rank.zeros();
     rank.layer.forward(rank.x.view(), out.view(),
-                       {.mask = {mask.data(), Dtype::uint8, {tokens}}, .given_ids = {ids.data(), Dtype::int64, {tokens, 3}}});
-    expect_close("out", out.values(), expected, 2e-5);
+                       {.mask = {replay.mask.data(), Dtype::uint8, {tokens}}, .given_ids = {replay.ids.data(), Dtype::int64, {tokens, 3}}});
+    expect_close("out", out.values(), replay.outputs, 2e-5);
   });
 }
 

@@ -174,9 +174,6 @@ __device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word
 __device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase, std::uint64_t call) {
   return wait_for_word(c, flag_of(c, flag, peer), protocol::flag_word(call), {peer, phase, call});
 }
-__device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase) {
-  return wait_for_flag(c, flag, peer, phase, call_number(c));
-}
 
 // Waits in this thread until this rank itself has begun: another block sees to it, and to deadlines.
 __device__ inline bool wait_for_own_begin(const Context& c, std::uint64_t call) {
