@@ -18,8 +18,6 @@
 #include "kernels/cuda/kernels.h"
 #include "memory/cuda_stream.h"
 #include "memory/sm_budget.h"
-#include "protocol/wait_chain.h"
-#include "world/lost_watch.h"
 
 namespace tokenyard::collective_internal {
 namespace {
@@ -155,7 +153,6 @@ class CudaDirect final : public DeviceCollectives {
   DirectCollectiveArgs args_of(DirectOperation operation, const Call& call) const;
   void set_words(DirectCollectiveArgs& args) const;
   void set_lanes(DirectCollectiveArgs& args) const;
-  Failure describe_failure(const protocol::ErrorRecord& record) const;
   std::string describe_mismatch(const protocol::ErrorRecord& record) const;
 
   World world_;
@@ -179,9 +176,9 @@ CudaDirect::CudaDirect(const World& world, const DeviceCollectiveOptions& option
   const int lanes = agree_on_lanes(world_, options.staging_bytes, budget_.multiprocessors);
   const std::int64_t slot_bytes =
       options.staging_bytes / (std::int64_t{lanes} * protocol::kLaneSlots) / protocol::kChunkAlignment * protocol::kChunkAlignment;
-  arena_ =
-      value_or_throw(LaneArena::create(world_, {.device = device_, .lanes = lanes, .slot_bytes = slot_bytes, .timeout_ms = timeout_ms_}));
-  watch_ = std::make_unique<LostWatch>(world_, [arena = arena_.get()](int rank) { arena->words().stop.lost_peer = rank + 1; });
+  arena_ = std::make_unique<LaneArena>(world_,
+                                       LaneOptions{.device = device_, .lanes = lanes, .slot_bytes = slot_bytes, .timeout_ms = timeout_ms_});
+  watch_ = arena_->watch(world_);
   world_.barrier();  // nobody waits in a kernel while another rank still allocates
 }
 
@@ -227,15 +224,7 @@ void CudaDirect::check_memory(const char* what, const ConstTensorView& view) con
 }
 
 void CudaDirect::reject(cudaStream_t stream, const std::string& reason) {
-  if (is_capturing(stream)) return;  // what the graph lacks, its replays cannot tell
-  order_.wait();                     // the text of an earlier rejection may still be read
-  const std::size_t length = std::min(reason.size(), static_cast<std::size_t>(protocol::kReasonBytes) - 1);
-  std::memcpy(arena_->words().reason, reason.data(), length);
-  arena_->words().reason[length] = '\0';
-  order_.enter(stream);
-  cuda::launch_reject(arena_->context(), arena_->words().reason, stream);
-  cuda_check(cudaGetLastError(), "telling peers that a call is rejected");
-  order_.leave(stream);
+  arena_->reject(order_, stream, reason, [&](const char* text, cudaStream_t on) { cuda::launch_reject(arena_->context(), text, on); });
 }
 
 DirectCollectiveArgs CudaDirect::args_of(DirectOperation operation, const Call& call) const {
@@ -304,41 +293,12 @@ void CudaDirect::wait_until(const std::function<bool()>& done) {
 }
 
 void CudaDirect::check() {
-  if (arena_->words().failure.set != 0) throw TransportError(describe_failure(arena_->words().failure));
-  if (arena_->words().abort.set == 0) return;
-  const protocol::ErrorRecord record = arena_->words().abort;
-  arena_->words().abort.set = 0;  // told once: the next call is fine
-  throw TransportError(describe_failure(record));
-}
-
-Failure CudaDirect::describe_failure(const protocol::ErrorRecord& record) const {
+  const auto record = arena_->take_failure();
+  if (!record) return;
   const CudaDeviceScope scope(device_);
-  Failure failure{.kind = static_cast<FailureKind>(record.kind),
-                  .phase = static_cast<Phase>(record.phase),
-                  .rank = rank_,
-                  .peer = record.peer,
-                  .epoch = record.call,
-                  .expected = record.expected,
-                  .seen = record.seen};
-  switch (failure.kind) {
-    case FailureKind::timeout:
-      failure.peer = protocol::end_of_chain(rank_, ranks_, record.peer,
-                                            [&](int rank) { return static_cast<int>(arena_->beacon_of(rank).waiting_on) - 1; });
-      failure.detail = fmt::format("no sign within {} ms", timeout_ms_);
-      break;
-    case FailureKind::peer_lost:
-      failure.detail = "its process ended, or its thread gave up";
-      break;
-    case FailureKind::aborted:
-      failure.detail = arena_->reason_of(record.peer);
-      break;
-    case FailureKind::mismatch:
-      failure.detail = describe_mismatch(record);
-      break;
-    default:
-      break;
-  }
-  return failure;
+  Failure failure = arena_->describe(*record);
+  if (failure.kind == FailureKind::mismatch) failure.detail = describe_mismatch(*record);
+  throw TransportError(std::move(failure));
 }
 
 std::string CudaDirect::describe_mismatch(const protocol::ErrorRecord& record) const {

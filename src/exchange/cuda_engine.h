@@ -118,8 +118,8 @@ class CudaEngine final : public ExchangeEngine {
                                           const CombineOptions& options);
   void wait_for_reads(cudaStream_t stream);
 
-  [[noreturn]] void throw_failure(const protocol::ErrorRecord& record) const;
   Failure describe_failure(const protocol::ErrorRecord& record) const;
+  std::string describe_mismatch(const protocol::ErrorRecord& record) const;
 
   int device_ = 0;
   SmBudget budget_;
