@@ -33,9 +33,11 @@ struct ResidualInput {
 struct NormOutput {
   TensorView residual{};
   TensorView out{};
+  TensorView inverse{};  // [t] float32, optional, of forward: 1 / sqrt(mean(residual_out^2) + epsilon), which backward can take
 };
 void residual_norm(const ResidualInput& input, const RmsNorm& norm, const NormOutput& output);
-// x [T,H] partial sums of this rank: summed over the ranks, of which this rank's slice goes on. Output [t_r,H].
+// x [T,H] partial sums of this rank: summed over the ranks, of which this rank's slice goes on. Output [t_r,H]; output.out is memory of
+// its own, in which the sums lie first.
 void reduce_scatter_norm(Collectives& collectives, const ResidualInput& input, const RmsNorm& norm, const NormOutput& output);
 // x [t_r,H] of this rank's slice; output.residual [t_r,H], output.out [T,H]: of all slices, in rank order.
 void norm_all_gather(Collectives& collectives, const ResidualInput& input, const RmsNorm& norm, const NormOutput& output);
@@ -44,6 +46,7 @@ struct NormGradient {
   ConstTensorView residual{};    // [t,H]: residual_out of forward
   ConstTensorView d_residual{};  // [t,H], optional: the gradient of residual_out from where else it was used
   ConstTensorView d_out{};       // [t,H]
+  ConstTensorView inverse{};     // [t] float32, optional: as forward left it
 };
 // d_x [t,H], which is the gradient of x and of residual alike (and, summed over rows, of the bias); d_weight [H] float32, optional,
 // added to. d_x may be d_residual or d_out.

@@ -37,6 +37,7 @@ void bind_weights(nb::module_& m);
 void bind_experts(nb::module_& m);
 void bind_device_experts(nb::module_& m);
 void bind_layer(nb::module_& m);
+void bind_norm(nb::module_& m);
 
 // "float32", "float32_pow2", "ue8m0".
 ScaleFormat parse_scale_format(const std::string& text);

@@ -21,4 +21,5 @@ NB_MODULE(_core, m) {
   bind_experts(m);
   bind_device_experts(m);
   bind_layer(m);
+  bind_norm(m);
 }

@@ -12,6 +12,7 @@
 
 #include "core/expected.h"
 #include "core/usage.h"
+#include "world/state.h"
 #include "world/tcp_server.h"
 
 namespace tokenyard::python {
@@ -20,16 +21,15 @@ namespace {
 // The store of ranks that are other processes, held by a process that need not be a rank.
 class Store {
  public:
-  Store(const std::string& address, int size, const std::string& token, int timeout_ms) : timeout_ms_(timeout_ms) {
+  Store(const std::string& address, int size, const std::string& token) {
     server_ = value_or_throw(world_internal::TcpServer::start(value_or_throw(world_internal::resolve(address, 0)), size, token));
   }
   int port() const { return server_->port(); }
   void lose(int rank, const std::string& reason) { server_->lose(rank, reason); }
-  void wait_until_unused() { server_->wait_until_unused(Deadline::after_ms(timeout_ms_)); }
+  bool wait_until_unused(int timeout_ms, int but_rank) { return server_->wait_until_unused(Deadline::after_ms(timeout_ms), but_rank); }
 
  private:
   std::unique_ptr<world_internal::TcpServer> server_;
-  int timeout_ms_;
 };
 
 nb::bytes to_bytes(const std::vector<std::byte>& bytes) { return nb::bytes(bytes.data(), bytes.size()); }
@@ -61,23 +61,27 @@ void bind_store(nb::module_& m) {
   nb::class_<Held>(m, "Store", "Where ranks of other processes meet; listens on a port that the system chooses.")
       .def(
           "__init__",
-          [](Held* self, const std::string& address, int size, const std::string& token, int timeout_ms) {
-            new (self) Held(std::make_unique<Store>(address, size, token, timeout_ms));
+          [](Held* self, const std::string& address, int size, const std::string& token) {
+            new (self) Held(std::make_unique<Store>(address, size, token));
           },
-          nb::arg("address"), nb::arg("size"), nb::arg("token"), nb::arg("timeout_ms") = 100'000)
+          nb::arg("address"), nb::arg("size"), nb::arg("token"))
       .def_prop_ro("port", [](const Held& self) { return self->port(); })
       .def(
           "lose", [](Held& self, int rank, const std::string& reason) { self->lose(rank, reason); }, nb::arg("rank"), nb::arg("reason"))
-      .def("wait_until_unused", [](Held& self) {
-        const nb::gil_scoped_release released;
-        self->wait_until_unused();
-      });
+      .def(
+          "wait_until_unused",
+          [](Held& self, int timeout_ms, int but_rank) {
+            const nb::gil_scoped_release released;
+            return self->wait_until_unused(timeout_ms, but_rank);
+          },
+          nb::arg("timeout_ms"), nb::arg("but_rank"));
 }
 
 }  // namespace
 
 void bind_world(nb::module_& m) {
   bind_store(m);
+  m.def("limit_farewells", world_internal::limit_farewells, nb::arg("timeout_ms"));
   nb::class_<WorldOptions>(m, "WorldOptions")
       .def(nb::init<>())
       .def_rw("rank", &WorldOptions::rank)

@@ -9,7 +9,7 @@ from tokenyard import UsageError
 from .buffer import align
 from .events import EventHandle, Lane
 from .groups import world_of
-from .room import Room, padded_columns, rows_and_scales, stretched
+from .room import Room, fitted, padded_columns, rows_and_scales
 
 
 @dataclass
@@ -35,6 +35,7 @@ class EPHandle:
     exchange_handle: Any = None
     recv_topk_idx: Any = None
     source_k: Any = None  # of every expanded row, -1 on padding
+    exchange_rows: int = 0  # that combine takes: at least as many as its caller knows of
     room_generation: int = 0
 
 
@@ -128,7 +129,7 @@ class ElasticBuffer:
                 gaps = made.source_k < 0
                 for one in (recv_x.view(torch.uint8), recv_scales, weights):
                     if one is not None:
-                        one[gaps] = 0
+                        one.masked_fill_(gaps if one.ndim == 1 else gaps[:, None], 0)
             return (*self._shaped(made, recv_x, recv_scales, weights, use_tma_aligned_col_major_sf), made)
 
         result, event = self._lane.run(task, previous_event=previous_event, asynchronous=bool(async_with_compute_stream), like=rows,
@@ -144,28 +145,31 @@ class ElasticBuffer:
         return exchange
 
     def _new(self, rows, scales, topk_idx, topk_weights, num_experts, num_max, alignment, expand, copy, cpu_sync):
-        """(EPHandle, Received) of a dispatch that routes anew."""
+        """(EPHandle, Received) of a dispatch that routes anew. Without cpu_sync nothing here waits for the device: shapes are bounds."""
         self._check(rows, topk_idx, num_experts, num_max)
         exchange = self._exchange(rows, scales, max_tokens_per_rank=num_max, top_k=topk_idx.shape[1], max_local_experts=num_experts // self.num_ranks)
         options = {"layout": "expert_major", "alignment": alignment} if expand else {"layout": "token_major"}
-        received = exchange.dispatch(rows, topk_idx, topk_weights, scales=scales, placement=self._room.placement(num_experts), copy_out=True, **options)
+        received = exchange.dispatch(rows, topk_idx, topk_weights, scales=scales, placement=self._room.placement(num_experts), copy_out=True,
+                                     sizing="exact" if cpu_sync else "capacity", **options)
         counts = received.expert_counts.clone()
         aligned = (counts + alignment - 1) // alignment * alignment
         psum = received.expert_offsets[:-1] + counts if expand else aligned.cumsum(0, dtype=torch.int32)
-        metadata, source_k = _metadata(received, topk_idx.shape[1], num_max, expand)
-        per_rank = torch.bincount(metadata[:, 0].long() // num_max, minlength=self.num_ranks)
+        bound = num_max * self.num_ranks
+        metadata, source_k = (_expanded_metadata if expand else _metadata)(received, topk_idx.shape[1], num_max, bound)
+        tokens, rows = (received.handle.num_rows, received.rows.shape[0]) if cpu_sync else (bound, self._most_rows(topk_idx, num_experts, num_max, alignment))
         return EPHandle(
             do_expand=expand, num_experts=num_experts, expert_alignment=alignment, num_max_tokens_per_rank=num_max, num_sms=0,
-            topk_idx=topk_idx.clone() if copy else topk_idx, psum_num_recv_tokens_per_scaleup_rank=per_rank.cumsum(0).int(),
+            topk_idx=topk_idx.clone() if copy else topk_idx, psum_num_recv_tokens_per_scaleup_rank=received.rank_counts.cumsum(0).int(),
             psum_num_recv_tokens_per_expert=psum.int(), num_unaligned_recv_tokens_per_expert=counts,
-            num_recv_tokens_per_expert_list=aligned.tolist() if cpu_sync else [], recv_src_metadata=self._bound(metadata, num_max, cpu_sync),
-            dst_buffer_slot_idx=self._slots(topk_idx, num_experts), num_recv_tokens=metadata.shape[0],
-            num_expanded_tokens=received.rows.shape[0] if expand else 0, exchange_handle=received.handle, source_k=source_k,
+            num_recv_tokens_per_expert_list=aligned.tolist() if cpu_sync else [], recv_src_metadata=fitted(metadata, tokens, -1),
+            dst_buffer_slot_idx=self._slots(topk_idx, num_experts), num_recv_tokens=tokens,
+            num_expanded_tokens=rows if expand else 0, exchange_handle=received.handle, source_k=source_k, exchange_rows=received.rows.shape[0],
             recv_topk_idx=None if expand else received.local_ids.to(topk_idx.dtype), room_generation=self._room.generation), received
 
-    def _bound(self, metadata, num_max, cpu_sync):
-        """Without CPU sync shapes are bounds; what is not used is -1."""
-        return metadata if cpu_sync else stretched(metadata, num_max * self.num_ranks, -1)
+    def _most_rows(self, topk_idx, num_experts, num_max, alignment):
+        """Of an expanded dispatch: what DeepEP promises the shape of without CPU sync."""
+        local = num_experts // self.num_ranks
+        return align(num_max * self.num_ranks * min(topk_idx.shape[1], local) + (alignment - 1) * local, alignment)
 
     def _slots(self, topk_idx, num_experts):
         """[T,K]: the how-manieth token for its rank each choice belongs to, -1 without one."""
@@ -176,14 +180,8 @@ class ElasticBuffer:
 
     def _shaped(self, handle, rows, scales, weights, col_major_scales):
         """Results in the shapes that DeepEP promises."""
-        ids = handle.recv_topk_idx
-        count = rows.shape[0]
-        if not handle.num_recv_tokens_per_expert_list:  # made without CPU sync, or there are no local experts
-            bound, local = handle.num_max_tokens_per_rank * self.num_ranks, handle.num_experts // self.num_ranks
-            if handle.do_expand:
-                width = min(handle.topk_idx.shape[1], local)
-                bound = align(bound * width + (handle.expert_alignment - 1) * local, handle.expert_alignment)
-            rows, scales, weights, ids, count = stretched(rows, bound), stretched(scales, bound), stretched(weights, bound), stretched(ids, bound, -1), bound
+        count = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
+        rows, scales, weights, ids = fitted(rows, count), fitted(scales, count), fitted(weights, count), fitted(handle.recv_topk_idx, count, -1)
         if scales is not None:
             if col_major_scales:
                 columns = scales.new_empty(scales.shape[1], align(count, 4)).T[:count]
@@ -208,9 +206,8 @@ class ElasticBuffer:
             fold = not handle.do_expand or self.allow_multiple_reduction
             if topk_weights is not None and not fold:
                 raise UsageError("topk_weights of an expanded combine need allow_multiple_reduction=True")
-            count = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
-            weights = None if topk_weights is None else topk_weights[:count].contiguous()
-            result = self._room.exchange.combine(x[:count].contiguous(), handle.exchange_handle, order="topk", fold=fold, bias=bias,
+            weights = None if topk_weights is None else fitted(topk_weights, handle.exchange_rows).contiguous()
+            result = self._room.exchange.combine(fitted(x, handle.exchange_rows).contiguous(), handle.exchange_handle, order="topk", fold=fold, bias=bias,
                                                  row_weights=weights)
             return (result, None) if weights is None else result
 
@@ -219,17 +216,22 @@ class ElasticBuffer:
         return *result, event
 
 
-def _metadata(received, top_k, num_max, expand):
-    """([N,2+K] int32: source rank * M + token, -1, and when expanded the rows of each choice; source_k of expanded rows)."""
-    source = received.source_rank.long() * num_max + received.source_token
-    if not expand:
-        metadata = torch.full((source.shape[0], 2 + top_k), -1, dtype=torch.int32, device=source.device)
-        metadata[:, 0] = source
-        return metadata, None
-    source_k = received.source_k.clone()
-    row = (source_k >= 0).nonzero()[:, 0]
-    tokens, index = torch.unique(source[row], return_inverse=True)
-    metadata = torch.full((tokens.shape[0], 2 + top_k), -1, dtype=torch.int32, device=source.device)
-    metadata[:, 0] = tokens
-    metadata[index, 2 + source_k[row].long()] = row.int()
-    return metadata, source_k
+def _metadata(received, top_k, num_max, _):
+    """([N,2+K] int32: source rank * M + token, else -1; None)."""
+    metadata = torch.full((received.source_rank.shape[0], 2 + top_k), -1, dtype=torch.int32, device=received.source_rank.device)
+    metadata[:, 0] = torch.where(received.source_rank < 0, -1, received.source_rank * num_max + received.source_token)
+    return metadata, None
+
+
+def _expanded_metadata(received, top_k, num_max, bound):
+    """([R*M,2+K] int32 with a row of each token that is here, in order: source rank * M + token, -1, the rows of its choices or -1;
+    source_k of expanded rows). What is nowhere goes to one row more."""
+    device, source_k = received.source_k.device, received.source_k.clone()
+    source = torch.where(source_k < 0, bound, received.source_rank * num_max + received.source_token).long()
+    is_here = torch.zeros(bound + 1, dtype=torch.bool, device=device).scatter_(0, source, True)
+    is_here[bound:] = False
+    index = torch.where(is_here, is_here.cumsum(0) - 1, bound)
+    metadata = torch.full((bound + 1, 2 + top_k), -1, dtype=torch.int32, device=device)
+    metadata[index, 0] = torch.arange(bound + 1, dtype=torch.int32, device=device)
+    metadata[index[source], 2 + source_k.clamp(min=0).long()] = torch.arange(source.shape[0], dtype=torch.int32, device=device)
+    return metadata[:bound], source_k

@@ -74,17 +74,12 @@ def padded_columns(weights):
     return rows
 
 
-def stretched(tensor, rows, fill=None):
-    """The tensor with more rows; what is new holds `fill`, or anything."""
-    if tensor is None or tensor.shape[0] == rows:
-        return tensor
+def fitted(tensor, rows, fill=None):
+    """The tensor with that many rows: fewer, or new ones that hold `fill`, or anything."""
+    if tensor is None or tensor.shape[0] >= rows:
+        return tensor if tensor is None else tensor[:rows]
     longer = tensor.new_empty(rows, *tensor.shape[1:])
     longer[:tensor.shape[0]] = tensor
     if fill is not None:
         longer[tensor.shape[0]:] = fill
     return longer
-
-
-def fitted(tensor, rows, fill=None):
-    """As stretched(), or with fewer rows."""
-    return tensor if tensor is None else stretched(tensor[:rows], rows, fill)

@@ -13,6 +13,7 @@ from .exchange import Exchange, plan_memory
 from .launch import run_ranks
 from .layer import Activations, DenseLayer, ExpertGroup, MoeLayer, mode_for_step
 from .model import MoeModel, MoeWeights
+from .norm import Normed, RmsNorm
 from .received import Pending, Received
 from .routing import Routing, dequantise, quantise, route
 from .topology import Topo, topo
@@ -22,7 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activations", "Collectives", "DenseLayer", "Error", "Exchange", "ExpertGroup", "Gate", "Instance", "ModelPreset", "MoeLayer",
-    "MoeModel", "MoeWeights", "Move", "Pending", "Placement", "Received", "Replica", "Routing", "RowGroups", "Topo", "TransportError",
-    "UsageError", "World", "dequantise", "feed_forward", "grouped_gemm", "mode_for_step", "model_preset", "model_presets", "moves",
+    "MoeModel", "MoeWeights", "Move", "Normed", "Pending", "Placement", "Received", "Replica", "RmsNorm", "Routing", "RowGroups", "Topo",
+    "TransportError", "UsageError", "World", "dequantise", "feed_forward", "grouped_gemm", "mode_for_step", "model_preset", "model_presets", "moves",
     "parallel", "plan_memory", "quantise", "route", "run_ranks", "topo", "unpermute", "weights",
 ]

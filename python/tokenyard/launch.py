@@ -131,7 +131,7 @@ class _Processes:
                 theirs.close()
                 self._processes.append(process)
                 self._pipes[ours] = rank
-            self._store = _core.Store("127.0.0.1", ranks, token, timeout_ms)
+            self._store = _core.Store("127.0.0.1", ranks, token)
             for pipe in self._pipes:
                 pipe.send(self._store.port)
         except BaseException:

@@ -1,15 +1,32 @@
 """Worlds: who the ranks are, and what each pair of them can do."""
+import atexit
 import threading
+import time
+import weakref
 
 from . import _core
 
+FAREWELL_MS = 5000  # for the others to let go of a store when the interpreter of the rank that holds it ends: who started it is to learn that soon
+_TICK_MS = 100
+_holders = weakref.WeakSet()  # worlds with a store
 
-def _let_go(store):
-    """Ends a store when all ranks are done with it. Not here and now: they may first be waiting for this rank elsewhere."""
-    try:
-        threading.Thread(target=store.wait_until_unused, name="tokenyard store").start()
-    except RuntimeError:  # the interpreter is ending
-        store.wait_until_unused()
+
+def _keep_while_used(store):
+    """Until no other rank uses a store. Not by whoever lets go of it: they may first be waiting for this rank elsewhere."""
+    while not store.wait_until_unused(_TICK_MS, but_rank=0):
+        if not threading.main_thread().is_alive():  # the interpreter is ending
+            store.wait_until_unused(FAREWELL_MS, but_rank=0)
+            return
+
+
+@atexit.register
+def _end_stores():
+    """Of worlds that live at exit. Their own ends come when threads can no longer be started, and maybe before those of their exchanges."""
+    _core.limit_farewells(FAREWELL_MS)
+    end = time.monotonic() + FAREWELL_MS / 1000
+    for world in list(_holders):
+        world._store.wait_until_unused(max(0, int(1000 * (end - time.monotonic()))), but_rank=0)
+        world._store = None
 
 
 class World:
@@ -20,13 +37,15 @@ class World:
 
     def __init__(self, core, *, store=None, parent=None):
         self._core = core
-        self._store = store  # the store that this process holds for all ranks: it must not vanish under them
+        self._store = store  # the store that this process, as rank 0, holds for all ranks: it must not vanish under them
+        if store is not None:
+            _holders.add(self)
         self._parent = parent  # what a part of a world needs of it
 
     def __del__(self):
         self._core = None
         if getattr(self, "_store", None) is not None:
-            _let_go(self._store)
+            threading.Thread(target=_keep_while_used, args=(self._store,), name="tokenyard store").start()
 
     @staticmethod
     def from_env() -> "World":

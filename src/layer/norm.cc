@@ -6,14 +6,14 @@
 #include "core/usage.h"
 #include "experts/row_block.h"
 #include "layer/buffer.h"
+#include "layer/norm_arithmetic.h"
+#include "layer/norm_checks.h"
 
 namespace tokenyard {
 
-using experts_internal::check_rows;
+using namespace layer_internal;  // NOLINT(google-build-using-namespace): this file is a part of it
 using experts_internal::from_float;
 using experts_internal::to_float;
-using layer_internal::Buffer;
-using layer_internal::rows_of;
 
 namespace {
 
@@ -24,19 +24,11 @@ void write(const Floats& values, const TensorView& view, std::int64_t row) {
   from_float(values.data(), view.dtype, std::ssize(values), view.row(row));
 }
 
-Floats vector_of(const char* what, const ConstTensorView& view, std::int64_t elements) {
+// As float32; zeros where there is none.
+Floats vector_of(const ConstTensorView& view, std::int64_t elements) {
   Floats values(static_cast<std::size_t>(elements), 0.0F);
-  if (!view) return values;
-  if (view.ndim != 1 || view.shape[0] != elements || view.strides[0] != 1) {
-    usage_error("{} is {}; expected [{}], dense", what, describe(view), elements);
-  }
-  to_float(static_cast<const std::byte*>(view.data), view.dtype, elements, values.data());
+  if (view) to_float(static_cast<const std::byte*>(view.data), view.dtype, elements, values.data());
   return values;
-}
-
-Floats weight_of(const RmsNorm& norm, std::int64_t elements) {
-  if (!norm.weight) usage_error("the norm has no weight; expected [{}], ones for none", elements);
-  return vector_of("norm.weight", norm.weight, elements);
 }
 
 float inverse_root_mean_square(const Floats& row, float epsilon) {
@@ -45,20 +37,15 @@ float inverse_root_mean_square(const Floats& row, float epsilon) {
   return static_cast<float>(1.0 / std::sqrt(sum / static_cast<double>(row.size()) + epsilon));
 }
 
-// This rank's slice of T tokens.
-struct SliceOf {
-  std::vector<std::int64_t> counts;
-  std::int64_t begin = 0;
-  std::int64_t count = 0;
-  SliceOf(const Collectives& collectives, std::int64_t tokens) : counts(slice_counts(tokens, collectives.world().size())) {
-    for (int rank = 0; rank < collectives.world().rank(); ++rank) begin += counts[static_cast<std::size_t>(rank)];
-    count = counts[static_cast<std::size_t>(collectives.world().rank())];
+// Runs what this rank does before its call, and tells the others when it will not make it.
+template <class Before>
+void before_call(Collectives& collectives, Before&& before) {
+  try {
+    before();
+  } catch (const UsageError& error) {
+    collectives.abandon({.kind = FailureKind::aborted, .peer = collectives.world().rank(), .detail = error.what()});
+    throw;
   }
-};
-
-std::int64_t rows_in(const ConstTensorView& view, const char* what) {
-  if (view.ndim != 2) usage_error("{} is {}; expected [tokens, hidden_size]", what, view ? describe(view) : "absent");
-  return view.shape[0];
 }
 
 }  // namespace
@@ -71,16 +58,11 @@ std::vector<std::int64_t> slice_counts(std::int64_t tokens, int ranks) {
 }
 
 void residual_norm(const ResidualInput& input, const RmsNorm& norm, const NormOutput& output) {
-  const std::int64_t tokens = rows_in(input.x, "x");
+  check_norm(input, norm, output);
   const std::int64_t hidden_size = input.x.shape[1];
-  check_rows("x", input.x, tokens, hidden_size);
-  if (input.residual) check_rows("residual", input.residual, tokens, hidden_size);
-  check_rows("output.residual", output.residual, tokens, hidden_size);
-  check_rows("output.out", output.out, tokens, hidden_size);
-  const Floats weight = weight_of(norm, hidden_size);
-  const Floats bias = vector_of("bias", input.bias, hidden_size);
+  const Floats weight = vector_of(norm.weight, hidden_size), bias = vector_of(input.bias, hidden_size);
   Floats sum(weight.size()), term(weight.size());
-  for (std::int64_t t = 0; t < tokens; ++t) {
+  for (std::int64_t t = 0; t < input.x.shape[0]; ++t) {
     read(input.x, t, sum);
     for (std::size_t h = 0; input.bias && h < sum.size(); ++h) sum[h] += bias[h];
     if (input.residual) {
@@ -90,42 +72,36 @@ void residual_norm(const ResidualInput& input, const RmsNorm& norm, const NormOu
     write(sum, output.residual, t);
     read(output.residual, t, sum);  // rounded: backward has no other
     const float inverse = inverse_root_mean_square(sum, norm.epsilon);
-    for (std::size_t h = 0; h < sum.size(); ++h) sum[h] = sum[h] * inverse * weight[h];
+    if (output.inverse) output.inverse.as<float>()[t] = inverse;
+    for (std::size_t h = 0; h < sum.size(); ++h) sum[h] = normed(sum[h], inverse, weight[h]);
     write(sum, output.out, t);
   }
 }
 
 void reduce_scatter_norm(Collectives& collectives, const ResidualInput& input, const RmsNorm& norm, const NormOutput& output) {
-  const SliceOf slice(collectives, rows_in(input.x, "x"));
-  Buffer memory;
-  const TensorView reduced = memory.view(input.x.dtype, slice.count, input.x.shape[1]);
-  collectives.reduce_scatter_v(input.x, slice.counts, reduced);
-  residual_norm({reduced, input.residual, input.bias}, norm, output);
+  const ResidualInput sums = {output.out, input.residual, input.bias};
+  before_call(collectives, [&] { check_norm(sums, norm, output); });
+  collectives.reduce_scatter_v(input.x, slice_counts(rows_in("x", input.x), collectives.world().size()), output.out);
+  residual_norm(sums, norm, output);
 }
 
 void norm_all_gather(Collectives& collectives, const ResidualInput& input, const RmsNorm& norm, const NormOutput& output) {
-  const SliceOf slice(collectives, rows_in(output.out, "output.out"));
+  const SliceOf slice(collectives.world(), rows_in("output.out", output.out));
   const TensorView mine = rows_of(output.out, slice.begin, slice.count);
-  residual_norm(input, norm, {output.residual, mine});
+  before_call(collectives, [&] { residual_norm(input, norm, {output.residual, mine, output.inverse}); });
   collectives.all_gather_v(mine, slice.counts, output.out);
 }
 
 void residual_norm_backward(const NormGradient& input, const RmsNorm& norm, const TensorView& d_x, const TensorView& d_weight) {
-  const std::int64_t tokens = rows_in(input.residual, "residual");
-  const std::int64_t hidden_size = input.residual.shape[1];
-  for (const auto& [what, view] : {std::pair{"residual", input.residual}, {"d_out", input.d_out}, {"d_x", ConstTensorView(d_x)}}) {
-    check_rows(what, view, tokens, hidden_size);
-  }
-  if (input.d_residual) check_rows("d_residual", input.d_residual, tokens, hidden_size);
-  if (d_weight) experts_internal::check_float32("d_weight", d_weight, {hidden_size});
-  const Floats weight = weight_of(norm, hidden_size);
+  check_norm_backward(input, norm, d_x, d_weight);
+  const Floats weight = vector_of(norm.weight, input.residual.shape[1]);
   Floats r(weight.size()), g(weight.size()), d(weight.size());
-  for (std::int64_t t = 0; t < tokens; ++t) {
+  for (std::int64_t t = 0; t < input.residual.shape[0]; ++t) {
     read(input.residual, t, r);
     read(input.d_out, t, g);
     std::fill(d.begin(), d.end(), 0.0F);
     if (input.d_residual) read(input.d_residual, t, d);
-    const float inverse = inverse_root_mean_square(r, norm.epsilon);
+    const float inverse = input.inverse ? input.inverse.as<float>()[t] : inverse_root_mean_square(r, norm.epsilon);
     double projection = 0;  // of weight * d_out on the normalised row
     for (std::size_t h = 0; h < r.size(); ++h) {
       if (d_weight) d_weight.as<float>()[h] += g[h] * r[h] * inverse;
@@ -133,24 +109,26 @@ void residual_norm_backward(const NormGradient& input, const RmsNorm& norm, cons
       projection += static_cast<double>(g[h]) * r[h];
     }
     const auto mean = static_cast<float>(projection * inverse * inverse / static_cast<double>(r.size()));
-    for (std::size_t h = 0; h < r.size(); ++h) d[h] += inverse * (g[h] - r[h] * mean);
+    for (std::size_t h = 0; h < r.size(); ++h) d[h] += norm_gradient(g[h], r[h], inverse, mean);
     write(d, d_x, t);
   }
 }
 
 void reduce_scatter_norm_backward(Collectives& collectives, const NormGradient& input, const RmsNorm& norm, const NormOutput& d,
                                   const TensorView& d_weight) {
-  residual_norm_backward(input, norm, d.residual, d_weight);
-  collectives.all_gather_v(d.residual, slice_counts(rows_in(d.out, "d.out"), collectives.world().size()), d.out);
+  before_call(collectives, [&] { residual_norm_backward(input, norm, d.residual, d_weight); });
+  collectives.all_gather_v(d.residual, slice_counts(rows_in("d.out", d.out), collectives.world().size()), d.out);
 }
 
 void norm_all_gather_backward(Collectives& collectives, const NormGradient& input, const RmsNorm& norm, const TensorView& d_x,
                               const TensorView& d_weight) {
-  const SliceOf slice(collectives, rows_in(input.d_out, "d_out"));
+  const SliceOf slice(collectives.world(), rows_in("d_out", input.d_out));
   Buffer memory;
   const TensorView mine = memory.view(input.d_out.dtype, slice.count, input.d_out.shape[1]);
+  const NormGradient sums = {input.residual, input.d_residual, mine, input.inverse};
+  before_call(collectives, [&] { check_norm_backward(sums, norm, d_x, d_weight); });
   collectives.reduce_scatter_v(input.d_out, slice.counts, mine);
-  residual_norm_backward({input.residual, input.d_residual, mine}, norm, d_x, d_weight);
+  residual_norm_backward(sums, norm, d_x, d_weight);
 }
 
 }  // namespace tokenyard

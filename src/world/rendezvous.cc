@@ -2,6 +2,10 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
 #include "core/usage.h"
 #include "world/state.h"
 #include "world/tcp_server.h"
@@ -9,12 +13,20 @@
 
 namespace tokenyard::world_internal {
 
+namespace {
+
+std::atomic<int> farewell_limit_ms = std::numeric_limits<int>::max();
+
+}  // namespace
+
+void limit_farewells(int timeout_ms) { farewell_limit_ms = timeout_ms; }
+
 Session::Session() = default;
 
 Session::~Session() {
   store.reset();
   // The other ranks may still use the store that this rank holds.
-  if (server) server->wait_until_unused(Deadline::after_ms(server_patience_ms));
+  if (server) server->wait_until_unused(Deadline::after_ms(std::min(server_patience_ms, farewell_limit_ms.load())));
 }
 
 Expected<std::shared_ptr<State>> rendezvous(const WorldOptions& options) {

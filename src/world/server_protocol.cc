@@ -125,8 +125,9 @@ std::optional<ServerProtocol::Time> ServerProtocol::next_deadline() const {
   return next;
 }
 
-int ServerProtocol::num_connected() const {
-  return static_cast<int>(std::count_if(ranks_.begin(), ranks_.end(), [](const Connection* c) { return c != nullptr; }));
+int ServerProtocol::num_connected(int but_rank) const {
+  return static_cast<int>(
+      std::count_if(ranks_.begin(), ranks_.end(), [&](const Connection* c) { return c != nullptr && c->rank_ != but_rank; }));
 }
 
 int ServerProtocol::num_strangers() const {

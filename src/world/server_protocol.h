@@ -70,8 +70,8 @@ class ServerProtocol {
   // Deadlines that have passed; next_deadline() is when to come back.
   void tick(Time now);
   std::optional<Time> next_deadline() const;
-  // Connections of ranks that have not said bye.
-  int num_connected() const;
+  // Connections of ranks that have not said bye, but for that of one rank.
+  int num_connected(int but_rank = -1) const;
   // Connections that have not said hello.
   int num_strangers() const;
 

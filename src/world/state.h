@@ -46,6 +46,9 @@ struct State {
   static World make_world(std::shared_ptr<State> state);
 };
 
+// From now on the end of a session waits at most that long for the other ranks of a store that it holds: the process is ending.
+void limit_farewells(int timeout_ms);
+
 // Connects to the store (and, on rank 0, starts it) and learns who the other ranks are.
 Expected<std::shared_ptr<State>> rendezvous(const WorldOptions& options);
 

@@ -29,8 +29,9 @@ class TcpServer {
   int port() const { return listener_.port; }
   // From any thread.
   void lose(int rank, const std::string& reason);
-  // Until no rank is connected, or the deadline: a store must not vanish under ranks that still use it.
-  void wait_until_unused(Deadline deadline);
+  // Until no rank is connected, but for but_rank, or the deadline: a store must not vanish under ranks that still use it.
+  // Whether none is.
+  bool wait_until_unused(Deadline deadline, int but_rank = -1);
 
  private:
   using Time = ServerProtocol::Time;

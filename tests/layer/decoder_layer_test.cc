@@ -2,10 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "layer/harness.h"
 #include "tokenyard/norm.h"
+#include "unit/expect_usage_error.h"
 
 namespace tokenyard::testing {
 namespace {
@@ -82,6 +84,28 @@ TEST(Norm, BackwardIsTheCentralDifference) {
   }
 }
 
+// What forward leaves of its sums gives backward the same bits as sums of its own.
+TEST(Norm, BackwardTakesTheInverseOfForward) {
+  const Tensor x(Dtype::bfloat16, drawn("x", 3 * kHidden, 1), {3, kHidden}), w(Dtype::float32, drawn("weight", kHidden, 1), {kHidden});
+  const Tensor d_out(Dtype::bfloat16, drawn("d_out", 3 * kHidden, 1), {3, kHidden});
+  const Tensor kept = Tensor::zeros(Dtype::bfloat16, {3, kHidden}), out = Tensor::zeros(Dtype::bfloat16, {3, kHidden});
+  const Tensor inverse = Tensor::zeros(Dtype::float32, {3});
+  residual_norm({x.view(), {}, {}}, {w.view(), kEpsilon}, {kept.view(), out.view(), inverse.view()});
+  Values found[2];
+  for (const bool is_given : {false, true}) {
+    const Tensor d_x = Tensor::zeros(Dtype::bfloat16, {3, kHidden}), d_w = Tensor::zeros(Dtype::float32, {kHidden});
+    const NormGradient input = {kept.view(), {}, d_out.view(), is_given ? inverse.view() : TensorView()};
+    residual_norm_backward(input, {w.view(), kEpsilon}, d_x.view(), d_w.view());
+    found[is_given] = d_x.values();
+    append(found[is_given], d_w.values());
+  }
+  EXPECT_EQ(found[0], found[1]);
+  std::fill_n(inverse.view().as<float>(), 3, 0.0F);
+  const Tensor d_x = Tensor::zeros(Dtype::bfloat16, {3, kHidden});
+  residual_norm_backward({kept.view(), {}, d_out.view(), inverse.view()}, {w.view(), kEpsilon}, d_x.view(), {});
+  EXPECT_EQ(d_x.values(), Values(3 * kHidden)) << "it is used";
+}
+
 // Reduce-scatter + norm, then norm + all-gather, forward and backward, with slices that may be empty.
 void expect_fused(World& world, std::int64_t tokens) {
   const int rank = world.rank();
@@ -142,6 +166,29 @@ TEST(Norm, WithItsCollectives) {
       run_ranks(ranks, [&](World& world) { expect_fused(world, tokens); });
     }
   }
+}
+
+// Rank 0 refuses its call: the other learns why at once, and the next call is fine.
+TEST(Norm, ARefusedCallIsToldToPeers) {
+  run_ranks(2, [](World& world) {
+    const auto collectives = Collectives::create(world);
+    const Tensor w(Dtype::float32, drawn("weight", kHidden, 1), {kHidden}), x(Dtype::float32, drawn("x", kHidden, 1), {1, kHidden});
+    const Tensor kept = Tensor::zeros(Dtype::float32, {1, kHidden}), all = Tensor::zeros(Dtype::float32, {2, kHidden});
+    const RmsNorm none = {};
+    if (world.rank() == 0) {
+      expect_usage_error([&] { norm_all_gather(*collectives, {x.view(), {}, {}}, none, {kept.view(), all.view()}); }, {"has no weight"});
+    } else {
+      try {
+        norm_all_gather(*collectives, {x.view(), {}, {}}, {w.view(), kEpsilon}, {kept.view(), all.view()});
+        ADD_FAILURE() << "rank 1 was told nothing";
+      } catch (const TransportError& error) {
+        EXPECT_EQ(error.failure().kind, FailureKind::aborted);
+        EXPECT_NE(error.failure().detail.find("has no weight"), std::string::npos) << error.what();
+      }
+    }
+    norm_all_gather(*collectives, {x.view(), {}, {}}, {w.view(), kEpsilon}, {kept.view(), all.view()});
+    EXPECT_EQ(row_of(all.values(), 0), row_of(all.values(), 1));
+  });
 }
 
 // attention -> reduce-scatter -> residual + norm -> MoE layer on the slice -> residual + norm -> all-gather, on attn_dp x attn_tp ranks

@@ -148,6 +148,45 @@ def test_num_worst_tokens_of_deep_ep():
     ty.run_ranks(rank_main, RANKS, processes=False, timeout_ms=60_000)
 
 
+def elastic(buffer, batch, expand, cpu_sync=0):
+    """One round of ElasticBuffer's calls: (rows, ids, weights, handle, rows of the cached dispatch, sums, sums of weights)."""
+    rows, ids, weights, handle, _ = buffer.dispatch(batch.x, batch.ids, batch.weights, num_experts=EXPERTS, expert_alignment=4, do_expand=expand,
+                                                    do_cpu_sync=cpu_sync, do_zero_padding=True)
+    again = buffer.dispatch(batch.x, handle=handle)[0]
+    return rows, ids, weights, handle, again, *buffer.combine(rows, handle, topk_weights=weights)[:2]
+
+
+def used_of_elastic(result):
+    """Its tensors, as far as they are defined."""
+    rows, ids, weights, handle, again, sums, summed = result
+    tokens = handle.recv_src_metadata[:, 0] >= 0
+    used = (handle.source_k[:len(rows)] >= 0) if handle.do_expand else tokens
+    assert torch.equal(tokens.sum(), handle.psum_num_recv_tokens_per_scaleup_rank[-1])
+    return (rows[used], weights[used], again[used], sums, summed, handle.recv_src_metadata[tokens], handle.psum_num_recv_tokens_per_expert,
+            handle.num_unaligned_recv_tokens_per_expert, *([] if handle.do_expand else [ids[used]]))
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_elastic_of_deep_ep(expand, monkeypatch):
+    monkeypatch.setattr(deep_ep.elastic, "world_of", lambda world, *_: world)
+
+    def rank_main(world):
+        device = gpu_of(world)
+        batch, buffer = Batch(device, world.rank), deep_ep.ElasticBuffer(world, num_bytes=0, num_max_tokens_per_rank=TOKENS)
+        rows, exact = elastic(buffer, batch, expand), elastic(buffer, batch, expand, cpu_sync=1)
+        assert rows[3].num_recv_tokens == RANKS * TOKENS and rows[3].num_recv_tokens_per_expert_list == [] != exact[3].num_recv_tokens_per_expert_list
+        assert len(rows[0]) == (92 if expand else RANKS * TOKENS) > len(exact[0])  # 2 * 13 tokens * 3 + 4 experts * 3, aligned to 4
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(used_of_elastic(rows), used_of_elastic(exact)))
+        check_replays(world, batch, lambda: elastic(buffer, batch, expand), used_of_elastic)
+        torch.cuda._sleep(500_000_000)  # some tenths of a second
+        before = torch.cuda.current_stream().record_event()
+        elastic(buffer, batch, expand)
+        assert not before.query(), "the host has waited for the GPU"
+        torch.cuda.current_stream().synchronize()
+
+    ty.run_ranks(rank_main, RANKS, processes=False, timeout_ms=60_000)
+
+
 def test_low_latency_of_deep_ep_waits_for_nothing():
     def rank_main(world):
         device = gpu_of(world)

@@ -249,6 +249,7 @@ def check_elastic(group, rank, expand, cpu_sync, alignment, multiple):
     most = 7
     buffer = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=most, hidden=HIDDEN, allow_multiple_reduction=multiple, explicitly_destroy=True)
     stats = torch.zeros(WINDOW, dtype=torch.int32)
+    buffer.dispatch(x[rank], ids[rank], num_experts=EXPERTS, num_max_tokens_per_rank=most + 2)  # bounds are those of a call, not of what there is room for
     recv_x, recv_ids, recv_weights, handle, event = buffer.dispatch(
         x[rank], ids[rank], weights[rank], stats, num_experts=EXPERTS, expert_alignment=alignment, do_expand=expand, do_cpu_sync=int(cpu_sync),
         async_with_compute_stream=1, previous_event=buffer.capture(), do_zero_padding=True)
@@ -261,6 +262,15 @@ def check_elastic(group, rank, expand, cpu_sync, alignment, multiple):
     assert stats.tolist() == true_counts == handle.num_unaligned_recv_tokens_per_expert.tolist()
     assert handle.num_recv_tokens_per_expert_list == ([(c + alignment - 1) // alignment * alignment for c in true_counts] if cpu_sync else [])
     assert handle.dst_buffer_slot_idx.shape == ids[rank].shape
+    tokens = count if cpu_sync else most * RANKS
+    assert handle.num_recv_tokens == tokens and handle.recv_src_metadata.shape == (tokens, 2 + TOP_K)
+    assert (handle.recv_src_metadata[:, 1] == -1).all() and (handle.recv_src_metadata[count:] == -1).all()
+    if expand:
+        aligned = sum((c + alignment - 1) // alignment * alignment for c in true_counts)
+        bound = -(-(tokens * min(TOP_K, WINDOW) + (alignment - 1) * WINDOW) // alignment) * alignment
+        assert recv_x.shape[0] == recv_weights.shape[0] == handle.num_expanded_tokens == (aligned if cpu_sync else bound)
+    else:
+        assert recv_x.shape[0] == recv_ids.shape[0] == recv_weights.shape[0] == tokens and (recv_ids[count:] == -1).all()
     if expand:
         at = handle.recv_src_metadata[:count, 2:].long()
         assert recv_ids is None and torch.equal(at >= 0, want_ids >= 0)
@@ -273,7 +283,6 @@ def check_elastic(group, rank, expand, cpu_sync, alignment, multiple):
         y = recv_x
     else:
         assert torch.equal(recv_x[:count], want_x) and torch.equal(recv_ids[:count], want_ids) and torch.equal(recv_weights[:count], want_weights)
-        assert recv_x.shape[0] == (count if cpu_sync else most * RANKS)
         y = recv_x.clone()
         y[:count] *= (want_ids >= 0).sum(1, keepdim=True)
     sums, back, _ = buffer.combine(y, handle, topk_weights=recv_weights if multiple or not expand else None)
@@ -281,8 +290,11 @@ def check_elastic(group, rank, expand, cpu_sync, alignment, multiple):
     if back is not None:
         assert torch.equal(back, torch.where(ids[rank] >= 0, weights[rank], 0.0))
     again = buffer.dispatch(x[rank] * 2, topk_weights=weights[rank] * 2, handle=handle, do_expand=expand, do_zero_padding=True)
-    rows = recv_x.shape[0] if cpu_sync else handle.num_expanded_tokens or count
+    rows = recv_x.shape[0] if expand else count
     assert again[3] is handle and torch.equal(again[0][:rows], 2 * recv_x[:rows]) and torch.equal(again[2][:rows], 2 * recv_weights[:rows])
+    assert again[0].shape == recv_x.shape and again[2].shape == recv_weights.shape
+    few = buffer.combine(y[:rows], handle)[0]  # who knows how many there are may leave the rest out
+    assert torch.equal(few, sums)
     buffer.barrier()
     buffer.destroy()
 
