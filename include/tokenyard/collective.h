@@ -91,6 +91,9 @@ class DeviceCollectives {
   // nccl: all tables travel together.
   virtual void all_to_all_v(std::span<const AllToAllRows> tables, void* stream) = 0;
 
+  // Instead of this rank's next call. cuda_peer: peers in that call fail with TransportError(aborted) and the reason, the next call is
+  // fine. nccl: nobody is told, and peers end at the deadline of wait().
+  virtual void abandon(const std::string& reason, void* stream) = 0;
   // The host waits until done() says so, or for what was enqueued on `stream`. TransportError(timeout, peer_lost, system): what is
   // under way ends, so that the stream goes on.
   virtual void wait_until(const std::function<bool()>& done) = 0;

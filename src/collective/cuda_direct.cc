@@ -129,6 +129,11 @@ class CudaDirect final : public DeviceCollectives {
     }
   }
 
+  void abandon(const std::string& reason, void* stream) override {
+    const CudaDeviceScope scope(device_);
+    check();
+    reject(static_cast<cudaStream_t>(stream), reason);
+  }
   void wait_until(const std::function<bool()>& done) override;
   void wait(void* stream) override {
     const CudaDeviceScope scope(device_);

@@ -134,6 +134,7 @@ class NcclCollectives final : public DeviceCollectives {
   }
   void reduce_scatter_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out, void* stream) override;
 
+  void abandon(const std::string& /*reason*/, void* /*stream*/) override {}
   void wait_until(const std::function<bool()>& done) override;
   void wait(void* stream) override {
     const CudaDeviceScope scope(device_);
