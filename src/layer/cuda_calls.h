@@ -1,20 +1,13 @@
 #pragma once
 // What forward and backward on GPUs share.
 
-#include "core/usage.h"
 #include "exchange/cuda_trace.h"
 #include "layer/cuda_moe.h"
-#include "memory/cuda_error.h"
+#include "layer/device_calls.h"
 
 namespace tokenyard::layer_internal {
 
 using Phase = exchange_internal::CudaTrace::Phase;
-
-inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
-inline const std::byte* data_of(const ConstTensorView& view) { return static_cast<const std::byte*>(view.data); }
-// A tensor of one row may have any stride.
-inline std::int64_t stride_of(const ConstTensorView& view) { return view.shape[0] > 1 ? view.strides[0] : view.shape[1]; }
-inline void check_launch(const char* what) { cuda_check(cudaGetLastError(), what); }
 
 constexpr int kCallsOfAStep = 2;  // a dispatch and a combine, forward and backward
 

@@ -71,17 +71,6 @@ void CudaMoe::check_weights() const {
   check_memory("the gate of the shared expert", weights_.shared.gate);
 }
 
-void CudaMoe::check_memory(const char* what, const ConstTensorView& view) const {
-  if (view.data == nullptr || view.num_elements() == 0) return;
-  cudaPointerAttributes attributes{};
-  cuda_check(cudaPointerGetAttributes(&attributes, view.data), "cudaPointerGetAttributes");
-  if (attributes.type == cudaMemoryTypeUnregistered ||
-      (attributes.type == cudaMemoryTypeDevice && attributes.device != workspace().device()))
-    usage_error("{} is {} in {}; this layer is on GPU {}: copy it there first", what, describe(view),
-                attributes.type == cudaMemoryTypeDevice ? fmt::format("the memory of GPU {}", attributes.device) : "ordinary host memory",
-                workspace().device());
-}
-
 void CudaMoe::check(const ConstTensorView& x, const ConstTensorView& out, const MoeStepOptions& options) const {
   const ExpertGroupOptions& most = group_->options();
   check_rows("x", x, x.ndim == 2 ? x.shape[0] : 0, gate_.hidden_size());

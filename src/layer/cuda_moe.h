@@ -2,6 +2,7 @@
 // The MoE layer on GPUs: everything is enqueued on one stream, but for rows on their way, beside which the shared expert runs.
 
 #include "layer/cuda_step.h"
+#include "layer/device_calls.h"
 #include "layer/device_workspace.h"
 #include "layer/gate_step.h"
 #include "layer/moe_engine.h"
@@ -23,7 +24,7 @@ class CudaMoe final : public MoeEngine {
   Dtype dtype() const;
   void check_weights() const;
   void check(const ConstTensorView& x, const ConstTensorView& out, const MoeStepOptions& options) const;
-  void check_memory(const char* what, const ConstTensorView& view) const;
+  void check_memory(const char* what, const ConstTensorView& view) const { check_on_gpu(what, view, workspace().device()); }
   // Scratch memory for the largest step, and every kernel of one on the GPU: a rank that allocated, or loaded one, later might wait for
   // kernels that wait for it.
   void rehearse();
