@@ -71,6 +71,13 @@ struct AllToAllRows {
   std::span<const std::int64_t> receive_counts;
 };
 
+// Rows per rank that only GPUs know: [R] int32 in the memory of this rank's, the same on all ranks when the call runs. No more than `most`
+// of a rank count, which the host knows and is the same on all ranks.
+struct DeviceCounts {
+  ConstTensorView counts{};
+  std::int64_t most = 0;
+};
+
 // The same over rows in the memory of GPUs: same bits as on CPUs. Calls enqueue on `stream` (a cudaStream_t) and return; calls run one
 // after the other, whatever their streams. An error of a call that was only enqueued is told by the next call, check() or wait().
 // Destruction waits for what is enqueued (cuda_peer) or ends it (nccl): a barrier of the world belongs before it, once streams are done.
@@ -90,6 +97,11 @@ class DeviceCollectives {
   virtual void reduce_scatter_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out, void* stream) = 0;
   // nccl: all tables travel together.
   virtual void all_to_all_v(std::span<const AllToAllRows> tables, void* stream) = 0;
+  // The first two with counts on the device, which no host waits for. A rank's tensor has n rows, counts[rank] <= n <= most, of which
+  // the first ones count; that of all ranks has room for (R - 1) * most + n and holds theirs one behind the other: what
+  // lies behind stays as it is. Not in place. UsageError over nccl.
+  virtual void all_gather_v(const ConstTensorView& in, const DeviceCounts& counts, const TensorView& out, void* stream) = 0;
+  virtual void reduce_scatter_v(const ConstTensorView& in, const DeviceCounts& counts, const TensorView& out, void* stream) = 0;
 
   // Instead of this rank's next call. cuda_peer: peers in that call fail with TransportError(aborted) and the reason, the next call is
   // fine. nccl: nobody is told, and peers end at the deadline of wait().

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -99,6 +100,18 @@ std::string describe(const protocol::CollectiveHeader& header) {
                      tokenyard::name(static_cast<Dtype>(header.dtype)));
 }
 
+// As many rows of the tensor of all ranks as there can be.
+template <class Pointer>
+BasicTensorView<Pointer> bounded(BasicTensorView<Pointer> all, std::span<const std::int64_t> most) {
+  const std::int64_t rows = std::accumulate(most.begin(), most.end(), std::int64_t{0});
+  if (all.ndim == 0 || all.shape[0] < rows) {
+    usage_error("the tensor of all ranks is {}; expected at least {} rows, as many as the ranks can have",
+                all ? tokenyard::describe(all) : "absent", rows);
+  }
+  all.shape[0] = rows;
+  return all;
+}
+
 class CudaDirect final : public DeviceCollectives {
  public:
   CudaDirect(const World& world, const DeviceCollectiveOptions& options, int device, int sharing);
@@ -129,6 +142,21 @@ class CudaDirect final : public DeviceCollectives {
     }
   }
 
+  void all_gather_v(const ConstTensorView& in, const DeviceCounts& counts, const TensorView& out, void* stream) override {
+    const auto check = [&](Call& call) {
+      const auto most = bounds(counts, in);
+      call.set_all_gather(in, most, bounded(out, most));
+    };
+    run(DirectOperation::all_gather_v, stream, check, &counts);
+  }
+  void reduce_scatter_v(const ConstTensorView& in, const DeviceCounts& counts, const TensorView& out, void* stream) override {
+    const auto check = [&](Call& call) {
+      const auto most = bounds(counts, out);
+      call.set_reduce_scatter(bounded(in, most), most, out);
+    };
+    run(DirectOperation::reduce_scatter_v, stream, check, &counts);
+  }
+
   void abandon(const std::string& reason, void* stream) override {
     const CudaDeviceScope scope(device_);
     check();
@@ -151,7 +179,9 @@ class CudaDirect final : public DeviceCollectives {
 
  private:
   template <class Check>
-  void run(DirectOperation operation, void* stream, Check&& check_arguments);
+  void run(DirectOperation operation, void* stream, Check&& check_arguments, const DeviceCounts* counts = nullptr);
+  std::span<const std::int64_t> bounds(const DeviceCounts& counts, const ConstTensorView& mine);
+  void set_counts(DirectCollectiveArgs& args, const DeviceCounts& counts) const;
   void check_own_counts(const Call& call) const;
   void check_memory(const char* what, const ConstTensorView& view) const;
   void reject(cudaStream_t stream, const std::string& reason);
@@ -169,6 +199,7 @@ class CudaDirect final : public DeviceCollectives {
   std::unique_ptr<LaneArena> arena_;
   std::unique_ptr<LostWatch> watch_;
   Call call_;
+  std::vector<std::int64_t> bounds_;
   CallOrder order_;
 };
 
@@ -188,7 +219,7 @@ CudaDirect::CudaDirect(const World& world, const DeviceCollectiveOptions& option
 }
 
 template <class Check>
-void CudaDirect::run(DirectOperation operation, void* on, Check&& check_arguments) {
+void CudaDirect::run(DirectOperation operation, void* on, Check&& check_arguments, const DeviceCounts* counts) {
   const CudaDeviceScope scope(device_);
   const auto stream = static_cast<cudaStream_t>(on);
   check();
@@ -198,6 +229,7 @@ void CudaDirect::run(DirectOperation operation, void* on, Check&& check_argument
     check_memory("in", call_.in());
     check_memory("out", call_.out());
     args = args_of(operation, call_);
+    if (counts != nullptr) set_counts(args, *counts);
   } catch (const UsageError& error) {
     reject(stream, error.what());
     throw;
@@ -206,6 +238,25 @@ void CudaDirect::run(DirectOperation operation, void* on, Check&& check_argument
   cuda::launch_direct_collective(args, stream);
   cuda_check(cudaGetLastError(), "enqueueing a collective");
   order_.leave(stream);
+}
+
+// What the host can say of counts that it does not know.
+std::span<const std::int64_t> CudaDirect::bounds(const DeviceCounts& counts, const ConstTensorView& mine) {
+  bounds_.assign(static_cast<std::size_t>(ranks_), counts.most);
+  if (mine.ndim > 0) bounds_[rank_] = std::min(counts.most, mine.shape[0]);
+  return bounds_;
+}
+
+void CudaDirect::set_counts(DirectCollectiveArgs& args, const DeviceCounts& counts) const {
+  const ConstTensorView& table = counts.counts;
+  if (table.ndim != 1 || table.shape[0] != ranks_ || table.dtype != Dtype::int32 || table.strides[0] != 1) {
+    usage_error("{}: counts are {}; expected [{}] int32 in device memory, rows of each rank", name_of(args.operation),
+                table ? tokenyard::describe(table) : "absent", ranks_);
+  }
+  if (call_.in_place()) usage_error("{}: in and out overlap; where the device has the counts, use two buffers", name_of(args.operation));
+  check_memory("counts", table);
+  args.counts = table.as<std::int32_t>();
+  args.most_rows = counts.most;
 }
 
 // Of other pairs the ranks learn it from each other.

@@ -87,6 +87,10 @@ nccl::UniqueId agree(const World& world, const DeviceCollectiveOptions& options,
   return cards[0].id;
 }
 
+[[noreturn]] void refuse_device_counts() {
+  usage_error("counts on the device over NCCL, which takes them from the host; use transport cuda_peer, or give the host's counts");
+}
+
 class NcclCollectives final : public DeviceCollectives {
  public:
   NcclCollectives(const World& world, const DeviceCollectiveOptions& options, int device, nccl::UniqueId id)
@@ -134,6 +138,8 @@ class NcclCollectives final : public DeviceCollectives {
   }
   void reduce_scatter_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out, void* stream) override;
 
+  void all_gather_v(const ConstTensorView&, const DeviceCounts&, const TensorView&, void*) override { refuse_device_counts(); }
+  void reduce_scatter_v(const ConstTensorView&, const DeviceCounts&, const TensorView&, void*) override { refuse_device_counts(); }
   void abandon(const std::string& /*reason*/, void* /*stream*/) override {}
   void wait_until(const std::function<bool()>& done) override;
   void wait(void* stream) override {

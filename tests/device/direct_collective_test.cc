@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <random>
 #include <thread>
@@ -111,6 +112,49 @@ Bytes any_bits(std::size_t bytes, std::uint64_t seed) {
   Bytes result(bytes);
   for (std::byte& byte : result) byte = static_cast<std::byte>(random());
   return result;
+}
+
+// Counts that only the device knows, other ones for each replay of one graph: rows lie as with the host's counts, and what is behind
+// them stays.
+TEST_P(DirectOnGpuRanks, CountsOfTheDeviceFollowEachReplay) {
+  run_ranks(GetParam(), [](World& world) {
+    constexpr std::int64_t kMost = 5, kColumns = 33;
+    const int ranks = world.size();
+    Rank rank(world);
+    const auto cpu = Collectives::create(world);
+    std::vector<float> mine(kMost * kColumns), all(ranks * kMost * kColumns, -1.0F), terms(all.size()), sums(mine.size(), -1.0F);
+    for (std::size_t i = 0; i < terms.size(); ++i) terms[i] = static_cast<float>((i * 7 + world.rank() * 13) % 101) / 8.0F;
+    for (std::size_t i = 0; i < mine.size(); ++i) mine[i] = static_cast<float>(world.rank() * 1000 + static_cast<int>(i));
+    std::vector<std::int32_t> counts(ranks);
+    const TensorView in(mine.data(), Dtype::float32, {kMost, kColumns}), gathered(all.data(), Dtype::float32, {ranks * kMost, kColumns});
+    const TensorView parts(terms.data(), Dtype::float32, {ranks * kMost, kColumns}), sum(sums.data(), Dtype::float32, {kMost, kColumns});
+    const TensorView table(counts.data(), Dtype::int32, {ranks});
+    const auto place = [&](const TensorView& host) { return rank.tensors.place(host); };
+    const TensorView d_in = place(in), d_all = place(gathered), d_parts = place(parts), d_sum = place(sum), d_table = place(table);
+    const DeviceCounts on_device = {.counts = d_table, .most = kMost};
+    world.barrier();
+    const Graph graph(rank.stream.get(), [&] {
+      rank.device->all_gather_v(d_in, on_device, d_all, rank.stream.get());
+      rank.device->reduce_scatter_v(d_parts, on_device, d_sum, rank.stream.get());
+    });
+    for (int replay = 0; replay < 6; ++replay) {
+      for (int r = 0; r < ranks; ++r) counts[r] = (r * 3 + replay * 2) % (static_cast<int>(kMost) + 2);  // one of them too many
+      Numbers bounded(counts.begin(), counts.end());
+      for (std::int64_t& count : bounded) count = std::min(count, kMost);
+      const std::int64_t total = std::accumulate(bounded.begin(), bounded.end(), std::int64_t{0}), own = bounded[world.rank()];
+      std::vector<float> expected_all = all, expected_sum = sums;
+      cpu->all_gather_v({in.data, in.dtype, {own, kColumns}}, bounded, {expected_all.data(), Dtype::float32, {total, kColumns}});
+      cpu->reduce_scatter_v({parts.data, parts.dtype, {total, kColumns}}, bounded, {expected_sum.data(), Dtype::float32, {own, kColumns}});
+      cuda_check(cudaMemcpy(d_table.data, counts.data(), counts.size() * sizeof(counts[0]), cudaMemcpyHostToDevice), "cudaMemcpy");
+      world.barrier();
+      graph.launch();
+      rank.device->wait(rank.stream.get());
+      rank.tensors.fetch(gathered), rank.tensors.fetch(sum);
+      EXPECT_EQ(all, expected_all) << "replay " << replay;
+      EXPECT_EQ(sums, expected_sum) << "replay " << replay;
+    }
+    world.barrier();
+  });
 }
 
 TEST_P(DirectOnGpuRanks, SumsOfAnyBitsAreThoseOfTheCpu) {
