@@ -112,7 +112,7 @@ class CudaBenchRank {
   static ExchangeOptions with_device(ExchangeOptions options, int device) {
     options.device = Device::cuda;
     options.device_index = device;
-    options.transport = Transport::automatic;
+    if (options.transport != Transport::nccl_window) options.transport = Transport::automatic;  // inproc: rank threads
     return options;
   }
   Dtype expert_dtype() const { return workload_of(settings_, 0).expert_dtype(); }

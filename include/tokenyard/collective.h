@@ -52,9 +52,10 @@ class Collectives {
 struct DeviceCollectiveOptions {
   int device_index = -1;  // the GPU of this rank; -1: the current device
   // cuda_peer: by kernels over memory of GPUs that address each other. nccl: one rank per GPU. automatic: cuda_peer where all ranks
-  // are on one host, else nccl.
+  // are on one host, else nccl. nccl_window: as cuda_peer, over windows of NCCL.
   Transport transport = Transport::automatic;
-  // cuda_peer, both the same on all ranks: per pair of ranks, longer transfers go in rounds; multiprocessors, 0: the usual.
+  void* nccl_communicator = nullptr;  // nccl_window: as in ExchangeOptions
+  // cuda_peer and nccl_window, both the same on all ranks: per pair of ranks, longer transfers go in rounds; multiprocessors, 0: the usual.
   std::int64_t staging_bytes = 16 << 20;
   int sm_budget = 0;
   // nccl launches from the calling thread. Off, each call costs a thread of NCCL's, tens of us, and every wait has its deadline; on, a

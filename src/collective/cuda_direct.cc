@@ -39,8 +39,8 @@ struct Card {
 
 std::string objection(const World& world, const DeviceCollectiveOptions& options, int device, Card& card) {
   if (world.size() > cuda::kMostCollectiveRanks)
-    return fmt::format("collectives over cuda_peer serve {} ranks, the world has {}; use transport nccl", cuda::kMostCollectiveRanks,
-                       world.size());
+    return fmt::format("collectives over {} serve {} ranks, the world has {}; use transport nccl", name(options.transport),
+                       cuda::kMostCollectiveRanks, world.size());
   if (options.timeout_ms <= 0) return fmt::format("DeviceCollectiveOptions.timeout_ms is {}; it must be > 0", options.timeout_ms);
   if (options.staging_bytes < kMinStagingBytes || options.staging_bytes > kMaxStagingBytes)
     return fmt::format("DeviceCollectiveOptions.staging_bytes is {}; it must be in [{}, {}]", options.staging_bytes, kMinStagingBytes,
@@ -212,8 +212,12 @@ CudaDirect::CudaDirect(const World& world, const DeviceCollectiveOptions& option
   const int lanes = agree_on_lanes(world_, options.staging_bytes, budget_.multiprocessors);
   const std::int64_t slot_bytes =
       options.staging_bytes / (std::int64_t{lanes} * protocol::kLaneSlots) / protocol::kChunkAlignment * protocol::kChunkAlignment;
-  arena_ = std::make_unique<LaneArena>(world_,
-                                       LaneOptions{.device = device_, .lanes = lanes, .slot_bytes = slot_bytes, .timeout_ms = timeout_ms_});
+  arena_ = std::make_unique<LaneArena>(world_, LaneOptions{.transport = options.transport,
+                                                           .nccl_communicator = options.nccl_communicator,
+                                                           .device = device_,
+                                                           .lanes = lanes,
+                                                           .slot_bytes = slot_bytes,
+                                                           .timeout_ms = timeout_ms_});
   watch_ = arena_->watch(world_);
   world_.barrier();  // nobody waits in a kernel while another rank still allocates
 }

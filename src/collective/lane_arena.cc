@@ -17,7 +17,11 @@ protocol::LaneLayout lanes_of(const World& world, const LaneOptions& options) {
 
 LaneArena::LaneArena(const World& world, const LaneOptions& options)
     : DeviceWords(world, flags_of(world),
-                  {.device = options.device, .arena_bytes = lanes_of(world, options).total, .timeout_ms = options.timeout_ms}),
+                  {.transport = options.transport,
+                   .nccl_communicator = options.nccl_communicator,
+                   .device = options.device,
+                   .arena_bytes = lanes_of(world, options).total,
+                   .timeout_ms = options.timeout_ms}),
       context_{view(), shape_of(world)},
       lanes_(lanes_of(world, options)) {}
 

@@ -8,6 +8,8 @@
 namespace tokenyard::collective_internal {
 
 struct LaneOptions {
+  Transport transport = Transport::cuda_peer;
+  void* nccl_communicator = nullptr;
   int device = 0;
   int lanes = 1;                // the same on all ranks
   std::int64_t slot_bytes = 0;  // the same on all ranks

@@ -24,9 +24,9 @@ ExchangeOptions with_device(ExchangeOptions options) {
   if (options.device_index < 0 || options.device_index >= devices)
     usage_error("device_index = {}; CUDA sees {} GPUs here: choose 0 to {}, or -1 for the current one", options.device_index, devices,
                 devices - 1);
-  if (options.transport != Transport::automatic && options.transport != Transport::cuda_peer)
-    usage_error("transport = {} with device = cuda; use cuda_peer or automatic", name(options.transport));
-  options.transport = Transport::cuda_peer;
+  if (options.transport == Transport::automatic) options.transport = Transport::cuda_peer;
+  if (options.transport != Transport::cuda_peer && options.transport != Transport::nccl_window)
+    usage_error("transport = {} with device = cuda; use cuda_peer, nccl_window or automatic", name(options.transport));
   return options;
 }
 
@@ -201,7 +201,8 @@ std::vector<int> CudaEngine::recover() {
   const CudaDeviceScope scope(device_);
   wait_idle();
   Survivors left = world_.survivors();
-  const ExchangeOptions options = options_without_lost(left.ranks);
+  ExchangeOptions options = options_without_lost(left.ranks);
+  options.nccl_communicator = nullptr;  // a given one has the lost ranks
   watch_.reset();
   // New memory, not the old one cleaned: a rank that is only slow may still write into what it knows.
   auto arena = std::make_unique<DeviceArena>(left.world, options, shape_of(options, left.world.size()));

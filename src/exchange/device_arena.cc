@@ -9,7 +9,9 @@ namespace tokenyard::exchange_internal {
 
 DeviceArena::DeviceArena(const World& world, const ExchangeOptions& options, const protocol::ArenaShape& shape)
     : DeviceWords(world, device_arena_layout(shape),
-                  {.device = options.device_index,
+                  {.transport = options.transport,
+                   .nccl_communicator = options.nccl_communicator,
+                   .device = options.device_index,
                    .arena_bytes = device_arena_layout(shape).total,
                    .own_bytes = world.size() * static_cast<std::int64_t>(sizeof(std::uint64_t)),
                    .timeout_ms = options.timeout_ms}),

@@ -9,6 +9,7 @@
 
 #include "memory/cuda_handle.h"
 #include "memory/cuda_peer.h"
+#include "memory/nccl_window.h"
 #include "protocol/wait_chain.h"
 
 namespace tokenyard {
@@ -17,6 +18,18 @@ using protocol::DeviceMailbox;
 using protocol::ErrorRecord;
 using protocol::OwnWords;
 
+namespace {
+
+Expected<std::unique_ptr<SymmetricMemory>> make_memory(const World& world, const DeviceWordsOptions& options) {
+  const auto bytes = static_cast<std::size_t>(options.arena_bytes);
+  if (options.transport != Transport::nccl_window)
+    return CudaPeerMemory::create(world, bytes, options.device, Deadline::after_ms(options.timeout_ms));
+  return create_nccl_window(world, bytes,
+                            {.device = options.device, .communicator = options.nccl_communicator, .timeout_ms = options.timeout_ms});
+}
+
+}  // namespace
+
 DeviceWords::DeviceWords(const World& world, const protocol::ArenaLayout& layout, const DeviceWordsOptions& options)
     : device_(options.device) {
   const auto table_bytes = static_cast<std::size_t>(world.size()) * sizeof(std::byte*);
@@ -24,8 +37,7 @@ DeviceWords::DeviceWords(const World& world, const protocol::ArenaLayout& layout
   pinned_ = value_or_throw(make_pinned_buffer(sizeof(protocol::HostWords)));
   new (pinned_.data()) protocol::HostWords{};
   side_ = value_or_throw(borrow_cuda_stream());
-  memory_ = value_or_throw(
-      CudaPeerMemory::create(world, static_cast<std::size_t>(options.arena_bytes), device_, Deadline::after_ms(options.timeout_ms)));
+  memory_ = value_or_throw(make_memory(world, options));
 
   std::byte* const table = words_.data() + sizeof(OwnWords);
   own_ = table + table_bytes;

@@ -18,9 +18,11 @@
 namespace tokenyard {
 
 struct DeviceWordsOptions {
-  int device = 0;                // the current one
-  std::int64_t arena_bytes = 0;  // the same on all ranks: the flags, and what lies behind them
-  std::int64_t own_bytes = 0;    // of this rank's own device memory, for the caller
+  Transport transport = Transport::cuda_peer;  // or nccl_window
+  void* nccl_communicator = nullptr;           // nccl_window: as in ExchangeOptions
+  int device = 0;                              // the current one
+  std::int64_t arena_bytes = 0;                // the same on all ranks: the flags, and what lies behind them
+  std::int64_t own_bytes = 0;                  // of this rank's own device memory, for the caller
   int timeout_ms = 0;
 };
 

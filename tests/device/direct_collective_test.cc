@@ -37,7 +37,7 @@ struct Rank {
   explicit Rank(const World& of, DeviceCollectiveOptions options = {}, std::size_t tensor_bytes = kTensorBytes)
       : world(of), gpu(use_gpu_of(of.rank())), stream(value_or_throw(borrow_cuda_stream())), tensors(gpu, tensor_bytes, stream.get()) {
     options.device_index = gpu;
-    options.transport = Transport::cuda_peer;
+    if (options.transport == Transport::automatic) options.transport = Transport::cuda_peer;
     if (options.sm_budget == 0) options.sm_budget = sm_budget_of(gpu, of.size());
     device = DeviceCollectives::create(of, options);
     through.emplace(*device, tensors, stream.get());
@@ -68,10 +68,10 @@ class DirectOnGpuRanks : public OnGpu, public testing::WithParamInterface<int> {
 INSTANTIATE_TEST_SUITE_P(Ranks, DirectOnGpuRanks, testing::Values(1, 2, 3, 5, 8),
                          [](const auto& info) { return std::to_string(info.param) + "_ranks"; });
 
-void check_random_calls(const World& world, std::uint64_t seed, int rounds) {
+void check_random_calls(const World& world, std::uint64_t seed, int rounds, Transport transport = Transport::cuda_peer) {
   for (const std::int64_t staging_bytes : {std::int64_t{4} << 20, std::int64_t{4096}, std::int64_t{50'000}}) {
-    Rank rank(world, {.staging_bytes = staging_bytes});
-    EXPECT_EQ(rank.device->transport(), Transport::cuda_peer);
+    Rank rank(world, {.transport = transport, .staging_bytes = staging_bytes});
+    EXPECT_EQ(rank.device->transport(), transport);
     for (const std::int64_t multiple : {1, 8}) {
       collective_test::check_collectives(*rank.through, {.seed = seed, .rounds = rounds, .multiple_of = multiple});
     }
@@ -82,6 +82,13 @@ void check_random_calls(const World& world, std::uint64_t seed, int rounds) {
 TEST_P(DirectOnGpuRanks, RandomCallsAsThreads) {
   const std::uint64_t seed = collective_test::test_seed();
   run_ranks(GetParam(), [&](World& world) { check_random_calls(world, seed, 8); });
+}
+
+class DirectOnWindows : public OnWindowsOfSeveral {};
+
+TEST_F(DirectOnWindows, RandomCallsAsThreads) {
+  const std::uint64_t seed = collective_test::test_seed();
+  run_ranks(ranks(), [&](World& world) { check_random_calls(world, seed, 8, Transport::nccl_window); });
 }
 
 TEST_P(DirectOnGpuRanks, FarLargerThanStaging) {
