@@ -24,23 +24,24 @@ struct Card {
   std::array<char, 400> objection = {};
 };
 
-std::string fill(const World& world, int device, Card& card) {
+// Making an id opens a port that stays until all ranks have come.
+std::string fill(Card& card, int device, bool makes_id) {
   const auto found = library();
   if (!found) return fmt::format("no NCCL: {}; {}", found.error().reason, found.error().remedy);
   if (cudaDeviceGetPCIBusId(card.bus_id.data(), static_cast<int>(card.bus_id.size()), device) != cudaSuccess) {
     cudaGetLastError();
     return fmt::format("device_index is {}, which is no GPU here", device);
   }
-  if (world.rank() != 0) return {};
+  if (!makes_id) return {};
   const Result result = (*found)->get_unique_id(&card.id);
   return result == Result::success ? "" : fmt::format("ncclGetUniqueId: {}", (*found)->get_error_string(result));
 }
 
 }  // namespace
 
-UniqueId agree(const World& world, int device, std::string objection, Phase phase) {
+UniqueId agree(const World& world, int device, std::string objection, Phase phase, Comm given) {
   Card mine;
-  if (objection.empty()) objection = fill(world, device, mine);
+  if (objection.empty()) objection = fill(mine, device, world.rank() == 0 && given == nullptr);
   std::memcpy(mine.objection.data(), objection.data(), std::min(objection.size(), mine.objection.size() - 1));
   const auto gathered = world.all_gather(std::as_bytes(std::span(&mine, 1)));
   if (!objection.empty()) throw UsageError(objection);

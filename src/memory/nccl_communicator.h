@@ -13,9 +13,9 @@
 namespace tokenyard::nccl {
 
 // Collective, before NCCL is asked for anything: all ranks learn whether all can, so that none waits for one that cannot. `objection`:
-// why this rank cannot, or empty. The id of their communicator. UsageError: this rank cannot, or two ranks have one GPU;
-// TransportError: another rank cannot.
-UniqueId agree(const World& world, int device, std::string objection, Phase phase);
+// why this rank cannot, or empty. The id of their communicator, unless one is `given`. UsageError: this rank cannot, or two ranks have
+// one GPU; TransportError: another rank cannot.
+UniqueId agree(const World& world, int device, std::string objection, Phase phase, Comm given = nullptr);
 
 class Communicator {
  public:

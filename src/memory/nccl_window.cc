@@ -157,18 +157,18 @@ Expected<void> NcclWindow::open(const nccl::UniqueId& id) {
                                                                                               window_.get(), nccl::kSymmetricWindow));
   if (!opened) {
     // NCCL's thread may still be at it, and only the owner of a communicator ends it.
-    if (communicator_->is_given()) window_.release();
+    if (communicator_->is_given()) static_cast<void>(window_.release());
     return opened;
   }
   return find_views();
 }
 
 Failure NcclWindow::no_window() const {
-  return memory_failure(fmt::format(
-      "NCCL {} gave no window: it finds that not all GPUs address each other, or has no virtual memory; `tokenyard topo` shows "
-      "which GPUs do; unset NCCL_CUMEM_ENABLE and NCCL_WIN_ENABLE, also in NCCL's configuration file, or use transport cuda_peer "
-      "(NCCL_DEBUG=INFO tells more)",
-      version()));
+  return memory_failure(
+      fmt::format("NCCL {} gave no window: it finds that not all GPUs address each other, or has no virtual memory; `tokenyard topo` shows "
+                  "which GPUs do; unset NCCL_CUMEM_ENABLE, NCCL_WIN_ENABLE and NCCL_P2P_DISABLE, also in NCCL's configuration file, or use "
+                  "transport cuda_peer (NCCL_DEBUG=INFO tells more)",
+                  version()));
 }
 
 bool is_device_memory(const void* at) {
@@ -250,7 +250,7 @@ Expected<void> NcclWindow::verify(const Expected<void>& opened) {
 Expected<std::unique_ptr<SymmetricMemory>> create_nccl_window(const World& world, std::size_t bytes, const NcclWindowOptions& options) {
   std::string objection;
   if (const auto missing = nccl::no_windows()) objection = fmt::format("transport nccl_window: {}; {}", missing->reason, missing->remedy);
-  const nccl::UniqueId id = nccl::agree(world, options.device, std::move(objection), Phase::memory);
+  const nccl::UniqueId id = nccl::agree(world, options.device, std::move(objection), Phase::memory, options.communicator);
   auto memory = std::make_unique<NcclWindow>(world, options, bytes);
   Expected<void> done = memory->prepare();
   // A rank that failed must not leave the others believing that its memory is there.

@@ -5,6 +5,7 @@
 #include "memory/cuda_peer.h"
 #include "tokenyard/error.h"
 #include "tokenyard/topo.h"
+#include "unit/expect_usage_error.h"
 
 namespace tokenyard {
 namespace {
