@@ -11,30 +11,18 @@ using Phase = exchange_internal::CudaTrace::Phase;
 
 constexpr int kCallsOfAStep = 2;  // a dispatch and a combine, forward and backward
 
-// A call of the exchange, which tells its ranks by itself when it refuses one. TransportErrors are of earlier calls: this one was not made.
-template <class Call>
-auto made(int& owed, Call&& call) {
-  --owed;
-  try {
-    return call();
-  } catch (const TransportError&) {
-    ++owed;
-    throw;
-  }
-}
-
 template <class Step>
-void CudaMoe::guarded(Step&& step) {
+void CudaMoe::guarded(void* stream, Step&& step) {
   Exchange* const exchange = group_->exchange();
-  if (exchange != nullptr) exchange->check();  // of earlier steps: this one is not begun
+  group_->check();  // of earlier steps: this one is not begun
   int owed = exchange != nullptr ? kCallsOfAStep : 0;
   try {
     step(owed);
   } catch (const UsageError& error) {
-    leave(owed, error.what());
+    leave(owed, error.what(), stream);
     throw;
   } catch (const TransportError& error) {
-    if (error.failure().kind == FailureKind::aborted) leave(owed, error.failure().detail);
+    if (error.failure().kind == FailureKind::aborted) leave(owed, error.failure().detail, stream);
     throw;
   }
 }

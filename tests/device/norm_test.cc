@@ -14,7 +14,6 @@ namespace {
 using testing::drawn;
 using testing::expect_close;
 using testing::expect_usage_error;
-using testing::expect_usage_error;
 
 constexpr float kEpsilon = 1e-3F;
 

@@ -46,6 +46,9 @@ void scale_by_gate(const RowsArgs& args, const std::byte* gate, Dtype gate_dtype
 // out = a + b, rounded once. out may be one of them.
 void add_rows(const RowsArgs& args, Stream stream);
 
+// total = the sum of counts, each at least 0 and `most` at the most.
+void add_counts(const std::int32_t* counts, int ranks, std::int64_t most, std::int32_t* total, Stream stream);
+
 // out [rows, columns] = or += sum over terms of a(row, term) b(term, column); out dense.
 struct FactorsArgs {
   std::int64_t rows = 0, columns = 0, terms = 0;
@@ -93,7 +96,7 @@ struct SumGradientsArgs {
   std::int64_t num_rows = 0, columns = 0;
   Dtype dtype = Dtype::float32, gate_dtype = Dtype::float32;
   const std::byte* rows = nullptr;
-  const float* of_gate = nullptr;
+  const float* of_gate = nullptr;        // optional
   const std::byte* of_shared = nullptr;  // optional
   const float* d_logits = nullptr;       // [num_rows] and [columns]: with a gate of the shared expert
   const std::byte* gate = nullptr;
