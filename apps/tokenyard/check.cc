@@ -138,7 +138,23 @@ std::optional<Difference> Checker::token_rows(const Received& received) const {
     }
     if (auto found = compare_row(received, slot, first)) return found;
   }
-  return std::nullopt;
+  return received.expert_rows() ? gather_map(received) : std::nullopt;
+}
+
+std::optional<Difference> Checker::gather_map(const Received& received) const {
+  const std::vector<std::vector<Arrival>> tokens = tokens_here();
+  std::vector<std::vector<std::int32_t>> rows(placement_.local_experts(rank_).size());
+  for (std::int64_t slot = 0; slot < std::ssize(tokens); ++slot) {
+    for (const Arrival& arrival : tokens[slot]) rows[arrival.local].push_back(static_cast<std::int32_t>(slot));
+  }
+  std::int32_t at = 0;
+  for (std::int64_t local = 0; local < std::ssize(rows); ++local) {
+    if (auto found = compare<std::int32_t>("expert_offsets", received.expert_offsets(), local, at)) return found;
+    for (const std::int32_t row : rows[local]) {
+      if (auto found = compare<std::int32_t>("expert_rows", received.expert_rows(), at++, row)) return found;
+    }
+  }
+  return compare<std::int32_t>("expert_offsets", received.expert_offsets(), std::ssize(rows), at);
 }
 
 std::optional<Difference> Checker::expert_rows(const Received& received) const {

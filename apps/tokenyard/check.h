@@ -48,6 +48,7 @@ class Checker {
 
  private:
   std::optional<Difference> token_rows(const Received& received) const;
+  std::optional<Difference> gather_map(const Received& received) const;
   std::optional<Difference> expert_rows(const Received& received) const;
   std::optional<Difference> slot_rows(const Received& received) const;
   std::optional<Difference> compare_row(const Received& received, std::int64_t slot, const Arrival& arrival) const;

@@ -19,8 +19,8 @@
 namespace tokenyard::cli {
 
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Settings, ranks, tokens, hidden_size, experts, top_k, dtype, mode, layout, sizing,
-                                                placement, preset, transport, device, sm_budget, skew, threads, depth, iterations, warmup,
-                                                seed, timeout_ms, baseline, trace)
+                                                gather_map, placement, preset, transport, device, sm_budget, skew, threads, depth,
+                                                iterations, warmup, seed, timeout_ms, baseline, trace)
 
 namespace {
 
@@ -179,6 +179,7 @@ void add_shape_options(CLI::App& app, Settings& settings) {
   app.add_option("--layout", settings.layout, "token_major, expert_major, expert_padded, rank_slots");
   app.add_option("--mode", settings.mode, "throughput or latency")->capture_default_str();
   app.add_option("--sizing", settings.sizing, "exact or capacity");
+  app.add_flag("--gather-map", settings.gather_map, "token_major: also the rows of each local expert, as a grouped GEMM takes them");
   app.add_option("--placement", settings.placement, "uniform, tp:N, replicated:N or FILE.json")->capture_default_str();
   app.add_option("--preset", settings.preset, "A model's experts, top-k, hidden size and gate, e.g. deepseek-v3");
   app.add_option("--depth", settings.depth, "Receive buffers")->capture_default_str();
@@ -291,6 +292,7 @@ DispatchOptions dispatch_options(const Settings& settings) {
   DispatchOptions options;
   options.layout = parse_layout(settings.layout);
   options.sizing = parse_sizing(settings.sizing);
+  options.gather_map = settings.gather_map;
   return options;
 }
 
@@ -317,9 +319,10 @@ Runner choose_runner(const Settings& settings, std::string& no_baseline) {
 }
 
 std::string describe(const Settings& settings) {
-  return fmt::format("{} ranks x {} tokens x {} {}, top-{} of {} experts ({}{}), {}, {}, {}", settings.ranks, settings.tokens,
+  return fmt::format("{} ranks x {} tokens x {} {}, top-{} of {} experts ({}{}), {}{}, {}, {}", settings.ranks, settings.tokens,
                      settings.hidden_size, settings.dtype, settings.top_k, settings.experts, settings.placement,
-                     settings.skew > 0 ? fmt::format(", skew {}", settings.skew) : "", settings.layout, settings.mode, settings.sizing);
+                     settings.skew > 0 ? fmt::format(", skew {}", settings.skew) : "", settings.layout,
+                     settings.gather_map ? " with gather map" : "", settings.mode, settings.sizing);
 }
 
 }  // namespace tokenyard::cli

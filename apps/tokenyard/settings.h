@@ -25,6 +25,7 @@ struct Settings {
   std::string mode = "throughput";
   std::string layout;  // empty: token_major, in latency mode rank_slots
   std::string sizing;  // empty: exact, in latency mode capacity
+  bool gather_map = false;
   std::string placement = "uniform";
   std::string preset;  // a model's experts, top_k, hidden_size and gate
   std::string transport = "automatic";
