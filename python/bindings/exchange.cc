@@ -198,6 +198,11 @@ void bind_exchange(nb::module_& m) {
       .def("options", [](const Held& self) { return self->options(); })
       .def("transport", [](const Held& self) { return name(self->transport()); })
       .def("link_bytes", [](const Held& self) { return self->link_bytes(); })
+      .def("peer_waits",
+           [](const Held& self) {
+             PeerWaits waits = self->peer_waits();
+             return std::pair(std::move(waits.dispatch), std::move(waits.combine));
+           })
       .def("take_spans", [](Held& self) { return self->take_spans(); });
   bind_calls(exchange);
 }

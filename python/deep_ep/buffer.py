@@ -43,14 +43,14 @@ class Buffer(LowLatency):
 
     def __del__(self):
         # Before the world: when the interpreter ends, the rank that holds the store waits there for all that is left of it.
-        for name in ("_handles", "_shrink", "_room", "_low_latency_room"):
+        for name in ("_handles", "_waits", "_shrink", "_room", "_low_latency_room"):
             self.__dict__.pop(name, None)
 
     def destroy(self) -> None:
         if not self.explicitly_destroy:
             raise UsageError("destroy() of a buffer made without explicitly_destroy=True; it goes with its last reference")
         self._handles.clear()
-        self._room = self._low_latency_room = self._shrink = self.world = None
+        self._room = self._low_latency_room = self._waits = self._shrink = self.world = None
 
     @staticmethod
     def is_sm90_compiled() -> bool:

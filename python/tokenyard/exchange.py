@@ -344,6 +344,10 @@ class Exchange:
         """Bytes of rows and scales sent to each rank so far."""
         return self._core.link_bytes()
 
+    def peer_waits(self) -> tuple[list[int], list[int]]:
+        """Nanoseconds that this rank has waited for each rank so far, in dispatch and in combine. Not recorded on cuda and over MPI: empty."""
+        return self._core.peer_waits()
+
     def take_spans(self) -> list:
         """PhaseSpans since the last call; empty without the option trace=True."""
         return self._core.take_spans()

@@ -3,6 +3,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,37 @@ def check_low_latency(group, rank, hook, fp8, scale_kind):
 @pytest.mark.parametrize("fp8, scale_kind", [(False, "float32"), (True, "float32"), (True, "pow2"), (True, "ue8m0")])
 def test_low_latency(hook, fp8, scale_kind, tmp_path):
     on_group(lambda group, rank: check_low_latency(group, rank, hook, fp8, scale_kind), tmp_path)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_wait_costs_name_who_was_late(hook, tmp_path):
+    """Rank 2 is late for the second of three dispatches, rank 0 for each combine; what was not asked for is not told later."""
+    late_s = 0.5
+
+    def main(group, rank):
+        import deep_ep
+
+        x, ids, weights = given(6)
+        buffer = deep_ep.Buffer(group, low_latency_mode=True)
+        in_dispatch, in_combine = torch.zeros(2, RANKS, dtype=torch.int64)
+        for turn in range(3):
+            group.barrier().wait()
+            time.sleep(late_s if rank == 2 and turn < 2 else 0)
+            rows, _, handle, _, finish = buffer.low_latency_dispatch(
+                x[rank], ids[rank], 8, EXPERTS, use_fp8=False, return_recv_hook=hook, dispatch_wait_recv_cost_stats=in_dispatch if turn else None)
+            finish() if hook else None
+            group.barrier().wait()
+            time.sleep(late_s if rank == 0 else 0)
+            _, _, finish = buffer.low_latency_combine(rows, ids[rank], weights[rank], handle, return_recv_hook=hook,
+                                                      combine_wait_recv_cost_stats=in_combine)
+            finish() if hook else None
+        return in_dispatch.tolist(), in_combine.tolist()
+
+    for rank, waits in enumerate(on_group(main, tmp_path)):
+        for waited, late, times in zip(waits, (2, 0), (1, 3)):
+            for peer in range(RANKS):
+                least = 0.8e9 * times * late_s
+                assert (waited[peer] > least) == (peer == late != rank) and waited[peer] < 2 * least, (rank, waits)
 
 
 def alive_sums(x, ids, weights, rank, alive):
