@@ -190,6 +190,8 @@ void bind_exchange(nb::module_& m) {
           nb::arg("world"), nb::arg("options"))
       .def(
           "add", [](Held& self, const Placement& placement) { return waiting([&] { return self->add(placement); }); }, nb::arg("placement"))
+      .def(
+          "abandon", [](Held& self, const std::string& reason) { waiting([&] { self->abandon(reason); }); }, nb::arg("reason"))
       .def("check", [](const Held& self) { self->check(); })
       .def("status", [](const Held& self) { return self->status(); })
       .def("clear", [](Held& self) { waiting([&] { self->clear(); }); })

@@ -1,7 +1,9 @@
 """The exchange: dispatch sends rows to the ranks of their experts, combine brings sums back."""
+import contextlib
+
 from . import _core
 from .arrays import Frame, TorchMemory, as_array, current_stream, is_torch, opaque, shown_as, tensor, torch_if_used, writable
-from .errors import UsageError
+from .errors import Error, UsageError
 from .received import Pending, Received
 from .world import World
 
@@ -110,6 +112,8 @@ class Exchange:
     def _number_of(self, placement):
         if isinstance(placement, int):
             return placement
+        if not isinstance(placement, _core.Placement):
+            raise UsageError(f"placement = {placement!r}; expected a Placement, or the number that add() gave it")
         if placement.hash not in self._numbers:
             raise UsageError(f"{placement!r} is not registered with this exchange; call add(placement) on all ranks first")
         return self._numbers[placement.hash]
@@ -201,7 +205,7 @@ class Exchange:
         replicas. quantise: "float32", "float32_pow2" or "ue8m0" scales, rows become fp8. dtype: what x means where the array cannot say.
         """
         words = layout, sizing, mode, gather_map, alignment, zero_padding, expert_capacity, drop, copy_out, token_base, quantise  # as _WORDS
-        keep, arguments, shown = self._dispatch_call(x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
+        keep, arguments, shown = self._told(self._dispatch_call, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
         return self._run(self._core.dispatch, keep, arguments, shown)
 
     def start_dispatch(self, x, topk_ids=None, topk_weights=None, *, handle=None, scales=None, placement=None, out_rows=None, out_scales=None,
@@ -210,8 +214,18 @@ class Exchange:
         for name in options.keys() - _WORDS.keys():
             raise TypeError(f"dispatch has no argument {name!r}")
         words = tuple({**_WORDS, **options}.values())
-        keep, arguments, shown = self._dispatch_call(x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
+        keep, arguments, shown = self._told(self._dispatch_call, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
         return self._start(self._core.start_dispatch, keep, arguments, shown)
+
+    def _told(self, prepare, *arguments, **options):
+        """What a call is made of. When that is refused here the others, who wait in the same call, learn why; the C++ side tells what it refuses."""
+        try:
+            return prepare(*arguments, **options)
+        except UsageError as error:
+            with contextlib.suppress(Error):  # of an earlier call, which they know of
+                if not self._is_capturing():
+                    self.abandon(str(error))
+            raise
 
     @staticmethod
     def _run(call, keep, arguments, shown):
@@ -273,13 +287,13 @@ class Exchange:
         dtype. row_weights float32, in the shape of Received.row_weights: the result is then (sums, combined weights [T,K]).
         Sums are taken in float32 in a defined order: the same bits on every backend.
         """
-        keep, arguments, shown = self._combine_call(rows, handle, weighting=weighting, order=order, fold=fold, source_weights=source_weights,
-                                                    row_weights=row_weights, bias=bias, out=out, dtype=dtype)
+        keep, arguments, shown = self._told(self._combine_call, rows, handle, weighting=weighting, order=order, fold=fold,
+                                            source_weights=source_weights, row_weights=row_weights, bias=bias, out=out, dtype=dtype)
         return self._run(self._core.combine, keep, arguments, shown)
 
     def start_combine(self, rows, handle, **options) -> Pending:
         """The first half of combine, with its arguments: never waits. rows and the others stay untouched until finish()."""
-        keep, arguments, shown = self._combine_call(rows, handle, **options)
+        keep, arguments, shown = self._told(self._combine_call, rows, handle, **options)
         return self._start(self._core.start_combine, keep, arguments, shown)
 
     def dispatch_backward(self, handle, grad_rows, grad_row_weights=None, *, dtype=None) -> tuple:
@@ -305,6 +319,10 @@ class Exchange:
         that of the exchange. UsageError without the option expert_rows=True."""
         frame = self._frame(as_array(like, "like"))
         return self._core.expert_rows(handle, dtype or self.dtype, self.hidden_size, frame.place, self._stream())
+
+    def abandon(self, reason) -> None:
+        """Instead of this rank's next dispatch or combine, which it cannot make: that of the others fails with the reason, and the one after is fine."""
+        self._core.abandon(reason)
 
     def check(self) -> None:
         """Raises the sticky error, if any."""

@@ -131,6 +131,28 @@ def test_peers_of_a_rejected_call_learn_the_reason():
     on_ranks(rank_main)
 
 
+def test_peers_learn_what_python_refuses_and_what_a_rank_abandons():
+    def rank_main(world):
+        exchange = make_exchange(world, ty.Placement.uniform(6, 3))
+        out = exchange.dispatch(X, IDS)
+        rows, handle = out.rows, out.handle
+        calls = [(lambda: exchange.dispatch(object(), IDS), lambda: exchange.dispatch(X, IDS), "x is a object"),
+                 (lambda: exchange.dispatch(X, IDS, placement=7.5), lambda: exchange.start_dispatch(X, IDS).finish(), "placement = 7.5"),
+                 (lambda: exchange.combine(rows, handle, bias=(X, X, X)), lambda: exchange.combine(rows, handle), "3 biases"),
+                 (lambda: exchange.start_combine(object(), handle), lambda: exchange.combine(rows, handle), "rows is a object")]
+        for wrong, right, text in calls:
+            with pytest.raises(ty.UsageError if world.rank == 1 else ty.TransportError, match=text):
+                wrong() if world.rank == 1 else right()
+        if world.rank == 1:
+            exchange.abandon("no data today")
+        else:
+            with pytest.raises(ty.TransportError, match="no data today"):
+                exchange.dispatch(X, IDS)
+        assert exchange.dispatch(X, IDS).num_rows == (12 if world.rank == 0 else 0)
+
+    on_ranks(rank_main)
+
+
 def test_different_calls_name_both():
     def rank_main(world):
         exchange = make_exchange(world, ty.Placement.uniform(6, 2))
