@@ -9,7 +9,7 @@ from tokenyard import UsageError
 from .buffer import align
 from .events import EventHandle, Lane
 from .groups import world_of
-from .room import Room, fitted, padded_columns, rows_and_scales
+from .room import Room, fitted, padded_columns, refuse, rows_and_scales
 
 
 @dataclass
@@ -95,14 +95,6 @@ class ElasticBuffer:
             raise UsageError("destroy() of a buffer made without explicitly_destroy=True; it goes with its last reference")
         self._room = self.world = None
 
-    def _check(self, rows, topk_idx, num_experts, num_max):
-        if num_experts is None or num_experts % self.num_ranks:
-            raise UsageError(f"num_experts = {num_experts} on {self.num_ranks} ranks; expected a multiple")
-        if num_max < 1 or rows.shape[0] > num_max:
-            raise UsageError(f"{rows.shape[0]} tokens, num_max_tokens_per_rank = {num_max}; expected at most that many")
-        if topk_idx.shape[0] != rows.shape[0]:
-            raise UsageError(f"topk_idx has {topk_idx.shape[0]} tokens, x has {rows.shape[0]}")
-
     def dispatch(self, x, topk_idx=None, topk_weights=None, cumulative_local_expert_recv_stats=None, num_experts=None,
                  num_max_tokens_per_rank=None, expert_alignment=None, num_sms=0, num_qps=0, previous_event=None,
                  previous_event_before_epilogue=None, async_with_compute_stream=False, allocate_on_comm_stream=False, handle=None,
@@ -146,10 +138,16 @@ class ElasticBuffer:
 
     def _new(self, rows, scales, topk_idx, topk_weights, num_experts, num_max, alignment, expand, copy, cpu_sync):
         """(EPHandle, Received) of a dispatch that routes anew. Without cpu_sync nothing here waits for the device: shapes are bounds."""
-        self._check(rows, topk_idx, num_experts, num_max)
+        if num_experts is None or num_experts % self.num_ranks:
+            raise UsageError(f"num_experts = {num_experts} on {self.num_ranks} ranks; expected a multiple")
+        if num_max < 1:
+            raise UsageError(f"num_max_tokens_per_rank = {num_max}; expected the most tokens of a rank")
         exchange = self._exchange(rows, scales, max_tokens_per_rank=num_max, top_k=topk_idx.shape[1], max_local_experts=num_experts // self.num_ranks)
         options = {"layout": "expert_major", "alignment": alignment} if expand else {"layout": "token_major"}
-        received = exchange.dispatch(rows, topk_idx, topk_weights, scales=scales, placement=self._room.placement(num_experts), copy_out=True,
+        placement = self._room.placement(num_experts)
+        if rows.shape[0] > num_max:
+            refuse(exchange, f"{rows.shape[0]} tokens, num_max_tokens_per_rank = {num_max}; expected at most that many")
+        received = exchange.dispatch(rows, topk_idx, topk_weights, scales=scales, placement=placement, copy_out=True,
                                      sizing="exact" if cpu_sync else "capacity", **options)
         counts = received.expert_counts.clone()
         aligned = (counts + alignment - 1) // alignment * alignment

@@ -20,6 +20,12 @@ class Known:
     serials: torch.Tensor = None  # lives as long as this, so that no other tensor has its address
 
 
+def parts_of(handle):
+    """(serials, whether a token goes to a rank, number of rows received) of DeepEP's tuple: of 6 tensors, of 10 with more than 8 ranks."""
+    at_serials, at_in_rank, at_rows = (1, 4, 3) if len(handle) == 6 else (1, 0, 7)
+    return handle[at_serials], handle[at_in_rank], handle[at_rows].shape[0]
+
+
 class Handles:
     def __init__(self):
         self._known = OrderedDict()  # by serial

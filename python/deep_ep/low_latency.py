@@ -4,7 +4,7 @@ import torch
 from tokenyard import UsageError
 
 from .events import EventOverlap
-from .room import Room, is_capturing
+from .room import Room, is_capturing, refuse
 from .shrink import Shrink, same_rows_without
 
 
@@ -70,8 +70,6 @@ class LowLatency:
             raise UsageError("async_finish and return_recv_hook: choose one")
         if use_ue8m0 and not round_scale:
             raise UsageError("use_ue8m0 without round_scale; exponents have only powers of two: pass round_scale=True")
-        if x.shape[0] > num_max_dispatch_tokens_per_rank:
-            raise UsageError(f"{x.shape[0]} tokens; num_max_dispatch_tokens_per_rank is {num_max_dispatch_tokens_per_rank}")
         self._waits["dispatch"].check(dispatch_wait_recv_cost_stats, x.device)
         scale_format = None if not use_fp8 else "ue8m0" if use_ue8m0 else "float32_pow2" if round_scale else "float32"
         results = _Results(self, x, num_max_dispatch_tokens_per_rank, num_experts, scale_format)
@@ -79,6 +77,8 @@ class LowLatency:
         def start(name):
             exchange = self._exchange_for(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
             placement = self._low_latency_room.placement(num_experts)
+            if x.shape[0] > num_max_dispatch_tokens_per_rank:
+                refuse(exchange, f"{x.shape[0]} tokens; num_max_dispatch_tokens_per_rank is {num_max_dispatch_tokens_per_rank}")
             return getattr(exchange, name)(x, topk_idx, placement=placement, layout="expert_padded", expert_capacity=results.slots,
                                            quantise=scale_format, copy_out=True, out_rows=results.flat_rows, out_scales=results.flat_scales)
 

@@ -1,6 +1,7 @@
 """The deep_ep drop-in on CPU ranks with a gloo group, against plain loops. DeepEP's own test programs are run by hand: docs/deep_ep.md."""
 import io
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tokenyard as ty  # noqa: E402
+from support import Comm, on_ranks  # noqa: E402
 
 RANKS, TOKENS, HIDDEN, EXPERTS, TOP_K = 3, [4, 0, 6], 256, 6, 2
 WINDOW = EXPERTS // RANKS
@@ -108,6 +110,41 @@ def check_v1_back(buffer, x, weights, in_rank, recv_x, handle):
 def test_buffer(with_topk, fp8, tmp_path):
     _, ids, _ = given()
     assert on_group(lambda group, rank: check_v1(group, rank, with_topk, fp8), tmp_path) == [len(received_by(rank, ids)) for rank in range(RANKS)]
+
+
+def test_more_than_eight_ranks():
+    """There the handle is the tuple of ten tensors of DeepEP's internode kernels; nodes are groups of 8 ranks, the last one maybe smaller."""
+    ranks, tokens = 10, 6
+
+    def main(world):
+        import deep_ep
+
+        rank = world.rank
+        x = torch.full((tokens, 32), float(rank + 1)).bfloat16()
+        ids = (torch.arange(tokens)[:, None] * 3 + torch.tensor([[0, 7]]) + rank) % (2 * ranks)
+        buffer = deep_ep.Buffer(comm=Comm(world))
+        per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, 2 * ranks)
+        assert per_node.tolist() == [in_rank[:, :8].any(1).sum(), in_rank[:, 8:].any(1).sum()]
+        everybody = [pickle.loads(one) for one in world.all_gather(pickle.dumps(in_rank.tolist()))]
+        expected = [(s, t) for s in range(ranks) for t in range(tokens) if everybody[s][t][rank]]
+        given = dict(num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_node, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert,
+                     topk_idx=ids, topk_weights=torch.ones(tokens, 2), config=deep_ep.Config(8))
+        for worst in (0, ranks * tokens):
+            rows, recv_ids, _, _, handle, _ = buffer.dispatch(x, **given, num_worst_tokens=worst)
+            count, length = len(expected), worst or len(expected)
+            assert torch.equal(rows[:count, 0].float(), torch.tensor([s + 1.0 for s, _ in expected])) and len(rows) == len(recv_ids) == length
+            sums = [sum(s < end for s, _ in expected) for end in range(1, ranks + 1)]
+            assert torch.equal(handle[0], in_rank) and handle[6].tolist() == sums and handle[4].tolist() == [sums[7], sums[9]]
+            meta = handle[7].view(torch.int32)
+            assert meta[:count].tolist() == [[s // 8, t] for s, t in expected] and (meta[count:] == -1).all()
+            assert [list(t.shape) for t in handle] == [[tokens, ranks], [2, 4], [ranks, 4], [2, 4], [2], [ranks, 4], [ranks], [length, 8], [tokens, 2],
+                                                       [length, 8]]
+            for known in (handle, tuple(t.clone() for t in handle)):
+                assert torch.equal(buffer.combine(rows, known)[0], x * in_rank.sum(1, keepdim=True))
+                assert torch.equal(buffer.dispatch(x, handle=known)[0][:count], rows[:count])
+                buffer._handles.clear()  # what is remembered may be gone: tensors are enough
+
+    on_ranks(main, ranks)
 
 
 def test_buffer_grows_and_old_handles_stay_good(tmp_path):
@@ -338,6 +375,25 @@ def test_elastic_buffer(expand, multiple, cpu_sync, alignment, tmp_path):
     on_group(lambda group, rank: check_elastic(group, rank, expand, cpu_sync, alignment, multiple), tmp_path)
 
 
+def check_refusals(group, rank, x, ids, in_rank, wrong, per_expert):
+    """What rank 0 refuses without asking anybody: rank 1, which is in the same call, learns it, and the next call is fine."""
+    import deep_ep
+
+    buffer, elastic = deep_ep.Buffer(group), deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=2)
+    more, more_ids = torch.ones(3, 32).bfloat16(), torch.zeros(3, 1).long()
+    for call, text in [
+        (lambda bad: buffer.dispatch(x, is_token_in_rank=wrong if bad else in_rank, num_tokens_per_expert=per_expert, topk_idx=ids, num_worst_tokens=4),
+         r"is_token_in_rank\[1\] = .* but topk_idx\[1\] = \[1\] of 2 experts"),
+        (lambda bad: buffer.dispatch(more if bad else x, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=more_ids if bad else ids,
+                                     num_worst_tokens=4), "num_worst_tokens = 4 for 2 ranks leaves 2 tokens to each, and this rank has 3"),
+        (lambda bad: buffer.low_latency_dispatch(more if bad else x, more_ids if bad else ids, 2, 2, use_fp8=False), "3 tokens; num_max"),
+        (lambda bad: elastic.dispatch(more if bad else x, more_ids if bad else ids, num_experts=2), "3 tokens, num_max_tokens_per_rank = 2"),
+    ]:
+        with pytest.raises(ty.UsageError if rank == 0 else ty.TransportError, match=text):
+            call(rank == 0)
+        call(False)
+
+
 def test_errors_name_the_value(tmp_path):
     def main(group, rank):
         import deep_ep
@@ -366,6 +422,7 @@ def test_errors_name_the_value(tmp_path):
         chosen, text = (wrong, r"^is_token_in_rank\[1\]") if rank == 0 else (in_rank, r"rank 0 rejected this call: is_token_in_rank\[1\]")
         with pytest.raises(ty.UsageError, match=text):
             buffer.dispatch(x, is_token_in_rank=chosen, num_tokens_per_expert=per_expert, topk_idx=ids)
+        check_refusals(group, rank, x, ids, in_rank, wrong, per_expert)
         with pytest.raises(RuntimeError, match="nothing to wait for"):
             deep_ep.EventOverlap().current_stream_wait()
 
