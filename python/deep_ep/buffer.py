@@ -7,7 +7,7 @@ import torch
 from tokenyard import UsageError
 
 from .config import Config
-from .events import EventHandle, EventOverlap, Lane
+from .events import EventHandle, EventOverlap, Lane, uses_cuda
 from .groups import world_of
 from .handles import Handles, Known, parts_of
 from .low_latency import LowLatency
@@ -249,8 +249,11 @@ class Buffer(LowLatency):
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
         """Memory of the size that the caller asked for at construction, for callers that look into it; no call uses it."""
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        memory = torch.zeros(max(0, num_bytes - offset), dtype=torch.uint8)
+        memory = torch.zeros(max(0, num_bytes - offset), dtype=torch.uint8, device="cuda" if uses_cuda() else "cpu")
         flat = memory[:memory.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        if size is not None and size.numel() > flat.numel():
+            raise UsageError(f"{size.numel() * dtype.itemsize} bytes at offset {offset}, num_{'rdma' if use_rdma_buffer else 'nvl'}_bytes = {num_bytes}; "
+                             "expected no more")
         return flat if size is None else flat[:size.numel()].view(size)
 
 

@@ -124,8 +124,8 @@ class ElasticBuffer:
                         one.masked_fill_(gaps if one.ndim == 1 else gaps[:, None], 0)
             return (*self._shaped(made, recv_x, recv_scales, weights, use_tma_aligned_col_major_sf), made)
 
-        result, event = self._lane.run(task, previous_event=previous_event, asynchronous=bool(async_with_compute_stream), like=rows,
-                                       reads=(rows, scales, topk_idx, topk_weights))
+        result, event = self._lane.run(task, previous_event=previous_event, before_end=previous_event_before_epilogue,
+                                       asynchronous=bool(async_with_compute_stream), like=rows, reads=(rows, scales, topk_idx, topk_weights))
         return *result, event
 
     def _exchange(self, rows, scales, handle=None, **needs):
@@ -209,8 +209,8 @@ class ElasticBuffer:
                                                  row_weights=weights)
             return (result, None) if weights is None else result
 
-        result, event = self._lane.run(task, previous_event=previous_event, asynchronous=bool(async_with_compute_stream), like=x,
-                                       reads=(x, topk_weights, bias))
+        result, event = self._lane.run(task, previous_event=previous_event, before_end=previous_event_before_epilogue,
+                                       asynchronous=bool(async_with_compute_stream), like=x, reads=(x, topk_weights, bias))
         return *result, event
 
 

@@ -394,6 +394,57 @@ def check_refusals(group, rank, x, ids, in_rank, wrong, per_expert):
         call(False)
 
 
+def test_calls_outside_autograd(tmp_path):
+    """In inference mode and without gradients as otherwise; what comes out has no history, also of inputs that want gradients. Every event is
+    waited for."""
+    def main(group, rank):
+        import deep_ep
+
+        class Seen(deep_ep.EventHandle):
+            times = 0
+
+            def current_stream_wait(self):
+                Seen.times += 1
+
+        def run():
+            all_x, all_ids, all_weights = given(8)
+            x, weights, ids = all_x[rank].requires_grad_(not torch.is_inference_mode_enabled()), all_weights[rank], all_ids[rank]
+            legacy, elastic = deep_ep.Buffer(group, low_latency_mode=True), deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=7)
+            per_rank, _, per_expert, in_rank, _ = legacy.get_dispatch_layout(ids, EXPERTS, previous_event=deep_ep.EventOverlap(Seen()))
+            rows, recv_ids, recv_weights, _, handle, _ = legacy.dispatch(x, None, per_rank, None, in_rank, per_expert, ids, weights, previous_event=Seen())
+            sums, summed, _ = legacy.combine(rows, handle, recv_weights, bias=x, previous_event=deep_ep.EventOverlap(None))
+            found = [rows, recv_weights, sums, summed]
+            rows, _, handle, *_ = legacy.low_latency_dispatch(x, ids, 7, EXPERTS, use_fp8=False)
+            found += legacy.low_latency_combine(rows, ids, weights, handle)[0],
+            for expand in (0, 1):
+                rows, _, recv_weights, handle, _ = elastic.dispatch(x, ids, weights, num_experts=EXPERTS, do_expand=expand, previous_event=Seen(),
+                                                                    previous_event_before_epilogue=Seen())
+                found += elastic.combine(rows, handle, recv_weights, previous_event_before_epilogue=deep_ep.EventOverlap(Seen()))[:2]
+            assert not any(one.requires_grad for one in found)
+            return found
+
+        usual = run()
+        assert Seen.times == 8
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), usual))
+
+    on_group(main, tmp_path)
+
+
+def test_memory_of_the_size_asked_for(tmp_path):
+    def main(group, rank):
+        import deep_ep
+
+        buffer = deep_ep.Buffer(group, 64, 128)
+        assert buffer.get_local_buffer_tensor(torch.bfloat16, torch.Size([4, 2]), offset=16).fill_(1).sum() == 8
+        assert buffer.get_local_buffer_tensor(torch.float32, use_rdma_buffer=True).shape == (32,)
+        with pytest.raises(ty.UsageError, match=r"80 bytes at offset 0, num_nvl_bytes = 64"):
+            buffer.get_local_buffer_tensor(torch.float64, torch.Size([10]))
+
+    on_group(main, tmp_path, 1)
+
+
 def test_errors_name_the_value(tmp_path):
     def main(group, rank):
         import deep_ep
