@@ -14,6 +14,11 @@ from .low_latency import LowLatency
 from .room import Room, fitted, padded_columns, refuse, rows_and_scales
 
 
+def known_ids(topk_idx, num_experts, otherwise):
+    """int64, with `otherwise` for what is no expert. Ids that are too large the dispatch reports; as an index they would end a CUDA context."""
+    return torch.where((topk_idx < 0) | (topk_idx >= num_experts), otherwise, topk_idx.long())
+
+
 def align(value, multiple):
     return (value + multiple - 1) // multiple * multiple
 
@@ -80,7 +85,7 @@ class Buffer(LowLatency):
         """[T,R]: whether a token has an expert on each rank."""
         if num_experts % self.group_size:
             raise UsageError(f"num_experts = {num_experts} on {self.group_size} ranks; DeepEP's layout needs a multiple")
-        owner = torch.where(topk_idx < 0, self.group_size, topk_idx.long() // (num_experts // self.group_size))
+        owner = known_ids(topk_idx, num_experts, num_experts) // max(1, num_experts // self.group_size)
         found = torch.zeros(topk_idx.shape[0], self.group_size + 1, dtype=torch.bool, device=topk_idx.device)
         return found.scatter_(1, owner, True)[:, :self.group_size]
 
@@ -88,7 +93,7 @@ class Buffer(LowLatency):
         """(tokens per rank, tokens per group of 8 ranks or None, tokens per expert, whether a token goes to a rank, event)."""
         def task():
             in_rank = self._in_rank(topk_idx, num_experts)
-            chosen = torch.where(topk_idx < 0, num_experts, topk_idx.long()).flatten()
+            chosen = known_ids(topk_idx, num_experts, num_experts).flatten()
             per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_idx.device)
             per_expert = per_expert.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))[:num_experts].contiguous()
             nodes = None
@@ -180,6 +185,8 @@ class Buffer(LowLatency):
 
     def _contradiction(self, in_rank, topk_idx, num_experts):
         """What is_token_in_rank and topk_idx disagree about, or None. Waits for the device."""
+        if in_rank.shape != (topk_idx.shape[0], self.group_size):
+            return f"is_token_in_rank is {list(in_rank.shape)}, topk_idx {list(topk_idx.shape)}; expected a row of {self.group_size} for each token"
         differs = (self._in_rank(topk_idx, num_experts) != in_rank).any(1).nonzero()
         if not len(differs):
             return None
@@ -237,6 +244,9 @@ class Buffer(LowLatency):
         def task():
             known = self._known_of(handle)
             exchange = self._room.exchange_for(x.device)
+            for name, one in ("x", x), ("topk_weights", topk_weights):
+                if one is not None and one.shape[0] != (rows := parts_of(handle)[2]):
+                    refuse(exchange, f"{name} is {list(one.shape)}; expected {rows} rows, as the dispatch of this handle gave")
             sums = exchange.combine(fitted(x, known.rows).contiguous(), known.handle, bias=bias)
             if topk_weights is None:
                 return sums, None

@@ -6,7 +6,7 @@ import torch
 
 from tokenyard import UsageError
 
-from .buffer import align
+from .buffer import align, known_ids
 from .events import EventHandle, Lane
 from .groups import world_of
 from .room import Room, fitted, padded_columns, refuse, rows_and_scales
@@ -103,6 +103,7 @@ class ElasticBuffer:
         rows, scales = rows_and_scales(x)
         if handle is not None and (do_cpu_sync or topk_idx is not None):
             raise UsageError("a cached dispatch (handle) takes no topk_idx and no do_cpu_sync; its counts are known")
+        _check_type(handle, optional=True)
         num_max = num_max_tokens_per_rank or self.num_max_tokens_per_rank
 
         def task():
@@ -171,7 +172,7 @@ class ElasticBuffer:
 
     def _slots(self, topk_idx, num_experts):
         """[T,K]: the how-manieth token for its rank each choice belongs to, -1 without one."""
-        owner = torch.where(topk_idx < 0, self.num_ranks, topk_idx.long() // (num_experts // self.num_ranks))
+        owner = known_ids(topk_idx, num_experts, num_experts) // max(1, num_experts // self.num_ranks)
         goes = torch.zeros(topk_idx.shape[0], self.num_ranks + 1, dtype=torch.int64, device=topk_idx.device).scatter_(1, owner, 1)
         slots = (goes.cumsum(0) - 1).gather(1, owner)
         return torch.where(topk_idx < 0, -1, slots).int()
@@ -200,7 +201,10 @@ class ElasticBuffer:
     def combine(self, x, handle, topk_weights=None, bias=None, num_sms=0, num_qps=0, previous_event=None, previous_event_before_epilogue=None,
                 async_with_compute_stream=False, allocate_on_comm_stream=False):
         """(sums [T,H], weights [T,K] or None, event): biases first, then ranks by their last top-k position."""
+        _check_type(handle)
+
         def task():
+            _check_rows(self._room.exchange, x, topk_weights, handle)
             fold = not handle.do_expand or self.allow_multiple_reduction
             if topk_weights is not None and not fold:
                 raise UsageError("topk_weights of an expanded combine need allow_multiple_reduction=True")
@@ -212,6 +216,22 @@ class ElasticBuffer:
         result, event = self._lane.run(task, previous_event=previous_event, before_end=previous_event_before_epilogue,
                                        asynchronous=bool(async_with_compute_stream), like=x, reads=(x, topk_weights, bias))
         return *result, event
+
+
+def _check_type(handle, optional=False):
+    if not isinstance(handle, EPHandle) and not (optional and handle is None):
+        raise UsageError(f"handle is a {type(handle).__name__}; expected the EPHandle that dispatch returned")
+
+
+def _check_rows(exchange, x, topk_weights, handle):
+    """As DeepEP, a plain combine takes as many rows as recv_src_metadata, which callers may cut, and an expanded one what they know to be there."""
+    rows = handle.recv_src_metadata.shape[0]
+    if handle.do_expand:
+        rows = int(handle.psum_num_recv_tokens_per_expert[-1]) if x.is_cpu else sum(handle.num_recv_tokens_per_expert_list)
+    if x.shape[0] < rows:
+        refuse(exchange, f"x is {list(x.shape)}; expected {rows} rows or more, as the dispatch of this handle gave")
+    if topk_weights is not None and topk_weights.shape[0] != x.shape[0]:
+        refuse(exchange, f"topk_weights is {list(topk_weights.shape)}, x {list(x.shape)}; expected a row each")
 
 
 def _metadata(received, top_k, num_max, _):

@@ -122,6 +122,8 @@ class LowLatency:
             raise UsageError("zero_copy and use_logfmt: choose one")
         if not isinstance(handle, LowLatencyHandle):
             raise UsageError("the handle is not the one that low_latency_dispatch returned")
+        if zero_copy and self._combine_buffer is None:
+            raise UsageError("zero_copy without rows; get_next_low_latency_combine_buffer(handle) is the memory for them")
         rows = self._combine_buffer if zero_copy else x
         self._waits["combine"].check(combine_wait_recv_cost_stats, rows.device)
         sums = torch.empty((topk_idx.shape[0], rows.shape[-1]), dtype=rows.dtype, device=rows.device) if out is None else out

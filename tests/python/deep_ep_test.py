@@ -362,8 +362,15 @@ def check_elastic(group, rank, expand, cpu_sync, alignment, multiple):
     rows = recv_x.shape[0] if expand else count
     assert again[3] is handle and torch.equal(again[0][:rows], 2 * recv_x[:rows]) and torch.equal(again[2][:rows], 2 * recv_weights[:rows])
     assert again[0].shape == recv_x.shape and again[2].shape == recv_weights.shape
-    few = buffer.combine(y[:rows], handle)[0]  # who knows how many there are may leave the rest out
-    assert torch.equal(few, sums)
+    end = int(handle.psum_num_recv_tokens_per_expert[-1]) if expand else count
+    handle.recv_src_metadata = handle.recv_src_metadata[:count]  # who knows how many there are may leave the rest out
+    assert torch.equal(buffer.combine(y[:end], handle)[0], sums)
+    if rank == 0:
+        with pytest.raises(ty.UsageError, match=rf"x is \[{end - 1}, 256\]; expected {end} rows or more, as the dispatch of this handle gave"):
+            buffer.combine(y[:end - 1], handle)
+    else:
+        with pytest.raises(ty.TransportError, match="expected .* rows or more"):
+            buffer.combine(y, handle)
     buffer.barrier()
     buffer.destroy()
 
@@ -380,6 +387,9 @@ def check_refusals(group, rank, x, ids, in_rank, wrong, per_expert):
     import deep_ep
 
     buffer, elastic = deep_ep.Buffer(group), deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=2)
+    rows, _, _, _, handle, _ = buffer.dispatch(x, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=ids, topk_weights=torch.ones(2, 1))
+    large = buffer.get_dispatch_layout(ids + 2, 2)  # the dispatch tells
+    assert large[0].tolist() == [0, 0] and large[2].tolist() == [0, 0]
     more, more_ids = torch.ones(3, 32).bfloat16(), torch.zeros(3, 1).long()
     for call, text in [
         (lambda bad: buffer.dispatch(x, is_token_in_rank=wrong if bad else in_rank, num_tokens_per_expert=per_expert, topk_idx=ids, num_worst_tokens=4),
@@ -387,6 +397,8 @@ def check_refusals(group, rank, x, ids, in_rank, wrong, per_expert):
         (lambda bad: buffer.dispatch(more if bad else x, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=more_ids if bad else ids,
                                      num_worst_tokens=4), "num_worst_tokens = 4 for 2 ranks leaves 2 tokens to each, and this rank has 3"),
         (lambda bad: buffer.low_latency_dispatch(more if bad else x, more_ids if bad else ids, 2, 2, use_fp8=False), "3 tokens; num_max"),
+        (lambda bad: buffer.combine(rows[:1] if bad else rows, handle), r"x is \[1, 32\]; expected 2 rows, as the dispatch of this handle gave"),
+        (lambda bad: buffer.combine(rows, handle, rows[:1, :1].float() if bad else rows[:, :1].float()), r"topk_weights is \[1, 1\]; expected 2 rows"),
         (lambda bad: elastic.dispatch(more if bad else x, more_ids if bad else ids, num_experts=2), "3 tokens, num_max_tokens_per_rank = 2"),
     ]:
         with pytest.raises(ty.UsageError if rank == 0 else ty.TransportError, match=text):
@@ -452,6 +464,7 @@ def test_errors_name_the_value(tmp_path):
         buffer = deep_ep.Buffer(group)
         x, ids = torch.ones(2, 32).bfloat16(), torch.tensor([[0], [1]])
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, 2)
+        low_latency_handle = buffer.low_latency_dispatch(x, ids, 2, 2, use_fp8=False)[2]
         wrong = in_rank.clone()
         wrong[1] = ~wrong[1]
         for call, text in [
@@ -460,6 +473,12 @@ def test_errors_name_the_value(tmp_path):
             (lambda: buffer.dispatch(x, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, num_worst_tokens=9), "num_worst_tokens = 9"),
             (lambda: buffer.get_dispatch_layout(ids, 3), "num_experts = 3 on 2 ranks"),
             (lambda: buffer.destroy(), "without explicitly_destroy"),
+            (lambda: buffer.dispatch(x, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=ids[:1]),
+             r"is_token_in_rank is \[2, 2\], topk_idx \[1, 1\]; expected a row of 2 for each token"),
+            (lambda: buffer.dispatch(x, handle=(x, x)), "handle is a tuple of 2; expected the tuple of 6 tensors"),
+            (lambda: buffer.combine(x, None), "handle is a NoneType; expected the tuple of 6 tensors"),
+            (lambda: buffer.low_latency_combine(x, ids, x, low_latency_handle, zero_copy=True), "zero_copy without rows"),
+            (lambda: deep_ep.ElasticBuffer(group).combine(x, 7), "handle is a int; expected the EPHandle that dispatch returned"),
             (lambda: buffer.low_latency_dispatch(x, ids, 1, 2), "2 tokens; num_max_dispatch_tokens_per_rank is 1"),
             (lambda: buffer.low_latency_dispatch(x, ids, 2, 2, use_ue8m0=True), "use_ue8m0 without round_scale"),
             (lambda: buffer.low_latency_dispatch(x, ids, 2, 2, async_finish=True, return_recv_hook=True), "choose one"),
