@@ -246,7 +246,7 @@ def test_wait_costs_name_who_was_late(hook, tmp_path):
         for waited, late, times in zip(waits, (2, 0), (1, 3)):
             for peer in range(RANKS):
                 least = 0.8e9 * times * late_s
-                assert (waited[peer] > least) == (peer == late != rank) and waited[peer] < 2 * least, (rank, waits)
+                assert (waited[peer] > least) == (peer == late != rank) and waited[peer] < 5 * least, (rank, waits)
 
 
 def alive_sums(x, ids, weights, rank, alive):

@@ -166,7 +166,7 @@ def test_peer_waits_name_who_was_late(mode):
         for waited, late in zip(waits[rank], (2, 0)):
             for peer in range(3):
                 least = 0.8e9 * late_s
-                assert (waited[peer] > least) == (peer == late != rank) and waited[peer] < 2 * least, (rank, waits)
+                assert (waited[peer] > least) == (peer == late != rank) and waited[peer] < 5 * least, (rank, waits)
 
 
 def test_finish_twice_on_the_main_thread():
