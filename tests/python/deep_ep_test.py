@@ -406,6 +406,38 @@ def check_refusals(group, rank, x, ids, in_rank, wrong, per_expert):
         call(False)
 
 
+def check_elastic_scales(group, rank, expand, cpu_sync, col_major):
+    """fp8 rows with scales that lie column by column; both, and weights, are zero where no token is."""
+    import deep_ep
+
+    x, ids, weights = given(9)
+    scales_of = [torch.stack((torch.arange(t) + 1.0, torch.arange(t) + 100.0 * s)) for s, t in enumerate(TOKENS)]
+    buffer = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=7)
+    payload = x[rank].to(torch.float8_e4m3fn), scales_of[rank].T
+    how = dict(do_expand=expand, do_zero_padding=True, use_tma_aligned_col_major_sf=col_major)
+    (rows, scales), _, recv_weights, handle, _ = buffer.dispatch(payload, ids[rank], weights[rank], num_experts=EXPERTS, expert_alignment=4,
+                                                                 do_cpu_sync=cpu_sync, **how)
+    (rows_again, scales_again), _, _, same, _ = buffer.dispatch(payload, handle=handle, **how)
+    assert same is handle and scales.stride() == scales_again.stride() == ((1, (len(rows) + 3) // 4 * 4) if col_major else (2, 1))
+    wanted = torch.zeros(len(rows), HIDDEN), torch.zeros(len(rows), 2)
+    used = torch.zeros(len(rows), dtype=torch.bool)
+    for i, (source, *places) in enumerate(handle.recv_src_metadata[:, [0, *range(2, 2 + TOP_K)]].tolist()):
+        for place in [p for p in places if p >= 0] if expand else [i] if source >= 0 else []:
+            used[place] = True
+            wanted[0][place], wanted[1][place] = x[source // 7][source % 7], scales_of[source // 7][:, source % 7]
+    checked = used if not expand else torch.ones_like(used)
+    for found_rows, found_scales in (rows, scales), (rows_again, scales_again):
+        assert torch.equal(found_rows.float()[checked], wanted[0][checked]) and torch.equal(found_scales[checked], wanted[1][checked])
+    assert used.any() and (not expand or (recv_weights[~used] == 0).all())
+
+
+@pytest.mark.parametrize("expand", [0, 1])
+@pytest.mark.parametrize("cpu_sync", [0, 1])
+@pytest.mark.parametrize("col_major", [0, 1])
+def test_elastic_buffer_with_scales(expand, cpu_sync, col_major, tmp_path):
+    on_group(lambda group, rank: check_elastic_scales(group, rank, expand, cpu_sync, col_major), tmp_path)
+
+
 def test_calls_outside_autograd(tmp_path):
     """In inference mode and without gradients as otherwise; what comes out has no history, also of inputs that want gradients. Every event is
     waited for."""
