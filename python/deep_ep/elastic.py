@@ -9,7 +9,7 @@ from tokenyard import UsageError
 from .buffer import align, known_ids
 from .events import EventHandle, Lane
 from .groups import world_of
-from .room import Room, fitted, padded_columns, refuse, rows_and_scales
+from .room import Room, fitted, is_capturing, padded_columns, refuse, rows_and_scales
 
 
 @dataclass
@@ -143,6 +143,8 @@ class ElasticBuffer:
             raise UsageError(f"num_experts = {num_experts} on {self.num_ranks} ranks; expected a multiple")
         if num_max < 1:
             raise UsageError(f"num_max_tokens_per_rank = {num_max}; expected the most tokens of a rank")
+        if cpu_sync and is_capturing(rows.device):
+            raise UsageError("do_cpu_sync while a graph is being captured; counts reach the host only when kernels run: pass do_cpu_sync=0")
         exchange = self._exchange(rows, scales, max_tokens_per_rank=num_max, top_k=topk_idx.shape[1], max_local_experts=num_experts // self.num_ranks)
         options = {"layout": "expert_major", "alignment": alignment} if expand else {"layout": "token_major"}
         placement = self._room.placement(num_experts)

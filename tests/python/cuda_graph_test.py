@@ -166,6 +166,12 @@ def test_elastic_of_deep_ep(expand, monkeypatch):
         assert len(rows[0]) == (92 if expand else RANKS * TOKENS) > len(exact[0])  # 2 * 13 tokens * 3 + 4 experts * 3, aligned to 4
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(used_of_elastic(rows), used_of_elastic(exact)))
         check_replays(world, batch, lambda: elastic(buffer, batch, expand), used_of_elastic)
+
+        def refused():
+            with pytest.raises(ty.UsageError, match="do_cpu_sync while a graph is being captured"):
+                elastic(buffer, batch, expand, cpu_sync=1)
+
+        captured(world, refused)
         torch.cuda._sleep(500_000_000)  # some tenths of a second
         before = torch.cuda.current_stream().record_event()
         elastic(buffer, batch, expand)
