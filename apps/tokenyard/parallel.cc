@@ -84,7 +84,7 @@ std::string report(const ParallelConfig& config, const std::vector<Held>& held) 
   text += fmt::format("experts    outer_dp {} x ep {} x mlp_tp {}\n\n", config.outer_dp, config.ep, config.mlp_tp);
   std::vector<std::string> header = {"rank", "node", "outer", "attn_dp", "attn_tp", "attn_cp", "ep", "mlp_tp"};
   const bool has_rows = !held.empty() && held.front().rows > 0;
-  if (!held.empty()) header.insert(header.end(), {"experts", "shard"});
+  header.insert(header.end(), {"experts", "shard"});
   if (has_rows) header.emplace_back("rows of gate and up");
   Table table(header);
   for (int rank = 0; rank < config.device_count; ++rank) {
@@ -93,10 +93,8 @@ std::string report(const ParallelConfig& config, const std::vector<Held>& held) 
     for (const int value : {at.rank, at.node, at.outer, at.attn_dp, at.attn_tp, at.attn_cp, at.ep, at.mlp_tp}) {
       cells.push_back(std::to_string(value));
     }
-    if (!held.empty()) {
-      cells.push_back(range_text(held[rank].first, held[rank].count));
-      cells.push_back(fmt::format("{}/{}", at.mlp_tp, config.mlp_tp));
-    }
+    cells.push_back(held.empty() ? fmt::format("window {}/{}", at.ep, config.ep) : range_text(held[rank].first, held[rank].count));
+    cells.push_back(fmt::format("{}/{}", at.mlp_tp, config.mlp_tp));
     if (has_rows) cells.push_back(range_text(held[rank].first_row, held[rank].rows));
     table.add(std::move(cells));
   }
@@ -105,10 +103,13 @@ std::string report(const ParallelConfig& config, const std::vector<Held>& held) 
 
 ordered_json report_json(const ParallelConfig& config, const std::vector<Held>& held, const ParallelCommand& command) {
   ordered_json root = ordered_json::parse(config.to_json());
-  if (held.empty()) return root;
-  root["num_experts"] = command.experts;
+  if (!held.empty()) root["num_experts"] = command.experts;
   for (int rank = 0; rank < config.device_count; ++rank) {
     ordered_json& entry = root["ranks"][rank];
+    const RankCoordinates at = config.coordinates(rank);
+    entry["expert_window"] = {at.ep, config.ep};  // number, of how many
+    entry["expert_shard"] = {at.mlp_tp, config.mlp_tp};
+    if (held.empty()) continue;
     entry["first_expert"] = held[rank].first;
     entry["num_local_experts"] = held[rank].count;
     if (held[rank].rows > 0) entry["expert_rows"] = {held[rank].first_row, held[rank].rows};  // first, count

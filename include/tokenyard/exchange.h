@@ -128,6 +128,13 @@ struct PhaseSpan {
   std::int64_t end_ns = 0;
 };
 
+// Nanoseconds [R] in which a rank had nothing to do but wait for a rank's counts, rows, weights, partial sums, or buffers. What it waits
+// for of several ranks at once counts for each of them.
+struct PeerWaits {
+  std::vector<std::int64_t> dispatch;
+  std::vector<std::int64_t> combine;
+};
+
 // What an exchange knows about its own health.
 struct ExchangeStatus {
   std::optional<Failure> failure;  // sticky, until clear()
@@ -189,6 +196,8 @@ class Exchange {
   Transport transport() const;             // what automatic became
   // Bytes of rows and scales sent to each rank so far (self included, both directions).
   std::vector<std::int64_t> link_bytes() const;
+  // How long this rank has waited for each rank so far. Not recorded on cuda and over MPI: empty.
+  PeerWaits peer_waits() const;
   std::vector<PhaseSpan> take_spans();  // since the last call; empty without options.trace
 
   // Without allocating, on any machine.

@@ -190,6 +190,8 @@ void bind_exchange(nb::module_& m) {
           nb::arg("world"), nb::arg("options"))
       .def(
           "add", [](Held& self, const Placement& placement) { return waiting([&] { return self->add(placement); }); }, nb::arg("placement"))
+      .def(
+          "abandon", [](Held& self, const std::string& reason) { waiting([&] { self->abandon(reason); }); }, nb::arg("reason"))
       .def("check", [](const Held& self) { self->check(); })
       .def("status", [](const Held& self) { return self->status(); })
       .def("clear", [](Held& self) { waiting([&] { self->clear(); }); })
@@ -198,6 +200,11 @@ void bind_exchange(nb::module_& m) {
       .def("options", [](const Held& self) { return self->options(); })
       .def("transport", [](const Held& self) { return name(self->transport()); })
       .def("link_bytes", [](const Held& self) { return self->link_bytes(); })
+      .def("peer_waits",
+           [](const Held& self) {
+             PeerWaits waits = self->peer_waits();
+             return std::pair(std::move(waits.dispatch), std::move(waits.combine));
+           })
       .def("take_spans", [](Held& self) { return self->take_spans(); });
   bind_calls(exchange);
 }

@@ -7,11 +7,16 @@ import torch
 from tokenyard import UsageError
 
 from .config import Config
-from .events import EventHandle, EventOverlap, Lane
+from .events import EventHandle, EventOverlap, Lane, uses_cuda
 from .groups import world_of
-from .handles import Handles, Known
+from .handles import Handles, Known, parts_of
 from .low_latency import LowLatency
-from .room import Room, fitted, padded_columns, rows_and_scales
+from .room import Room, fitted, padded_columns, refuse, rows_and_scales
+
+
+def known_ids(topk_idx, num_experts, otherwise):
+    """int64, with `otherwise` for what is no expert. Ids that are too large the dispatch reports; as an index they would end a CUDA context."""
+    return torch.where((topk_idx < 0) | (topk_idx >= num_experts), otherwise, topk_idx.long())
 
 
 def align(value, multiple):
@@ -43,14 +48,14 @@ class Buffer(LowLatency):
 
     def __del__(self):
         # Before the world: when the interpreter ends, the rank that holds the store waits there for all that is left of it.
-        for name in ("_handles", "_shrink", "_room", "_low_latency_room"):
+        for name in ("_handles", "_waits", "_shrink", "_room", "_low_latency_room"):
             self.__dict__.pop(name, None)
 
     def destroy(self) -> None:
         if not self.explicitly_destroy:
             raise UsageError("destroy() of a buffer made without explicitly_destroy=True; it goes with its last reference")
         self._handles.clear()
-        self._room = self._low_latency_room = self._shrink = self.world = None
+        self._room = self._low_latency_room = self._waits = self._shrink = self.world = None
 
     @staticmethod
     def is_sm90_compiled() -> bool:
@@ -80,7 +85,7 @@ class Buffer(LowLatency):
         """[T,R]: whether a token has an expert on each rank."""
         if num_experts % self.group_size:
             raise UsageError(f"num_experts = {num_experts} on {self.group_size} ranks; DeepEP's layout needs a multiple")
-        owner = torch.where(topk_idx < 0, self.group_size, topk_idx.long() // (num_experts // self.group_size))
+        owner = known_ids(topk_idx, num_experts, num_experts) // max(1, num_experts // self.group_size)
         found = torch.zeros(topk_idx.shape[0], self.group_size + 1, dtype=torch.bool, device=topk_idx.device)
         return found.scatter_(1, owner, True)[:, :self.group_size]
 
@@ -88,12 +93,13 @@ class Buffer(LowLatency):
         """(tokens per rank, tokens per group of 8 ranks or None, tokens per expert, whether a token goes to a rank, event)."""
         def task():
             in_rank = self._in_rank(topk_idx, num_experts)
-            chosen = torch.where(topk_idx < 0, num_experts, topk_idx.long()).flatten()
+            chosen = known_ids(topk_idx, num_experts, num_experts).flatten()
             per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_idx.device)
             per_expert = per_expert.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))[:num_experts].contiguous()
             nodes = None
             if self.group_size > 8:
-                nodes = in_rank.view(-1, self.group_size // 8, 8).any(2).sum(0, dtype=torch.int32)
+                padded = torch.nn.functional.pad(in_rank, (0, -self.group_size % 8))
+                nodes = padded.view(len(padded), -1, 8).any(2).sum(0, dtype=torch.int32)
             return in_rank.sum(0, dtype=torch.int32), nodes, per_expert, in_rank
 
         result, event = self._lane.run(task, previous_event=previous_event, asynchronous=async_finish, like=topk_idx)
@@ -130,10 +136,10 @@ class Buffer(LowLatency):
 
     def _known_of(self, handle):
         """The dispatch that a tuple stands for. When only its tensors are left, their routing travels again."""
-        known = self._handles.find(handle[1], self._room.generation)
+        serials, in_rank, _ = parts_of(handle)
+        known = self._handles.find(serials, self._room.generation)
         if known is not None:
             return known
-        in_rank = handle[4]
         rows = torch.zeros(in_rank.shape[0], 16, dtype=torch.uint8, device=in_rank.device)
         received, _, _ = self._route(rows, None, self._rank_ids(in_rank), None, self.group_size, in_rank, None)
         return Known(self._room.generation, received.handle, received.handle.num_rows)
@@ -142,12 +148,21 @@ class Buffer(LowLatency):
         """Routing of whole ranks: one expert for each."""
         return torch.where(in_rank, torch.arange(self.group_size, device=in_rank.device), -1)
 
-    def _tuple_of(self, received, rows, prefix, source, in_rank, config):
-        """DeepEP's handle; rows: how many combine takes."""
+    def _tuple_of(self, received, rows, counts, in_rank, config):
+        """DeepEP's handle. rows: how many the caller knows of; counts [R,R] of tokens from each rank to each, maybe of this rank alone."""
         channels = max(1, (config.num_sms if config else Buffer.num_sms) // 2)
-        known = Known(self._room.generation, received.handle, rows)
-        serials = self._handles.remember(known, (self.group_size, channels), in_rank.device)
-        return prefix, serials, torch.zeros_like(serials), source, in_rank, torch.zeros_like(in_rank, dtype=torch.int32)
+        known = Known(self._room.generation, received.handle, received.rows.shape[0])
+        source = fitted(received.source_token, rows, -1)
+        if self.group_size <= 8:
+            serials = self._handles.remember(known, (self.group_size, channels), in_rank.device)
+            return counts.cumsum(0, dtype=torch.int32), serials, torch.zeros_like(serials), source.clone(), in_rank, _heads(in_rank, self.group_size)
+        nodes = -(-self.group_size // 8)
+        serials = self._handles.remember(known, (nodes, channels), in_rank.device)
+        ends = received.rank_counts.cumsum(0, dtype=torch.int32)
+        per_channel = serials.new_zeros(self.group_size, channels)
+        meta = torch.stack((fitted(received.source_rank, rows, -1) // 8, source), 1).view(torch.uint8)
+        return (in_rank, serials, per_channel, torch.zeros_like(serials), torch.cat((ends[7:-1:8], ends[-1:])), per_channel.clone(), ends, meta,
+                _heads(in_rank, nodes), _heads(meta, 8))
 
     def dispatch(self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None, is_token_in_rank=None, num_tokens_per_expert=None,
                  topk_idx=None, topk_weights=None, expert_alignment=1, num_worst_tokens=0, config=None, previous_event=None, async_finish=False,
@@ -168,6 +183,16 @@ class Buffer(LowLatency):
                                        reads=(rows, scales, topk_idx, topk_weights, is_token_in_rank))
         return *result, event
 
+    def _contradiction(self, in_rank, topk_idx, num_experts):
+        """What is_token_in_rank and topk_idx disagree about, or None. Waits for the device."""
+        if in_rank.shape != (topk_idx.shape[0], self.group_size):
+            return f"is_token_in_rank is {list(in_rank.shape)}, topk_idx {list(topk_idx.shape)}; expected a row of {self.group_size} for each token"
+        differs = (self._in_rank(topk_idx, num_experts) != in_rank).any(1).nonzero()
+        if not len(differs):
+            return None
+        token = int(differs[0, 0])
+        return f"is_token_in_rank[{token}] = {in_rank[token].tolist()} but topk_idx[{token}] = {topk_idx[token].tolist()} of {num_experts} experts"
+
     def _dispatch(self, x, scales, in_rank, per_expert, topk_idx, topk_weights, alignment, config):
         num_experts = per_expert.shape[0]
         if topk_idx is None:
@@ -176,35 +201,34 @@ class Buffer(LowLatency):
             local_counts = totals[self.rank * window:(self.rank + 1) * window].tolist()
             ids = weights = None
         else:
-            differs = (self._in_rank(topk_idx, num_experts) != in_rank).any(1).nonzero()
-            if len(differs):
-                token = int(differs[0, 0])
-                self._reject(f"is_token_in_rank[{token}] = {in_rank[token].tolist()} but topk_idx[{token}] = {topk_idx[token].tolist()} of {num_experts} experts")
+            if reason := self._contradiction(in_rank, topk_idx, num_experts):
+                self._reject(reason)
             received, counts, _ = self._route(x, scales, topk_idx, topk_weights, num_experts, in_rank, None)
             local_counts = received.expert_counts.tolist()
             ids, weights = _choices(received, topk_idx, topk_weights)
-        prefix = torch.as_tensor(np.cumsum(counts, 0), dtype=torch.int32).to(in_rank.device)
         recv_x = received.rows
-        made = self._tuple_of(received, recv_x.shape[0], prefix, received.source_token.clone(), in_rank, config)
+        made = self._tuple_of(received, recv_x.shape[0], torch.as_tensor(counts).to(in_rank.device), in_rank, config)
         return _payload(recv_x, received.scales), ids, weights, [align(count, alignment) for count in local_counts], made
 
     def _dispatch_worst(self, x, scales, in_rank, num_experts, topk_idx, topk_weights, num_worst_tokens, config):
         """Nothing here waits for the device or asks other ranks, so that a CUDA graph may hold it."""
         tokens = num_worst_tokens // self.group_size
-        if x.shape[0] > tokens:
-            raise UsageError(f"num_worst_tokens = {num_worst_tokens} for {self.group_size} ranks leaves {tokens} tokens to each, and this rank has "
-                             f"{x.shape[0]}; give ranks x the most tokens of a rank")
         if num_experts % self.group_size:
             raise UsageError(f"num_experts = {num_experts} on {self.group_size} ranks; DeepEP's layout needs a multiple")
         row_bytes, scale_bytes, top_k = _bytes_of(x, scales, topk_idx)
         exchange = self._room.exchange_for(x.device, max_tokens_per_rank=tokens, max_row_bytes=row_bytes, max_scale_bytes=scale_bytes, top_k=top_k,
                                            max_local_experts=num_experts // self.group_size)
-        received = exchange.dispatch(x, topk_idx, topk_weights, scales=scales, placement=self._room.placement(num_experts), sizing="capacity",
-                                     copy_out=True)
+        placement = self._room.placement(num_experts)
+        if x.shape[0] > tokens:
+            refuse(exchange, f"num_worst_tokens = {num_worst_tokens} for {self.group_size} ranks leaves {tokens} tokens to each, and this rank has "
+                             f"{x.shape[0]}; give ranks x the most tokens of a rank")
+        if x.is_cpu and (reason := self._contradiction(in_rank, topk_idx, num_experts)):  # on a GPU somebody would have to wait for it
+            refuse(exchange, reason)
+        received = exchange.dispatch(x, topk_idx, topk_weights, scales=scales, placement=placement, sizing="capacity", copy_out=True)
         rows = received.rows
-        prefix = torch.zeros(self.group_size, self.group_size, dtype=torch.int32, device=x.device)
-        prefix[:, self.rank] = received.rank_counts.cumsum(0)  # what other ranks get is not known here
-        made = self._tuple_of(received, rows.shape[0], prefix, fitted(received.source_token, num_worst_tokens, -1).clone(), in_rank, config)
+        counts = torch.zeros(self.group_size, self.group_size, dtype=torch.int32, device=x.device)
+        counts[:, self.rank] = received.rank_counts  # what other ranks get is not known here
+        made = self._tuple_of(received, num_worst_tokens, counts, in_rank, config)
         ids, weights = _choices(received, topk_idx, topk_weights)
         recv_x = _payload(fitted(rows, num_worst_tokens), fitted(received.scales, num_worst_tokens))
         return recv_x, fitted(ids, num_worst_tokens, -1), fitted(weights, num_worst_tokens, 0), [], made
@@ -212,7 +236,7 @@ class Buffer(LowLatency):
     def _dispatch_cached(self, x, scales, handle):
         known = self._known_of(handle)
         received = self._room.exchange_for(x.device).dispatch(x, handle=known.handle, scales=scales, copy_out=True)
-        rows = handle[3].shape[0]
+        rows = parts_of(handle)[2]
         return _payload(fitted(received.rows, rows), fitted(received.scales, rows)), None, None, None, None
 
     def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None, async_finish=False, allocate_on_comm_stream=False):
@@ -220,6 +244,9 @@ class Buffer(LowLatency):
         def task():
             known = self._known_of(handle)
             exchange = self._room.exchange_for(x.device)
+            for name, one in ("x", x), ("topk_weights", topk_weights):
+                if one is not None and one.shape[0] != (rows := parts_of(handle)[2]):
+                    refuse(exchange, f"{name} is {list(one.shape)}; expected {rows} rows, as the dispatch of this handle gave")
             sums = exchange.combine(fitted(x, known.rows).contiguous(), known.handle, bias=bias)
             if topk_weights is None:
                 return sums, None
@@ -232,9 +259,17 @@ class Buffer(LowLatency):
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
         """Memory of the size that the caller asked for at construction, for callers that look into it; no call uses it."""
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        memory = torch.zeros(max(0, num_bytes - offset), dtype=torch.uint8)
+        memory = torch.zeros(max(0, num_bytes - offset), dtype=torch.uint8, device="cuda" if uses_cuda() else "cpu")
         flat = memory[:memory.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        if size is not None and size.numel() > flat.numel():
+            raise UsageError(f"{size.numel() * dtype.itemsize} bytes at offset {offset}, num_{'rdma' if use_rdma_buffer else 'nvl'}_bytes = {num_bytes}; "
+                             "expected no more")
         return flat if size is None else flat[:size.numel()].view(size)
+
+
+def _heads(like, columns):
+    """What a handle of DeepEP has for each token or row, and this exchange does not need."""
+    return torch.zeros(like.shape[0], columns, dtype=torch.int32, device=like.device)
 
 
 def _payload(rows, scales):

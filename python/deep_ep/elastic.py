@@ -6,10 +6,10 @@ import torch
 
 from tokenyard import UsageError
 
-from .buffer import align
+from .buffer import align, known_ids
 from .events import EventHandle, Lane
 from .groups import world_of
-from .room import Room, fitted, padded_columns, rows_and_scales
+from .room import Room, fitted, is_capturing, padded_columns, refuse, rows_and_scales
 
 
 @dataclass
@@ -95,14 +95,6 @@ class ElasticBuffer:
             raise UsageError("destroy() of a buffer made without explicitly_destroy=True; it goes with its last reference")
         self._room = self.world = None
 
-    def _check(self, rows, topk_idx, num_experts, num_max):
-        if num_experts is None or num_experts % self.num_ranks:
-            raise UsageError(f"num_experts = {num_experts} on {self.num_ranks} ranks; expected a multiple")
-        if num_max < 1 or rows.shape[0] > num_max:
-            raise UsageError(f"{rows.shape[0]} tokens, num_max_tokens_per_rank = {num_max}; expected at most that many")
-        if topk_idx.shape[0] != rows.shape[0]:
-            raise UsageError(f"topk_idx has {topk_idx.shape[0]} tokens, x has {rows.shape[0]}")
-
     def dispatch(self, x, topk_idx=None, topk_weights=None, cumulative_local_expert_recv_stats=None, num_experts=None,
                  num_max_tokens_per_rank=None, expert_alignment=None, num_sms=0, num_qps=0, previous_event=None,
                  previous_event_before_epilogue=None, async_with_compute_stream=False, allocate_on_comm_stream=False, handle=None,
@@ -111,6 +103,7 @@ class ElasticBuffer:
         rows, scales = rows_and_scales(x)
         if handle is not None and (do_cpu_sync or topk_idx is not None):
             raise UsageError("a cached dispatch (handle) takes no topk_idx and no do_cpu_sync; its counts are known")
+        _check_type(handle, optional=True)
         num_max = num_max_tokens_per_rank or self.num_max_tokens_per_rank
 
         def task():
@@ -132,8 +125,8 @@ class ElasticBuffer:
                         one.masked_fill_(gaps if one.ndim == 1 else gaps[:, None], 0)
             return (*self._shaped(made, recv_x, recv_scales, weights, use_tma_aligned_col_major_sf), made)
 
-        result, event = self._lane.run(task, previous_event=previous_event, asynchronous=bool(async_with_compute_stream), like=rows,
-                                       reads=(rows, scales, topk_idx, topk_weights))
+        result, event = self._lane.run(task, previous_event=previous_event, before_end=previous_event_before_epilogue,
+                                       asynchronous=bool(async_with_compute_stream), like=rows, reads=(rows, scales, topk_idx, topk_weights))
         return *result, event
 
     def _exchange(self, rows, scales, handle=None, **needs):
@@ -146,10 +139,18 @@ class ElasticBuffer:
 
     def _new(self, rows, scales, topk_idx, topk_weights, num_experts, num_max, alignment, expand, copy, cpu_sync):
         """(EPHandle, Received) of a dispatch that routes anew. Without cpu_sync nothing here waits for the device: shapes are bounds."""
-        self._check(rows, topk_idx, num_experts, num_max)
+        if num_experts is None or num_experts % self.num_ranks:
+            raise UsageError(f"num_experts = {num_experts} on {self.num_ranks} ranks; expected a multiple")
+        if num_max < 1:
+            raise UsageError(f"num_max_tokens_per_rank = {num_max}; expected the most tokens of a rank")
+        if cpu_sync and is_capturing(rows.device):
+            raise UsageError("do_cpu_sync while a graph is being captured; counts reach the host only when kernels run: pass do_cpu_sync=0")
         exchange = self._exchange(rows, scales, max_tokens_per_rank=num_max, top_k=topk_idx.shape[1], max_local_experts=num_experts // self.num_ranks)
         options = {"layout": "expert_major", "alignment": alignment} if expand else {"layout": "token_major"}
-        received = exchange.dispatch(rows, topk_idx, topk_weights, scales=scales, placement=self._room.placement(num_experts), copy_out=True,
+        placement = self._room.placement(num_experts)
+        if rows.shape[0] > num_max:
+            refuse(exchange, f"{rows.shape[0]} tokens, num_max_tokens_per_rank = {num_max}; expected at most that many")
+        received = exchange.dispatch(rows, topk_idx, topk_weights, scales=scales, placement=placement, copy_out=True,
                                      sizing="exact" if cpu_sync else "capacity", **options)
         counts = received.expert_counts.clone()
         aligned = (counts + alignment - 1) // alignment * alignment
@@ -173,7 +174,7 @@ class ElasticBuffer:
 
     def _slots(self, topk_idx, num_experts):
         """[T,K]: the how-manieth token for its rank each choice belongs to, -1 without one."""
-        owner = torch.where(topk_idx < 0, self.num_ranks, topk_idx.long() // (num_experts // self.num_ranks))
+        owner = known_ids(topk_idx, num_experts, num_experts) // max(1, num_experts // self.num_ranks)
         goes = torch.zeros(topk_idx.shape[0], self.num_ranks + 1, dtype=torch.int64, device=topk_idx.device).scatter_(1, owner, 1)
         slots = (goes.cumsum(0) - 1).gather(1, owner)
         return torch.where(topk_idx < 0, -1, slots).int()
@@ -202,7 +203,10 @@ class ElasticBuffer:
     def combine(self, x, handle, topk_weights=None, bias=None, num_sms=0, num_qps=0, previous_event=None, previous_event_before_epilogue=None,
                 async_with_compute_stream=False, allocate_on_comm_stream=False):
         """(sums [T,H], weights [T,K] or None, event): biases first, then ranks by their last top-k position."""
+        _check_type(handle)
+
         def task():
+            _check_rows(self._room.exchange, x, topk_weights, handle)
             fold = not handle.do_expand or self.allow_multiple_reduction
             if topk_weights is not None and not fold:
                 raise UsageError("topk_weights of an expanded combine need allow_multiple_reduction=True")
@@ -211,9 +215,25 @@ class ElasticBuffer:
                                                  row_weights=weights)
             return (result, None) if weights is None else result
 
-        result, event = self._lane.run(task, previous_event=previous_event, asynchronous=bool(async_with_compute_stream), like=x,
-                                       reads=(x, topk_weights, bias))
+        result, event = self._lane.run(task, previous_event=previous_event, before_end=previous_event_before_epilogue,
+                                       asynchronous=bool(async_with_compute_stream), like=x, reads=(x, topk_weights, bias))
         return *result, event
+
+
+def _check_type(handle, optional=False):
+    if not isinstance(handle, EPHandle) and not (optional and handle is None):
+        raise UsageError(f"handle is a {type(handle).__name__}; expected the EPHandle that dispatch returned")
+
+
+def _check_rows(exchange, x, topk_weights, handle):
+    """As DeepEP, a plain combine takes as many rows as recv_src_metadata, which callers may cut, and an expanded one what they know to be there."""
+    rows = handle.recv_src_metadata.shape[0]
+    if handle.do_expand:
+        rows = int(handle.psum_num_recv_tokens_per_expert[-1]) if x.is_cpu else sum(handle.num_recv_tokens_per_expert_list)
+    if x.shape[0] < rows:
+        refuse(exchange, f"x is {list(x.shape)}; expected {rows} rows or more, as the dispatch of this handle gave")
+    if topk_weights is not None and topk_weights.shape[0] != x.shape[0]:
+        refuse(exchange, f"topk_weights is {list(topk_weights.shape)}, x {list(x.shape)}; expected a row each")
 
 
 def _metadata(received, top_k, num_max, _):

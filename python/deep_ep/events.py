@@ -31,8 +31,8 @@ class EventOverlap:
         self.event, self.extra_tensors = event, extra_tensors
         self.hook_after_wait: Callable | None = None
 
-    def register_hook_after_wait(self, hook: Callable) -> None:
-        self.hook_after_wait = hook
+    def register_hook_after_wait(self, hook_after_wait: Callable) -> None:
+        self.hook_after_wait = hook_after_wait
 
     def current_stream_wait(self, release_handle: bool = False) -> None:
         if self.event is None:
@@ -74,15 +74,18 @@ class Lane:
             self._stream = torch.cuda.Stream()
         return self._stream
 
-    def run(self, task, *, previous_event=None, asynchronous=False, like=None, reads=()):
-        """(what task returned, its EventOverlap). reads: tensors of the caller, who may let go of them and of the event."""
+    def run(self, task, *, previous_event=None, before_end=None, asynchronous=False, like=None, reads=()):
+        """(what task returned, its EventOverlap). before_end: an event that its results wait for, too. reads: tensors of the caller, who may let go
+        of them and of the event."""
         if not asynchronous or not uses_cuda(like):
             wait_for(previous_event)
+            wait_for(before_end)
             return task(), EventOverlap(EventHandle() if asynchronous else None)
         if previous_event is None or getattr(previous_event, "event", previous_event) is None:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             wait_for(previous_event)
+            wait_for(before_end)
             result = task()
             event = EventHandle()  # after everything that makes the result
         for tensor in tensors_of(result):

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from tokenyard import UsageError
+
 KEPT = 256  # of recent dispatches; an older one's routing travels again when it is used
 _serials = itertools.count(1)
 
@@ -18,6 +20,15 @@ class Known:
     handle: Any
     rows: int
     serials: torch.Tensor = None  # lives as long as this, so that no other tensor has its address
+
+
+def parts_of(handle):
+    """(serials, whether a token goes to a rank, number of rows received) of DeepEP's tuple: of 6 tensors, of 10 with more than 8 ranks."""
+    if not isinstance(handle, (tuple, list)) or len(handle) not in (6, 10):
+        found = f"{type(handle).__name__}{f' of {len(handle)}' if isinstance(handle, (tuple, list)) else ''}"
+        raise UsageError(f"handle is a {found}; expected the tuple of 6 tensors, with more than 8 ranks of 10, that dispatch returned")
+    at_serials, at_in_rank, at_rows = (1, 4, 3) if len(handle) == 6 else (1, 0, 7)
+    return handle[at_serials], handle[at_in_rank], handle[at_rows].shape[0]
 
 
 class Handles:

@@ -4,7 +4,7 @@ import torch
 from tokenyard import UsageError
 
 from .events import EventOverlap
-from .room import Room, is_capturing
+from .room import Room, is_capturing, refuse
 from .shrink import Shrink, same_rows_without
 
 
@@ -15,9 +15,31 @@ class LowLatencyHandle(tuple):
     generation = 0
 
 
+class Waits:
+    """How long this rank has waited for each other one, in the calls of one kind: "dispatch" or "combine"."""
+
+    def __init__(self, room, kind):
+        self._room, self._kind = room, kind
+        self._generation, self._counted = 0, ()
+
+    def check(self, stats, device) -> None:
+        if stats is not None and device.type != "cpu":
+            raise UsageError(f"{self._kind}_wait_recv_cost_stats on {device}: how long a GPU waits for each rank is not recorded; pass None")
+
+    def add_to(self, stats) -> None:
+        """Adds the nanoseconds of what has not been added or, without stats, left out before."""
+        waits = self._room.exchange.peer_waits()[self._kind == "combine"]
+        before = self._counted if self._generation == self._room.generation else [0] * len(waits)
+        self._generation, self._counted = self._room.generation, waits
+        if stats is not None:
+            for rank, now, then in zip(self._room.ranks, waits, before):
+                stats[rank] += now - then
+
+
 class LowLatency:
     def _init_low_latency(self):
         self._low_latency_room = Room(self.world, mode="latency")
+        self._waits = {kind: Waits(self._low_latency_room, kind) for kind in ("dispatch", "combine")}
         self._shrink = Shrink(self._low_latency_room) if self.enable_shrink else None
         self._combine_buffers = {}  # by shape: graphs read them for as long as the buffer lives
         self._combine_buffer = None
@@ -42,19 +64,21 @@ class LowLatency:
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, cumulative_local_expert_recv_stats=None,
                              dispatch_wait_recv_cost_stats=None, use_fp8=True, round_scale=False, use_ue8m0=False, async_finish=False,
                              return_recv_hook=False):
-        """(recv_x [L,R*M,H] or (fp8, scales), recv_count [L], handle, event, hook)."""
+        """(recv_x [L,R*M,H] or (fp8, scales), recv_count [L], handle, event, hook). dispatch_wait_recv_cost_stats [R] int64: nanoseconds are
+        added that this rank has waited for each rank; on CPUs."""
         if async_finish and return_recv_hook:
             raise UsageError("async_finish and return_recv_hook: choose one")
         if use_ue8m0 and not round_scale:
             raise UsageError("use_ue8m0 without round_scale; exponents have only powers of two: pass round_scale=True")
-        if x.shape[0] > num_max_dispatch_tokens_per_rank:
-            raise UsageError(f"{x.shape[0]} tokens; num_max_dispatch_tokens_per_rank is {num_max_dispatch_tokens_per_rank}")
+        self._waits["dispatch"].check(dispatch_wait_recv_cost_stats, x.device)
         scale_format = None if not use_fp8 else "ue8m0" if use_ue8m0 else "float32_pow2" if round_scale else "float32"
         results = _Results(self, x, num_max_dispatch_tokens_per_rank, num_experts, scale_format)
 
         def start(name):
             exchange = self._exchange_for(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
             placement = self._low_latency_room.placement(num_experts)
+            if x.shape[0] > num_max_dispatch_tokens_per_rank:
+                refuse(exchange, f"{x.shape[0]} tokens; num_max_dispatch_tokens_per_rank is {num_max_dispatch_tokens_per_rank}")
             return getattr(exchange, name)(x, topk_idx, placement=placement, layout="expert_padded", expert_capacity=results.slots,
                                            quantise=scale_format, copy_out=True, out_rows=results.flat_rows, out_scales=results.flat_scales)
 
@@ -64,6 +88,7 @@ class LowLatency:
         def count():
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(results.counts)
+            self._waits["dispatch"].add_to(dispatch_wait_recv_cost_stats)
 
         event, hook = self._go("dispatch", start, fill, count, async_finish, return_recv_hook, (x, topk_idx))
         return results.shown(), results.counts, results.handle, event, hook
@@ -90,14 +115,17 @@ class LowLatency:
 
     def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False, async_finish=False,
                             return_recv_hook=False, out=None, combine_wait_recv_cost_stats=None):
-        """(weighted sums [T,H], event, hook). use_logfmt is a hint: rows travel in their own dtype."""
+        """(weighted sums [T,H], event, hook). use_logfmt is a hint: rows travel in their own dtype. combine_wait_recv_cost_stats as for dispatch."""
         if async_finish and return_recv_hook:
             raise UsageError("async_finish and return_recv_hook: choose one")
         if zero_copy and use_logfmt:
             raise UsageError("zero_copy and use_logfmt: choose one")
         if not isinstance(handle, LowLatencyHandle):
             raise UsageError("the handle is not the one that low_latency_dispatch returned")
+        if zero_copy and self._combine_buffer is None:
+            raise UsageError("zero_copy without rows; get_next_low_latency_combine_buffer(handle) is the memory for them")
         rows = self._combine_buffer if zero_copy else x
+        self._waits["combine"].check(combine_wait_recv_cost_stats, rows.device)
         sums = torch.empty((topk_idx.shape[0], rows.shape[-1]), dtype=rows.dtype, device=rows.device) if out is None else out
 
         def start(name):
@@ -106,7 +134,10 @@ class LowLatency:
                 y, made = same_rows_without(room, rows, topk_idx, handle)
             return getattr(room.exchange, name)(y.contiguous(), made, weighting="at_source", source_weights=topk_weights, out=sums)
 
-        event, hook = self._go("combine", start, lambda result: None, lambda: None, async_finish, return_recv_hook, (rows, topk_weights, sums))
+        def count():
+            self._waits["combine"].add_to(combine_wait_recv_cost_stats)
+
+        event, hook = self._go("combine", start, lambda result: None, count, async_finish, return_recv_hook, (rows, topk_weights, sums))
         return sums, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle):

@@ -1,7 +1,9 @@
 """The exchange behind a buffer: made at the first call, and anew when a call needs more."""
+import contextlib
+
 import torch
 
-from tokenyard import Exchange, Placement, UsageError
+from tokenyard import Error, Exchange, Placement, UsageError
 from tokenyard.world import World
 
 _NEEDS = ("max_tokens_per_rank", "max_row_bytes", "max_scale_bytes", "top_k", "max_local_experts")
@@ -60,6 +62,14 @@ class Room:
             self._placements[num_experts] = whole.restricted_to(self.ranks) if len(self.ranks) < self._num_ranks else whole
             self.exchange.add(self._placements[num_experts])
         return self._placements[num_experts]
+
+
+def refuse(exchange, reason):
+    """This rank cannot make a call that the others may be waiting in: they learn why."""
+    if not is_capturing(torch.device(exchange.device)):
+        with contextlib.suppress(Error):  # of an earlier call, which they know of
+            exchange.abandon(reason)
+    raise UsageError(reason)
 
 
 def rows_and_scales(x):

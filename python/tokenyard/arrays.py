@@ -48,7 +48,7 @@ def as_array(value, what):
         array = numpy.from_dlpack(value) if hasattr(value, "__dlpack__") else numpy.asarray(value)
     except (TypeError, ValueError, BufferError):
         array = None
-    if array is None or array.dtype.hasobject:
+    if array is None or array.dtype.hasobject or array.dtype.kind in "US":
         raise UsageError(f"{what} is a {type(value).__name__}; expected a NumPy array, a torch tensor, or what DLPack can turn into one")
     return array
 
@@ -59,6 +59,12 @@ def on_cpu(value, what):
     if is_torch(array) and array.device.type != "cpu":
         raise UsageError(f"{what} is on {array.device}; this is computed on the CPU: pass {what}.cpu()")
     return array
+
+
+def check_dtype(name, what):
+    if not isinstance(name, str):
+        raise UsageError(f"{what} = {name!r} is a {type(name).__name__}; expected a name, 'bfloat16' say")
+    return name
 
 
 def _view(array, dtype):
@@ -76,6 +82,8 @@ def _view(array, dtype):
 
 def tensor(array, what, dtype=None):
     """The _core.Tensor of an array, which it keeps alive. dtype says what the elements mean where the array cannot."""
+    if dtype is not None:
+        check_dtype(dtype, "dtype")
     try:
         view = _view(array, dtype)
     except UsageError as error:

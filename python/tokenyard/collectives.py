@@ -1,4 +1,4 @@
-"""Collectives with unequal lengths over rows, between CPU memories or, by NCCL, those of GPUs."""
+"""Collectives with unequal lengths over rows, between CPU memories or those of GPUs."""
 import numpy
 
 from . import _core
@@ -18,9 +18,9 @@ class Collectives:
 
     Arrays are NumPy's or torch's; results are new arrays of the framework that came in. UsageError for shapes and counts that do not
     fit (the peers' same call fails with the reason), TransportError as on an exchange.
-    device="cuda": torch tensors on the current GPU, one for each rank, in the order of torch's current stream; needs NCCL and a build
-    with it. Calls do not wait, a UsageError is not told to the peers, and wait() is where what went wrong is told. Before such
-    an object goes, all ranks must be done with it: wait() and barrier().
+    device="cuda": torch tensors on the current GPU, in the order of torch's current stream; over peer memory where all ranks are on one
+    host, else by NCCL, with a GPU for each rank and a build with it. Calls do not wait: wait() is where what went wrong is told (by
+    NCCL, a UsageError is not told to the peers). Before such an object goes, all ranks must be done with it: wait() and barrier().
     """
 
     def __init__(self, world, *, device="cpu", staging_bytes=4 << 20, transport="automatic", timeout_ms=100_000):

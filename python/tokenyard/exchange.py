@@ -1,7 +1,10 @@
 """The exchange: dispatch sends rows to the ranks of their experts, combine brings sums back."""
+import contextlib
+import numbers
+
 from . import _core
-from .arrays import Frame, TorchMemory, as_array, current_stream, is_torch, opaque, shown_as, tensor, torch_if_used, writable
-from .errors import UsageError
+from .arrays import Frame, TorchMemory, as_array, check_dtype, current_stream, is_torch, opaque, shown_as, tensor, torch_if_used, writable
+from .errors import Error, UsageError
 from .received import Pending, Received
 from .world import World
 
@@ -32,7 +35,10 @@ def _options(fields):
 
 def _shape_options(placements, hidden_size, dtype, combine_dtype, options):
     """Options in bytes and counts, from hidden_size, dtypes and placements."""
-    element = max(_core.size_of(dtype), _core.size_of(combine_dtype or dtype))
+    check_dtype(dtype, "dtype")
+    element = max(_core.size_of(dtype), _core.size_of(check_dtype(combine_dtype or dtype, "combine_dtype")))
+    if not isinstance(hidden_size, numbers.Integral):
+        raise UsageError(f"hidden_size = {hidden_size!r} is a {type(hidden_size).__name__}; expected an integer")
     options.setdefault("max_row_bytes", hidden_size * element)
     options.setdefault("max_local_experts", max((p.max_local_experts for p in placements), default=1))
     options.setdefault("max_fanout", max((p.max_fanout for p in placements), default=1))
@@ -65,7 +71,17 @@ def _more_of_combine(source_weights, row_weights, bias, dtype):
 
 
 def _as_list(placement):
-    return [] if placement is None else [placement] if isinstance(placement, _core.Placement) else list(placement)
+    placements = list(placement) if isinstance(placement, (list, tuple)) else [] if placement is None else [placement]
+    for one in placements:
+        if not isinstance(one, _core.Placement):
+            raise UsageError(f"placement = {one!r} is a {type(one).__name__}; expected a Placement, or a list of them")
+    return placements
+
+
+def _handle(handle):
+    if not isinstance(handle, _core.Handle):
+        raise UsageError(f"handle is a {type(handle).__name__}; expected the .handle of what a dispatch returned")
+    return handle
 
 
 class Exchange:
@@ -90,6 +106,8 @@ class Exchange:
                  device="cpu", mode="throughput", timeout_ms=0, **options):
         placements = _as_list(placement)
         options.update(top_k=top_k, max_tokens_per_rank=max_tokens_per_rank, device=device, mode=mode, timeout_ms=timeout_ms)
+        if not isinstance(world, World):
+            raise UsageError(f"world is a {type(world).__name__}; expected a World: World.from_group(group) makes one of a torch process group")
         self._core = _core.Exchange(world._core, _options(_shape_options(placements, hidden_size, dtype, combine_dtype, options)))
         self.hidden_size, self.top_k, self.dtype, self.device = hidden_size, top_k, dtype, device
         self._world = world
@@ -111,6 +129,8 @@ class Exchange:
     def _number_of(self, placement):
         if isinstance(placement, int):
             return placement
+        if not isinstance(placement, _core.Placement):
+            raise UsageError(f"placement = {placement!r}; expected a Placement, or the number that add() gave it")
         if placement.hash not in self._numbers:
             raise UsageError(f"{placement!r} is not registered with this exchange; call add(placement) on all ranks first")
         return self._numbers[placement.hash]
@@ -143,6 +163,8 @@ class Exchange:
         """(what must stay alive, arguments of the core, how its result is shown); words: values for _WORDS."""
         if topk_ids is None and handle is None:
             raise UsageError("dispatch without topk_ids; give them, or the handle of an earlier dispatch whose routing is to be used again")
+        if handle is not None:
+            _handle(handle)
         x = as_array(x, "x")
         frame = self._frame(x)
         given = _core.DispatchInput()
@@ -202,7 +224,7 @@ class Exchange:
         replicas. quantise: "float32", "float32_pow2" or "ue8m0" scales, rows become fp8. dtype: what x means where the array cannot say.
         """
         words = layout, sizing, mode, gather_map, alignment, zero_padding, expert_capacity, drop, copy_out, token_base, quantise  # as _WORDS
-        keep, arguments, shown = self._dispatch_call(x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
+        keep, arguments, shown = self._told(self._dispatch_call, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
         return self._run(self._core.dispatch, keep, arguments, shown)
 
     def start_dispatch(self, x, topk_ids=None, topk_weights=None, *, handle=None, scales=None, placement=None, out_rows=None, out_scales=None,
@@ -211,8 +233,18 @@ class Exchange:
         for name in options.keys() - _WORDS.keys():
             raise TypeError(f"dispatch has no argument {name!r}")
         words = tuple({**_WORDS, **options}.values())
-        keep, arguments, shown = self._dispatch_call(x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
+        keep, arguments, shown = self._told(self._dispatch_call, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
         return self._start(self._core.start_dispatch, keep, arguments, shown)
+
+    def _told(self, prepare, *arguments, **options):
+        """What a call is made of. When that is refused here the others, who wait in the same call, learn why; the C++ side tells what it refuses."""
+        try:
+            return prepare(*arguments, **options)
+        except UsageError as error:
+            with contextlib.suppress(Error):  # of an earlier call, which they know of
+                if not self._is_capturing():
+                    self.abandon(str(error))
+            raise
 
     @staticmethod
     def _run(call, keep, arguments, shown):
@@ -228,6 +260,7 @@ class Exchange:
 
     def _combine_call(self, rows, handle, *, weighting="none", order="rank_ascending", fold=True, source_weights=None, row_weights=None,
                       bias=None, out=None, dtype=None):
+        _handle(handle)
         rows = as_array(rows, "rows")
         frame = self._frame(rows)
         keep = [y := tensor(rows, "rows", dtype)]
@@ -241,7 +274,7 @@ class Exchange:
         if out is not None:
             self._check_place(array := as_array(out, "out"))
             keep.append(target := writable(array, "out"))
-        elif self.device == "cuda" and isinstance(handle, _core.Handle):
+        elif self.device == "cuda":
             out = rows.new_empty((handle.num_tokens, rows.shape[-1]))
             keep.append(target := tensor(out, "out", dtype))
         self._use_stream(options)
@@ -254,7 +287,10 @@ class Exchange:
 
     def _combine_options(self, weighting, order, fold, known):
         """known: nothing else is set, so that one made before will do."""
-        options = self._known_options.get(key := (weighting, order, fold)) if known else None
+        try:
+            options = self._known_options.get(key := (weighting, order, fold)) if known else None
+        except TypeError:  # a list, say: no option is one
+            known, options = False, None
         if options is None:
             options = _core.CombineOptions()
             for name, value in (("weighting", weighting), ("order", order), ("fold", fold)):
@@ -274,13 +310,13 @@ class Exchange:
         dtype. row_weights float32, in the shape of Received.row_weights: the result is then (sums, combined weights [T,K]).
         Sums are taken in float32 in a defined order: the same bits on every backend.
         """
-        keep, arguments, shown = self._combine_call(rows, handle, weighting=weighting, order=order, fold=fold, source_weights=source_weights,
-                                                    row_weights=row_weights, bias=bias, out=out, dtype=dtype)
+        keep, arguments, shown = self._told(self._combine_call, rows, handle, weighting=weighting, order=order, fold=fold,
+                                            source_weights=source_weights, row_weights=row_weights, bias=bias, out=out, dtype=dtype)
         return self._run(self._core.combine, keep, arguments, shown)
 
     def start_combine(self, rows, handle, **options) -> Pending:
         """The first half of combine, with its arguments: never waits. rows and the others stay untouched until finish()."""
-        keep, arguments, shown = self._combine_call(rows, handle, **options)
+        keep, arguments, shown = self._told(self._combine_call, rows, handle, **options)
         return self._start(self._core.start_combine, keep, arguments, shown)
 
     def dispatch_backward(self, handle, grad_rows, grad_row_weights=None, *, dtype=None) -> tuple:
@@ -288,7 +324,7 @@ class Exchange:
         grad_rows = as_array(grad_rows, "grad_rows")
         frame = self._frame(grad_rows)
         weights = None if grad_row_weights is None else tensor(as_array(grad_row_weights, "grad_row_weights"), "grad_row_weights")
-        gradient = self._core.dispatch_backward(handle, tensor(grad_rows, "grad_rows", dtype), weights)
+        gradient = self._core.dispatch_backward(_handle(handle), tensor(grad_rows, "grad_rows", dtype), weights)
         return shown_as(gradient.rows(frame.place), grad_rows.dtype), gradient.topk_weights(frame.place)
 
     def combine_backward(self, handle, grad_out, rows=None, *, weighting="none", source_weights=None, dtype=None) -> tuple:
@@ -305,7 +341,11 @@ class Exchange:
         """Memory [N,H] (or [R,M,H]) for rows from which combine needs no copy, in the framework of the array `like`; dtype: default
         that of the exchange. UsageError without the option expert_rows=True."""
         frame = self._frame(as_array(like, "like"))
-        return self._core.expert_rows(handle, dtype or self.dtype, self.hidden_size, frame.place, self._stream())
+        return self._core.expert_rows(_handle(handle), dtype or self.dtype, self.hidden_size, frame.place, self._stream())
+
+    def abandon(self, reason) -> None:
+        """Instead of this rank's next dispatch or combine, which it cannot make: that of the others fails with the reason, and the one after is fine."""
+        self._core.abandon(reason)
 
     def check(self) -> None:
         """Raises the sticky error, if any."""
@@ -344,6 +384,10 @@ class Exchange:
     def link_bytes(self) -> list[int]:
         """Bytes of rows and scales sent to each rank so far."""
         return self._core.link_bytes()
+
+    def peer_waits(self) -> tuple[list[int], list[int]]:
+        """Nanoseconds that this rank has waited for each rank so far, in dispatch and in combine. Not recorded on cuda and over MPI: empty."""
+        return self._core.peer_waits()
 
     def take_spans(self) -> list:
         """PhaseSpans since the last call; empty without the option trace=True."""

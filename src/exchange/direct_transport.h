@@ -36,6 +36,7 @@ class DirectTransport final : public RowTransport {
   Expected<std::uint64_t> reset(std::uint64_t last_call) override;
   void cancel() override { wait_.cancel(); }
   std::vector<std::int64_t> link_bytes() const override { return link_bytes_; }
+  PeerWaits peer_waits() const override { return wait_.waits(); }
   Transport transport() const override { return arena_->memory().transport(); }
 
  private:

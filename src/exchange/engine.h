@@ -74,6 +74,7 @@ class Engine final : public ExchangeEngine {
   std::vector<int> recover() override;
   Transport transport() const override { return transport_->transport(); }
   std::vector<std::int64_t> link_bytes() const override { return transport_->link_bytes(); }
+  PeerWaits peer_waits() const override { return transport_->peer_waits(); }
   std::vector<PhaseSpan> take_spans() override;
 
  private:

@@ -131,6 +131,7 @@ const World& Exchange::world() const { return engine_->world(); }
 const ExchangeOptions& Exchange::options() const { return engine_->options(); }
 Transport Exchange::transport() const { return engine_->transport(); }
 std::vector<std::int64_t> Exchange::link_bytes() const { return engine_->link_bytes(); }
+PeerWaits Exchange::peer_waits() const { return engine_->peer_waits(); }
 std::vector<PhaseSpan> Exchange::take_spans() { return engine_->take_spans(); }
 
 }  // namespace tokenyard

@@ -59,6 +59,7 @@ class ExchangeEngine {
   virtual std::vector<int> recover() = 0;
   virtual Transport transport() const = 0;
   virtual std::vector<std::int64_t> link_bytes() const = 0;
+  virtual PeerWaits peer_waits() const { return {}; }
   virtual std::vector<PhaseSpan> take_spans() = 0;
 
   const World& world() const { return world_; }

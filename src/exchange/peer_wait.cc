@@ -47,6 +47,22 @@ std::string describe(const CallHeader& header) {
   return text + ")";
 }
 
+PeerWait::PeerWait(World world, const DirectArena& arena, int timeout_ms)
+    : world_(std::move(world)),
+      arena_(arena),
+      timeout_ms_(timeout_ms),
+      spins_(spins_for(arena.ranks())),
+      dispatch_ns_(arena.ranks()),
+      combine_ns_(arena.ranks()) {}
+
+void PeerWait::add_wait(protocol::Operation operation, int peer, std::chrono::steady_clock::time_point begin) {
+  auto& waited = operation == protocol::Operation::combine ? combine_ns_ : dispatch_ns_;
+  const auto duration = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin);
+  waited[peer].fetch_add(duration.count(), std::memory_order_relaxed);
+}
+
+PeerWaits PeerWait::waits() const { return {{dispatch_ns_.begin(), dispatch_ns_.end()}, {combine_ns_.begin(), combine_ns_.end()}}; }
+
 PeerWait::Watch::Watch(PeerWait& owner, Phase phase, const CallHeader& header)
     : owner_(owner), phase_(phase), header_(header), deadline_(Deadline::after_ms(owner.timeout_ms_)) {
   Beacon& mine = owner_.arena_.beacon(owner_.arena_.rank());

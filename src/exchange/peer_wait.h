@@ -1,41 +1,56 @@
 #pragma once
 // Waiting for peers: with a deadline, noticing their death, abort, failure or disagreement, and blaming the right one.
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "core/deadline.h"
 #include "core/expected.h"
 #include "core/interrupt.h"
 #include "exchange/direct_arena.h"
 #include "protocol/call.h"
+#include "tokenyard/exchange.h"
 #include "tokenyard/world.h"
 
 namespace tokenyard::exchange_internal {
 
 class PeerWait {
  public:
-  PeerWait(World world, const DirectArena& arena, int timeout_ms)
-      : world_(std::move(world)), arena_(arena), timeout_ms_(timeout_ms), spins_(spins_for(arena.ranks())) {}
+  PeerWait(World world, const DirectArena& arena, int timeout_ms);
 
   // Waits until arrived(peer) holds for every peer. `arrived` reads flags with acquire.
   template <class Arrived>
   Expected<void> for_all(Phase phase, const protocol::CallHeader& header, Arrived&& arrived) {
-    const int ranks = arena_.ranks();
-    int next = 0;  // everybody before it has arrived
+    std::vector<int> missing;
+    for (int peer = 0; peer < arena_.ranks(); ++peer) {
+      if (!arrived(peer)) missing.push_back(peer);
+    }
+    if (missing.empty()) return {};
+    const auto begin = std::chrono::steady_clock::now();
     auto all_arrived = [&] {
-      while (next < ranks && arrived(next)) ++next;
-      return next == ranks;
+      std::erase_if(missing, [&](int peer) {
+        const bool is_there = arrived(peer);
+        if (is_there) add_wait(header.operation, peer, begin);
+        return is_there;
+      });
+      return missing.empty();
     };
-    if (all_arrived()) return {};
-    const std::function<bool(int)> pending = [&](int peer) { return peer >= next && !arrived(peer); };
+    const std::function<bool(int)> pending = [&](int peer) {
+      return std::find(missing.begin(), missing.end(), peer) != missing.end() && !arrived(peer);
+    };
     Watch watch(*this, phase, header);
     if (wait_on(
             arena_.doorbell(arena_.rank()), all_arrived, [&] { return watch.gave_up(pending); }, spins_))
       return {};
+    for (const int peer : missing) add_wait(header.operation, peer, begin);
     return unexpected(watch.failure());
   }
+
+  PeerWaits waits() const;
 
   // What this rank tells its peers about itself.
   void publish_failure(const protocol::CallHeader& header, const Failure& failure);
@@ -63,6 +78,8 @@ class PeerWait {
     std::chrono::steady_clock::time_point ask_at_ = std::chrono::steady_clock::now() + kInterruptTick;
   };
 
+  // From `begin` until now.
+  void add_wait(protocol::Operation operation, int peer, std::chrono::steady_clock::time_point begin);
   bool check_abort(int peer, std::uint64_t call, std::string& reason) const;
   int end_of_chain(int peer) const;
 
@@ -70,6 +87,8 @@ class PeerWait {
   const DirectArena& arena_;
   int timeout_ms_;
   int spins_;
+  std::vector<std::atomic<std::int64_t>> dispatch_ns_;  // [R]; added to by whichever thread makes a call, read by others
+  std::vector<std::atomic<std::int64_t>> combine_ns_;
   std::atomic<bool> cancelled_{false};
 };
 

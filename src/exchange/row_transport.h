@@ -120,6 +120,7 @@ class RowTransport {
   virtual void cancel() = 0;
 
   virtual std::vector<std::int64_t> link_bytes() const = 0;
+  virtual PeerWaits peer_waits() const { return {}; }  // where it is not known whom a wait is for
   virtual Transport transport() const = 0;
 };
 

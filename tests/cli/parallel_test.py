@@ -18,13 +18,15 @@ class ParallelTest(CommandLineTest):
         )
         self.assertEqual([rank["node"] for rank in report["ranks"]], [0] * 4 + [1] * 4)
         self.assertEqual([(rank["ep"], rank["mlp_tp"]) for rank in report["ranks"]], [(r // 2, r % 2) for r in range(8)])
+        held = [(rank["expert_window"], rank["expert_shard"]) for rank in report["ranks"]]
+        self.assertEqual(held, [([r // 2, 4], [r % 2, 2]) for r in range(8)])
 
     def test_text_shows_the_same(self):
         text = self.succeed("parallel", "--tp", 8, "--ep", 4, "--nnodes", 2)
         self.assertIn("8 ranks on 2 nodes", text)
         self.assertRegex(text, r"experts +outer_dp 1 x ep 4 x mlp_tp 2")
         self.assertEqual(len([line for line in text.splitlines() if line[:1].isdigit() and "ranks" not in line]), 8)
-        self.assertNotIn("shard", text)
+        self.assertRegex(text, r"\n7 .* window 3/4 +1/2\n")
 
     def test_experts_have_windows_and_shards(self):
         report = self.solve("--device-count", 8, "--ep", 2, "--outer-dp", 2, "--experts", 5, "--expert-width", 6)

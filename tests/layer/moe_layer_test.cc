@@ -56,7 +56,9 @@ TEST(MoeLayer, ReplicasAndUnevenRanks) {
 }
 
 TEST(MoeLayer, OuterReplicasAreIndependent) {
-  for (const ExpertTp expert_tp : kBoth) run_case({.ep = 2, .outer_dp = 2, .expert_tp = expert_tp});
+  for (const ExpertTp expert_tp : kBoth) {
+    for (const int tp : {1, 2}) run_case({.ep = 2, .tp = tp, .outer_dp = 2, .expert_tp = expert_tp});
+  }
   run_case({.ep = 1, .tp = 2, .outer_dp = 2});
   const LayerCase c = {.ep = 2, .outer_dp = 2};
   run_ranks(4, [&](World& world) {

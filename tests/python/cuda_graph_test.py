@@ -1,6 +1,4 @@
 """Calls in CUDA graphs: every replay is what the same call outside a graph makes of the tensors as they are now. Nothing waits for the GPU."""
-import pickle
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -10,19 +8,9 @@ if not torch.cuda.is_available():
 import deep_ep  # noqa: E402
 import tokenyard as ty  # noqa: E402
 from cuda_test import EXPERTS, HIDDEN, RANKS, TOP_K, gpu_of, make_exchange  # noqa: E402
+from support import Comm  # noqa: E402
 
 TOKENS, REPLAYS = 13, 5
-
-
-class Comm:
-    """A world as mpi4py shows it."""
-
-    def __init__(self, world):
-        self._world = world
-        self.Get_rank, self.Get_size = lambda: world.rank, lambda: world.size
-
-    def allgather(self, value):
-        return [pickle.loads(one) for one in self._world.all_gather(pickle.dumps(value))]
 
 
 class Batch:
@@ -178,6 +166,12 @@ def test_elastic_of_deep_ep(expand, monkeypatch):
         assert len(rows[0]) == (92 if expand else RANKS * TOKENS) > len(exact[0])  # 2 * 13 tokens * 3 + 4 experts * 3, aligned to 4
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(used_of_elastic(rows), used_of_elastic(exact)))
         check_replays(world, batch, lambda: elastic(buffer, batch, expand), used_of_elastic)
+
+        def refused():
+            with pytest.raises(ty.UsageError, match="do_cpu_sync while a graph is being captured"):
+                elastic(buffer, batch, expand, cpu_sync=1)
+
+        captured(world, refused)
         torch.cuda._sleep(500_000_000)  # some tenths of a second
         before = torch.cuda.current_stream().record_event()
         elastic(buffer, batch, expand)

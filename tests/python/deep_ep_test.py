@@ -1,8 +1,10 @@
 """The deep_ep drop-in on CPU ranks with a gloo group, against plain loops. DeepEP's own test programs are run by hand: docs/deep_ep.md."""
 import io
 import os
+import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tokenyard as ty  # noqa: E402
+from support import Comm, on_ranks  # noqa: E402
 
 RANKS, TOKENS, HIDDEN, EXPERTS, TOP_K = 3, [4, 0, 6], 256, 6, 2
 WINDOW = EXPERTS // RANKS
@@ -109,6 +112,41 @@ def test_buffer(with_topk, fp8, tmp_path):
     assert on_group(lambda group, rank: check_v1(group, rank, with_topk, fp8), tmp_path) == [len(received_by(rank, ids)) for rank in range(RANKS)]
 
 
+def test_more_than_eight_ranks():
+    """There the handle is the tuple of ten tensors of DeepEP's internode kernels; nodes are groups of 8 ranks, the last one maybe smaller."""
+    ranks, tokens = 10, 6
+
+    def main(world):
+        import deep_ep
+
+        rank = world.rank
+        x = torch.full((tokens, 32), float(rank + 1)).bfloat16()
+        ids = (torch.arange(tokens)[:, None] * 3 + torch.tensor([[0, 7]]) + rank) % (2 * ranks)
+        buffer = deep_ep.Buffer(comm=Comm(world))
+        per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, 2 * ranks)
+        assert per_node.tolist() == [in_rank[:, :8].any(1).sum(), in_rank[:, 8:].any(1).sum()]
+        everybody = [pickle.loads(one) for one in world.all_gather(pickle.dumps(in_rank.tolist()))]
+        expected = [(s, t) for s in range(ranks) for t in range(tokens) if everybody[s][t][rank]]
+        given = dict(num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_node, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert,
+                     topk_idx=ids, topk_weights=torch.ones(tokens, 2), config=deep_ep.Config(8))
+        for worst in (0, ranks * tokens):
+            rows, recv_ids, _, _, handle, _ = buffer.dispatch(x, **given, num_worst_tokens=worst)
+            count, length = len(expected), worst or len(expected)
+            assert torch.equal(rows[:count, 0].float(), torch.tensor([s + 1.0 for s, _ in expected])) and len(rows) == len(recv_ids) == length
+            sums = [sum(s < end for s, _ in expected) for end in range(1, ranks + 1)]
+            assert torch.equal(handle[0], in_rank) and handle[6].tolist() == sums and handle[4].tolist() == [sums[7], sums[9]]
+            meta = handle[7].view(torch.int32)
+            assert meta[:count].tolist() == [[s // 8, t] for s, t in expected] and (meta[count:] == -1).all()
+            assert [list(t.shape) for t in handle] == [[tokens, ranks], [2, 4], [ranks, 4], [2, 4], [2], [ranks, 4], [ranks], [length, 8], [tokens, 2],
+                                                       [length, 8]]
+            for known in (handle, tuple(t.clone() for t in handle)):
+                assert torch.equal(buffer.combine(rows, known)[0], x * in_rank.sum(1, keepdim=True))
+                assert torch.equal(buffer.dispatch(x, handle=known)[0][:count], rows[:count])
+                buffer._handles.clear()  # what is remembered may be gone: tensors are enough
+
+    on_ranks(main, ranks)
+
+
 def test_buffer_grows_and_old_handles_stay_good(tmp_path):
     def main(group, rank):
         import deep_ep
@@ -178,6 +216,37 @@ def check_low_latency(group, rank, hook, fp8, scale_kind):
 @pytest.mark.parametrize("fp8, scale_kind", [(False, "float32"), (True, "float32"), (True, "pow2"), (True, "ue8m0")])
 def test_low_latency(hook, fp8, scale_kind, tmp_path):
     on_group(lambda group, rank: check_low_latency(group, rank, hook, fp8, scale_kind), tmp_path)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_wait_costs_name_who_was_late(hook, tmp_path):
+    """Rank 2 is late for the second of three dispatches, rank 0 for each combine; what was not asked for is not told later."""
+    late_s = 0.5
+
+    def main(group, rank):
+        import deep_ep
+
+        x, ids, weights = given(6)
+        buffer = deep_ep.Buffer(group, low_latency_mode=True)
+        in_dispatch, in_combine = torch.zeros(2, RANKS, dtype=torch.int64)
+        for turn in range(3):
+            group.barrier().wait()
+            time.sleep(late_s if rank == 2 and turn < 2 else 0)
+            rows, _, handle, _, finish = buffer.low_latency_dispatch(
+                x[rank], ids[rank], 8, EXPERTS, use_fp8=False, return_recv_hook=hook, dispatch_wait_recv_cost_stats=in_dispatch if turn else None)
+            finish() if hook else None
+            group.barrier().wait()
+            time.sleep(late_s if rank == 0 else 0)
+            _, _, finish = buffer.low_latency_combine(rows, ids[rank], weights[rank], handle, return_recv_hook=hook,
+                                                      combine_wait_recv_cost_stats=in_combine)
+            finish() if hook else None
+        return in_dispatch.tolist(), in_combine.tolist()
+
+    for rank, waits in enumerate(on_group(main, tmp_path)):
+        for waited, late, times in zip(waits, (2, 0), (1, 3)):
+            for peer in range(RANKS):
+                least = 0.8e9 * times * late_s
+                assert (waited[peer] > least) == (peer == late != rank) and waited[peer] < 5 * least, (rank, waits)
 
 
 def alive_sums(x, ids, weights, rank, alive):
@@ -293,8 +362,15 @@ def check_elastic(group, rank, expand, cpu_sync, alignment, multiple):
     rows = recv_x.shape[0] if expand else count
     assert again[3] is handle and torch.equal(again[0][:rows], 2 * recv_x[:rows]) and torch.equal(again[2][:rows], 2 * recv_weights[:rows])
     assert again[0].shape == recv_x.shape and again[2].shape == recv_weights.shape
-    few = buffer.combine(y[:rows], handle)[0]  # who knows how many there are may leave the rest out
-    assert torch.equal(few, sums)
+    end = int(handle.psum_num_recv_tokens_per_expert[-1]) if expand else count
+    handle.recv_src_metadata = handle.recv_src_metadata[:count]  # who knows how many there are may leave the rest out
+    assert torch.equal(buffer.combine(y[:end], handle)[0], sums)
+    if rank == 0:
+        with pytest.raises(ty.UsageError, match=rf"x is \[{end - 1}, 256\]; expected {end} rows or more, as the dispatch of this handle gave"):
+            buffer.combine(y[:end - 1], handle)
+    else:
+        with pytest.raises(ty.TransportError, match="expected .* rows or more"):
+            buffer.combine(y, handle)
     buffer.barrier()
     buffer.destroy()
 
@@ -306,6 +382,113 @@ def test_elastic_buffer(expand, multiple, cpu_sync, alignment, tmp_path):
     on_group(lambda group, rank: check_elastic(group, rank, expand, cpu_sync, alignment, multiple), tmp_path)
 
 
+def check_refusals(group, rank, x, ids, in_rank, wrong, per_expert):
+    """What rank 0 refuses without asking anybody: rank 1, which is in the same call, learns it, and the next call is fine."""
+    import deep_ep
+
+    buffer, elastic = deep_ep.Buffer(group), deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=2)
+    rows, _, _, _, handle, _ = buffer.dispatch(x, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=ids, topk_weights=torch.ones(2, 1))
+    large = buffer.get_dispatch_layout(ids + 2, 2)  # the dispatch tells
+    assert large[0].tolist() == [0, 0] and large[2].tolist() == [0, 0]
+    more, more_ids = torch.ones(3, 32).bfloat16(), torch.zeros(3, 1).long()
+    for call, text in [
+        (lambda bad: buffer.dispatch(x, is_token_in_rank=wrong if bad else in_rank, num_tokens_per_expert=per_expert, topk_idx=ids, num_worst_tokens=4),
+         r"is_token_in_rank\[1\] = .* but topk_idx\[1\] = \[1\] of 2 experts"),
+        (lambda bad: buffer.dispatch(more if bad else x, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=more_ids if bad else ids,
+                                     num_worst_tokens=4), "num_worst_tokens = 4 for 2 ranks leaves 2 tokens to each, and this rank has 3"),
+        (lambda bad: buffer.low_latency_dispatch(more if bad else x, more_ids if bad else ids, 2, 2, use_fp8=False), "3 tokens; num_max"),
+        (lambda bad: buffer.combine(rows[:1] if bad else rows, handle), r"x is \[1, 32\]; expected 2 rows, as the dispatch of this handle gave"),
+        (lambda bad: buffer.combine(rows, handle, rows[:1, :1].float() if bad else rows[:, :1].float()), r"topk_weights is \[1, 1\]; expected 2 rows"),
+        (lambda bad: elastic.dispatch(more if bad else x, more_ids if bad else ids, num_experts=2), "3 tokens, num_max_tokens_per_rank = 2"),
+    ]:
+        with pytest.raises(ty.UsageError if rank == 0 else ty.TransportError, match=text):
+            call(rank == 0)
+        call(False)
+
+
+def check_elastic_scales(group, rank, expand, cpu_sync, col_major):
+    """fp8 rows with scales that lie column by column; both, and weights, are zero where no token is."""
+    import deep_ep
+
+    x, ids, weights = given(9)
+    scales_of = [torch.stack((torch.arange(t) + 1.0, torch.arange(t) + 100.0 * s)) for s, t in enumerate(TOKENS)]
+    buffer = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=7)
+    payload = x[rank].to(torch.float8_e4m3fn), scales_of[rank].T
+    how = dict(do_expand=expand, do_zero_padding=True, use_tma_aligned_col_major_sf=col_major)
+    (rows, scales), _, recv_weights, handle, _ = buffer.dispatch(payload, ids[rank], weights[rank], num_experts=EXPERTS, expert_alignment=4,
+                                                                 do_cpu_sync=cpu_sync, **how)
+    (rows_again, scales_again), _, _, same, _ = buffer.dispatch(payload, handle=handle, **how)
+    assert same is handle and scales.stride() == scales_again.stride() == ((1, (len(rows) + 3) // 4 * 4) if col_major else (2, 1))
+    wanted = torch.zeros(len(rows), HIDDEN), torch.zeros(len(rows), 2)
+    used = torch.zeros(len(rows), dtype=torch.bool)
+    for i, (source, *places) in enumerate(handle.recv_src_metadata[:, [0, *range(2, 2 + TOP_K)]].tolist()):
+        for place in [p for p in places if p >= 0] if expand else [i] if source >= 0 else []:
+            used[place] = True
+            wanted[0][place], wanted[1][place] = x[source // 7][source % 7], scales_of[source // 7][:, source % 7]
+    checked = used if not expand else torch.ones_like(used)
+    for found_rows, found_scales in (rows, scales), (rows_again, scales_again):
+        assert torch.equal(found_rows.float()[checked], wanted[0][checked]) and torch.equal(found_scales[checked], wanted[1][checked])
+    assert used.any() and (not expand or (recv_weights[~used] == 0).all())
+
+
+@pytest.mark.parametrize("expand", [0, 1])
+@pytest.mark.parametrize("cpu_sync", [0, 1])
+@pytest.mark.parametrize("col_major", [0, 1])
+def test_elastic_buffer_with_scales(expand, cpu_sync, col_major, tmp_path):
+    on_group(lambda group, rank: check_elastic_scales(group, rank, expand, cpu_sync, col_major), tmp_path)
+
+
+def test_calls_outside_autograd(tmp_path):
+    """In inference mode and without gradients as otherwise; what comes out has no history, also of inputs that want gradients. Every event is
+    waited for."""
+    def main(group, rank):
+        import deep_ep
+
+        class Seen(deep_ep.EventHandle):
+            times = 0
+
+            def current_stream_wait(self):
+                Seen.times += 1
+
+        def run():
+            all_x, all_ids, all_weights = given(8)
+            x, weights, ids = all_x[rank].requires_grad_(not torch.is_inference_mode_enabled()), all_weights[rank], all_ids[rank]
+            legacy, elastic = deep_ep.Buffer(group, low_latency_mode=True), deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=7)
+            per_rank, _, per_expert, in_rank, _ = legacy.get_dispatch_layout(ids, EXPERTS, previous_event=deep_ep.EventOverlap(Seen()))
+            rows, recv_ids, recv_weights, _, handle, _ = legacy.dispatch(x, None, per_rank, None, in_rank, per_expert, ids, weights, previous_event=Seen())
+            sums, summed, _ = legacy.combine(rows, handle, recv_weights, bias=x, previous_event=deep_ep.EventOverlap(None))
+            found = [rows, recv_weights, sums, summed]
+            rows, _, handle, *_ = legacy.low_latency_dispatch(x, ids, 7, EXPERTS, use_fp8=False)
+            found += legacy.low_latency_combine(rows, ids, weights, handle)[0],
+            for expand in (0, 1):
+                rows, _, recv_weights, handle, _ = elastic.dispatch(x, ids, weights, num_experts=EXPERTS, do_expand=expand, previous_event=Seen(),
+                                                                    previous_event_before_epilogue=Seen())
+                found += elastic.combine(rows, handle, recv_weights, previous_event_before_epilogue=deep_ep.EventOverlap(Seen()))[:2]
+            assert not any(one.requires_grad for one in found)
+            return found
+
+        usual = run()
+        assert Seen.times == 8
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), usual))
+
+    on_group(main, tmp_path)
+
+
+def test_memory_of_the_size_asked_for(tmp_path):
+    def main(group, rank):
+        import deep_ep
+
+        buffer = deep_ep.Buffer(group, 64, 128)
+        assert buffer.get_local_buffer_tensor(torch.bfloat16, torch.Size([4, 2]), offset=16).fill_(1).sum() == 8
+        assert buffer.get_local_buffer_tensor(torch.float32, use_rdma_buffer=True).shape == (32,)
+        with pytest.raises(ty.UsageError, match=r"80 bytes at offset 0, num_nvl_bytes = 64"):
+            buffer.get_local_buffer_tensor(torch.float64, torch.Size([10]))
+
+    on_group(main, tmp_path, 1)
+
+
 def test_errors_name_the_value(tmp_path):
     def main(group, rank):
         import deep_ep
@@ -313,6 +496,7 @@ def test_errors_name_the_value(tmp_path):
         buffer = deep_ep.Buffer(group)
         x, ids = torch.ones(2, 32).bfloat16(), torch.tensor([[0], [1]])
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, 2)
+        low_latency_handle = buffer.low_latency_dispatch(x, ids, 2, 2, use_fp8=False)[2]
         wrong = in_rank.clone()
         wrong[1] = ~wrong[1]
         for call, text in [
@@ -321,6 +505,12 @@ def test_errors_name_the_value(tmp_path):
             (lambda: buffer.dispatch(x, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, num_worst_tokens=9), "num_worst_tokens = 9"),
             (lambda: buffer.get_dispatch_layout(ids, 3), "num_experts = 3 on 2 ranks"),
             (lambda: buffer.destroy(), "without explicitly_destroy"),
+            (lambda: buffer.dispatch(x, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=ids[:1]),
+             r"is_token_in_rank is \[2, 2\], topk_idx \[1, 1\]; expected a row of 2 for each token"),
+            (lambda: buffer.dispatch(x, handle=(x, x)), "handle is a tuple of 2; expected the tuple of 6 tensors"),
+            (lambda: buffer.combine(x, None), "handle is a NoneType; expected the tuple of 6 tensors"),
+            (lambda: buffer.low_latency_combine(x, ids, x, low_latency_handle, zero_copy=True), "zero_copy without rows"),
+            (lambda: deep_ep.ElasticBuffer(group).combine(x, 7), "handle is a int; expected the EPHandle that dispatch returned"),
             (lambda: buffer.low_latency_dispatch(x, ids, 1, 2), "2 tokens; num_max_dispatch_tokens_per_rank is 1"),
             (lambda: buffer.low_latency_dispatch(x, ids, 2, 2, use_ue8m0=True), "use_ue8m0 without round_scale"),
             (lambda: buffer.low_latency_dispatch(x, ids, 2, 2, async_finish=True, return_recv_hook=True), "choose one"),
@@ -334,6 +524,7 @@ def test_errors_name_the_value(tmp_path):
         chosen, text = (wrong, r"^is_token_in_rank\[1\]") if rank == 0 else (in_rank, r"rank 0 rejected this call: is_token_in_rank\[1\]")
         with pytest.raises(ty.UsageError, match=text):
             buffer.dispatch(x, is_token_in_rank=chosen, num_tokens_per_expert=per_expert, topk_idx=ids)
+        check_refusals(group, rank, x, ids, in_rank, wrong, per_expert)
         with pytest.raises(RuntimeError, match="nothing to wait for"):
             deep_ep.EventOverlap().current_stream_wait()
 

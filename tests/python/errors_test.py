@@ -49,6 +49,10 @@ def exchange():
     (dict(quantise="float33"), r"scale format float33; expected float32, float32_pow2 or ue8m0"),
     (dict(dtype="float16"), r"x: an array of 32-bit elements as dtype = float16, which has 16 bits"),
     (dict(placement=5), r"5"),
+    (dict(placement="half"), r"placement = 'half'; expected a Placement, or the number that add\(\) gave it"),
+    (dict(topk_ids=None, handle=X), r"handle is a ndarray; expected the .handle of what a dispatch returned"),
+    (dict(x="rows"), r"x is a str; expected a NumPy array"),
+    (dict(dtype=np.float32), r"dtype = <class 'numpy.float32'> is a type; expected a name, 'bfloat16' say"),
 ])
 def test_dispatch_rejects(exchange, arguments, text):
     with pytest.raises(ty.UsageError, match=text):
@@ -69,6 +73,8 @@ def test_dispatch_rejects(exchange, arguments, text):
     (dict(out=X.astype(np.int64)), r"out is \[4, 16\] int64; expected float64, float32, bfloat16 or float16"),
     (dict(order="backwards"), r"backwards"),
     (dict(fold="yes"), r"fold = 'yes' is a str; expected something like True"),
+    (dict(weighting=["none"]), r"weighting = \['none'\] is a list; expected something like 'none'"),
+    (dict(handle=None), r"handle is a NoneType; expected the .handle of what a dispatch returned"),
 ])
 def test_combine_rejects(exchange, arguments, text):
     handle = exchange.dispatch(X, IDS, WEIGHTS).handle
@@ -96,10 +102,23 @@ def test_read_only_memory_is_no_out(exchange):
     (dict(depth="two"), r"depth = 'two' is a str; expected something like 2"),
     (dict(transport="nccl_window"), r"transport nccl_window is memory of GPUs; use it with device = cuda"),
     (dict(nccl_communicator=4096), r"nccl_communicator is given, and transport automatic uses none; use transport nccl_window"),
+    (dict(dtype=np.float32), r"dtype = <class 'numpy.float32'> is a type; expected a name"),
+    (dict(combine_dtype=4), r"combine_dtype = 4 is a int; expected a name"),
+    (dict(hidden_size=None), r"hidden_size = None is a NoneType; expected an integer"),
 ])
 def test_exchange_rejects(options, text):
     with pytest.raises(ty.UsageError, match=text):
         make_exchange(ty.World.in_process(1)[0], ty.Placement.uniform(6, 1), **options)
+
+
+@pytest.mark.parametrize("world, placement, text", [
+    (None, lambda *sizes: ty.Placement.uniform(*sizes), r"world is a NoneType; expected a World: World.from_group\(group\)"),
+    (0, lambda *_: "all", r"placement = 'all' is a str; expected a Placement, or a list of them"),
+    (0, lambda *_: [7], r"placement = 7 is a int; expected a Placement, or a list of them"),
+])
+def test_what_an_exchange_is_made_of(world, placement, text):
+    with pytest.raises(ty.UsageError, match=text):
+        make_exchange(world if world is None else ty.World.in_process(1)[world], placement(6, 1))
 
 
 def test_a_handle_of_another_exchange(exchange):
@@ -128,6 +147,28 @@ def test_peers_of_a_rejected_call_learn_the_reason():
                 exchange.dispatch(X, IDS)
             error = caught.value
             assert (error.kind, error.rank, error.peer, error.phase, error.epoch) == ("aborted", world.rank, 1, "dispatch_counts", 1)
+        assert exchange.dispatch(X, IDS).num_rows == (12 if world.rank == 0 else 0)
+
+    on_ranks(rank_main)
+
+
+def test_peers_learn_what_python_refuses_and_what_a_rank_abandons():
+    def rank_main(world):
+        exchange = make_exchange(world, ty.Placement.uniform(6, 3))
+        out = exchange.dispatch(X, IDS)
+        rows, handle = out.rows, out.handle
+        calls = [(lambda: exchange.dispatch(object(), IDS), lambda: exchange.dispatch(X, IDS), "x is a object"),
+                 (lambda: exchange.dispatch(X, IDS, placement=7.5), lambda: exchange.start_dispatch(X, IDS).finish(), "placement = 7.5"),
+                 (lambda: exchange.combine(rows, handle, bias=(X, X, X)), lambda: exchange.combine(rows, handle), "3 biases"),
+                 (lambda: exchange.start_combine(object(), handle), lambda: exchange.combine(rows, handle), "rows is a object")]
+        for wrong, right, text in calls:
+            with pytest.raises(ty.UsageError if world.rank == 1 else ty.TransportError, match=text):
+                wrong() if world.rank == 1 else right()
+        if world.rank == 1:
+            exchange.abandon("no data today")
+        else:
+            with pytest.raises(ty.TransportError, match="no data today"):
+                exchange.dispatch(X, IDS)
         assert exchange.dispatch(X, IDS).num_rows == (12 if world.rank == 0 else 0)
 
     on_ranks(rank_main)

@@ -1,5 +1,6 @@
 """Leases, copies, cached dispatch, started calls."""
 import gc
+import time
 
 import numpy as np
 import pytest
@@ -142,6 +143,30 @@ def test_spans_link_bytes_and_options():
         assert exchange.transport == "inproc"
 
     on_ranks(rank_main)
+
+
+@pytest.mark.parametrize("mode", ["throughput", "latency"])
+def test_peer_waits_name_who_was_late(mode):
+    """Rank 2 is late for the dispatch, rank 0 for the combine."""
+    late_s = 0.5
+
+    def rank_main(world):
+        exchange = make_exchange(world, ty.Placement.uniform(3, 3), mode=mode)
+        assert exchange.peer_waits() == ([0, 0, 0], [0, 0, 0])
+        world.barrier()
+        time.sleep(late_s if world.rank == 2 else 0)
+        out = exchange.dispatch(np.ones((4, HIDDEN), np.float32), np.array([[0], [1], [2], [0]]))
+        world.barrier()
+        time.sleep(late_s if world.rank == 0 else 0)
+        exchange.combine(out.rows, out.handle)
+        return exchange.peer_waits()
+
+    waits = on_ranks(rank_main)
+    for rank in range(3):
+        for waited, late in zip(waits[rank], (2, 0)):
+            for peer in range(3):
+                least = 0.8e9 * late_s
+                assert (waited[peer] > least) == (peer == late != rank) and waited[peer] < 5 * least, (rank, waits)
 
 
 def test_finish_twice_on_the_main_thread():

@@ -1,4 +1,6 @@
 """What the tests share: frameworks, dtypes, ranks."""
+import pickle
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,17 @@ def scenario(seed=1, tokens=TOKENS, experts=EXPERTS, top_k=TOP_K, hidden_size=HI
 def make_exchange(world, placement, dtype="float32", **options):
     options = {"hidden_size": HIDDEN, "top_k": TOP_K, "max_tokens_per_rank": max(TOKENS), "timeout_ms": 20_000, **options}
     return ty.Exchange(world, placement, dtype=dtype, **options)
+
+
+class Comm:
+    """A world as mpi4py shows it: deep_ep's buffers of rank threads."""
+
+    def __init__(self, world):
+        self._world = world
+        self.Get_rank, self.Get_size = lambda: world.rank, lambda: world.size
+
+    def allgather(self, value):
+        return [pickle.loads(one) for one in self._world.all_gather(pickle.dumps(value))]
 
 
 def on_ranks(fn, ranks=len(TOKENS), processes=False):

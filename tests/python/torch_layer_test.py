@@ -22,10 +22,10 @@ def model_of(family):
     return ty.MoeModel(family, EXPERTS, TOP_K, HIDDEN, WIDTH, ty.Gate.softmax(TOP_K, renormalise=True), activation="clamped" if family == "gpt_oss" else "silu")
 
 
-def layer_of(world, family, ep, tp, expert_tp="virtual", **options):
+def layer_of(world, family, ep, tp, expert_tp="virtual", placement=None, **options):
     config = ty.parallel.solve(device_count=ep * tp, ep=ep, mlp_tp=tp, dp=ep * tp, tp=tp, attn_tp=1)
     group = ty.ExpertGroup.of_model(world, config, model_of(family), sum(TOKENS), expert_tp=expert_tp, timeout_ms=20_000, **options)
-    return tyt.MoeLayer.initialised(group, model_of(family), "layers.0", seed=3, scale=0.3)
+    return tyt.MoeLayer.initialised(group, model_of(family), "layers.0", placement=placement, seed=3, scale=0.3)
 
 
 def rows(seed):
@@ -60,6 +60,17 @@ def test_training_knows_no_layout(family, ep, tp, expert_tp):
         return train(world, layer, 4)
 
     for losses in on_ranks(rank_main, 4):
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone), rtol=2e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_training_knows_no_replicas(family):
+    """Experts 0, 1 and 7 have replicas; rank 2 holds no expert with another."""
+    ranks = [[0, 1, 3], [3, 0], [1], [1], [2], [2], [2], [3, 1]]
+    placement = ty.Placement.custom(4, [[ty.Replica([rank]) for rank in of] for of in ranks])
+    alone = on_ranks(lambda world: train(world, layer_of(world, family, 1, 1), 4), 1)[0]
+    options = {"placement": placement, "max_local_experts": placement.max_local_experts}
+    for losses in on_ranks(lambda world: train(world, layer_of(world, family, 4, 1, **options), 4), 4):
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone), rtol=2e-5, atol=1e-4)
 
 

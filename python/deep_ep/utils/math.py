@@ -48,14 +48,14 @@ def per_token_cast_to_fp8(x):
     return scaled.view(x.shape[0], -1)[:, :x.shape[1]].contiguous(), largest / 448.0
 
 
-def per_token_cast_back(x_fp8, scales):
-    """The inverse, as bfloat16; scales float32, or exponents packed four per int32."""
+def per_token_cast_back(x_fp8, x_scales):
+    """The inverse, as bfloat16; x_scales float32, or exponents packed four per int32."""
     if x_fp8.numel() == 0:
         return x_fp8.to(torch.bfloat16)
-    if scales.dtype == torch.int:
-        exponents = scales.clone(memory_format=torch.contiguous_format).view(torch.uint8).view(x_fp8.shape[0], -1).int() << 23
-        scales = exponents.view(torch.float)[:, :ceil_div(x_fp8.shape[1], 128)]
-    blocks = _blocks(x_fp8.float()) * scales.reshape(x_fp8.shape[0], -1, 1)
+    if x_scales.dtype == torch.int:
+        exponents = x_scales.clone(memory_format=torch.contiguous_format).view(torch.uint8).view(x_fp8.shape[0], -1).int() << 23
+        x_scales = exponents.view(torch.float)[:, :ceil_div(x_fp8.shape[1], 128)]
+    blocks = _blocks(x_fp8.float()) * x_scales.reshape(x_fp8.shape[0], -1, 1)
     return blocks.view(x_fp8.shape[0], -1)[:, :x_fp8.shape[1]].to(torch.bfloat16).contiguous()
 
 

@@ -43,7 +43,7 @@ class ExpertInput:
 class MoEDispatcher:
     """Brings tokens to their experts and the weighted sums of what those computed back: y[t] = sum over k of w[t,k] f_e(x[t]).
 
-    kind: "single" (a world of one), "all_gather", "all_to_all" (collectives; on GPUs by NCCL), "direct" (the exchange), or "auto": single or direct.
+    kind: "single" (a world of one), "all_gather", "all_to_all" (collectives; on GPUs over peer memory or NCCL), "direct" (the exchange), or "auto": single or direct.
     All give the same sums, for inputs and gradients (up to the order of float32 sums over a rank's own experts). Stages, in order:
 
         p = d.dispatch_preprocess(x, topk_ids, topk_weights)     s = d.dispatch(p)     e = d.dispatch_postprocess(s)

@@ -153,8 +153,9 @@ class MoeLayer(torch.nn.Module):
         self._layer().warm_up(token_counts)
 
     def sum_gradients(self) -> None:
-        """Collective, after backward: sums the gradients of gate and shared expert over the ranks of the group that hold them, in float32
-        and rank order, and gives every one the sum. Gradients of experts are complete, but for those of replicas in a custom placement.
+        """Collective, after backward: sums the gradients of gate, shared expert and experts with replicas over the ranks of the group
+        that hold them, in float32 and in the order of ranks, respectively replicas, and gives every one the sum. Gradients of other
+        experts are complete.
         """
         dense = [name for name in SHARED if self.group.dense_tp > 1]
         named = dict(self.named_parameters())
@@ -162,6 +163,8 @@ class MoeLayer(torch.nn.Module):
             gradients = [named[name].grad for name in names if name in named and named[name].grad is not None]
             if gradients and collectives is not None:
                 _sum(gradients, collectives)
+        if self._placement is not None and self._placement.max_replicas > 1:
+            _sum_replicas([named[name].grad for name in EXPERTS if name in named and named[name].grad is not None], self._placement, self.group)
 
 
 def _sum(gradients, collectives):
@@ -172,6 +175,33 @@ def _sum(gradients, collectives):
     total = collectives.all_gather_v(collectives.reduce_scatter_v(flat, counts), counts)
     for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients])):
         gradient.copy_(part.view(gradient.shape))
+
+
+def _sum_replicas(gradients, placement, group):
+    """gradients: of the local experts, [L, ..] each. Holders of the same shard of an expert send it to each other, and add in the order of
+    replicas."""
+    # a placement over all ranks, or with gathered shards over the windows of experts
+    stride, offset = (1, 0) if placement.ranks == group.world.size else (group.config.mlp_tp, group.tp_rank)
+    me, local = group.world.rank // stride, placement.local_experts(group.world.rank // stride)
+    holders = {}
+    for expert in local:
+        replicas = placement.replicas(expert)
+        shard = next(replica.shard_ranks.index(me) for replica in replicas if me in replica.shard_ranks)
+        if len({len(replica.shard_ranks) for replica in replicas}) > 1:
+            raise UsageError(f"the replicas of expert {expert} are cut into different numbers of shards; gradients of such are not summed")
+        if len(replicas) > 1:
+            holders[expert] = [replica.shard_ranks[shard] for replica in replicas]
+    own = {expert: torch.cat([gradient[local.index(expert)].float().reshape(-1).cpu() for gradient in gradients]) for expert in holders}
+    to = {peer * stride + offset: [expert for expert in holders if peer in holders[expert]] for peer in range(placement.ranks) if peer != me}
+    counts = [sum(len(own[expert]) for expert in to.get(rank, ())) for rank in range(group.world.size)]
+    sent = [own[expert] for rank in sorted(to) for expert in to[rank]]
+    received = iter(group.replicas.all_to_all_v(torch.cat([torch.empty(0), *sent]), counts, counts).split([len(part) for part in sent]))
+    parts = {(rank, expert): next(received) for rank in sorted(to) for expert in to[rank]}
+    for expert, ranks in holders.items():
+        total = sum(own[expert] if rank == me else parts[rank * stride + offset, expert] for rank in ranks)
+        sizes = [gradient[0].numel() for gradient in gradients]
+        for gradient, part in zip(gradients, total.split(sizes)):
+            gradient[local.index(expert)].copy_(part.view(gradient.shape[1:]))
 
 
 def _dense_placement(group):
