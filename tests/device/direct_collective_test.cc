@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "device/gpus.h"
-#include "device/graph.h"
 #include "device/through_gpus.h"
+#include "memory/cuda_graph.h"
 #include "memory/cuda_handle.h"
 #include "multirank/collective_check.h"
 #include "multirank/exchange_processes.h"
@@ -140,7 +140,7 @@ TEST_P(DirectOnGpuRanks, CountsOfTheDeviceFollowEachReplay) {
     const TensorView d_in = place(in), d_all = place(gathered), d_parts = place(parts), d_sum = place(sum), d_table = place(table);
     const DeviceCounts on_device = {.counts = d_table, .most = kMost};
     world.barrier();
-    const Graph graph(rank.stream.get(), [&] {
+    const CudaGraph graph(rank.stream.get(), [&] {
       rank.device->all_gather_v(d_in, on_device, d_all, rank.stream.get());
       rank.device->reduce_scatter_v(d_parts, on_device, d_sum, rank.stream.get());
     });
@@ -265,7 +265,7 @@ TEST_P(DirectOnGpuRanks, GraphsReplayBesideEagerCalls) {
   run_ranks(GetParam(), [](World& world) {
     Rank rank(world, {.staging_bytes = 64 << 10});
     Chain chain(rank, 21, 132);
-    const Graph graph(rank.stream.get(), [&] { chain.enqueue(rank.stream.get()); });
+    const CudaGraph graph(rank.stream.get(), [&] { chain.enqueue(rank.stream.get()); });
     world.barrier();  // uploading a graph may wait for kernels
     for (unsigned round = 0; round < 24; ++round) {
       chain.draw(round);

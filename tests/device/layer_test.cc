@@ -3,8 +3,8 @@
 
 #include <gtest/gtest.h>
 
-#include "device/graph.h"
 #include "device/layer_side.h"
+#include "memory/cuda_graph.h"
 #include "tokenyard/routing.h"
 #include "unit/expect_usage_error.h"
 
@@ -141,7 +141,7 @@ TEST_F(DeviceLayer, ReplaysOfAGraphFollowTheirRows) {
         const TensorView again = rank.device.copy(Tensor::zeros(Dtype::float32, {rank.batch.tokens, rank.c.sizes.hidden}).view());
         const std::int64_t counts[] = {rank.batch.tokens};
         rank.layer.warm_up(counts);
-        const Graph graph(rank.stream.get(), [&] {
+        const CudaGraph graph(rank.stream.get(), [&] {
           rank.layer.forward(rank.x, again, rank.options(Mode::latency));
           rank.layer.forward(rank.x, rank.out, rank.options(Mode::throughput));
         });

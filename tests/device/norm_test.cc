@@ -3,8 +3,8 @@
 
 #include <gtest/gtest.h>
 
-#include "device/graph.h"
 #include "device/layer_side.h"
+#include "memory/cuda_graph.h"
 #include "tokenyard/norm.h"
 #include "unit/expect_usage_error.h"
 
@@ -169,7 +169,7 @@ void expect_fused(World& world, std::int64_t tokens) {
   norm_all_gather_backward(*f.cpu, {kept.first.view(), {}, d_all.first.view()}, here, d_x.first.view(), {});
   reduce_scatter_norm_backward(*f.cpu, {residual.first.view(), {}, d_x.first.view()}, here,
                                {d_residual.first.view(), d_partial.first.view()}, {});
-  const Graph graph(f.stream.get(), [&] {
+  const CudaGraph graph(f.stream.get(), [&] {
     reduce_scatter_norm(*f.collectives, {x.second, residual.second, {}}, there, {residual.second, out.second}, stream);
     norm_all_gather(*f.collectives, {out.second, {}, {}}, there, {kept.second, all.second}, stream);
     norm_all_gather_backward(*f.collectives, {kept.second, {}, d_all.second}, there, d_x.second, {}, stream);
