@@ -64,6 +64,7 @@ void bind_norm(nb::module_& m) {
             new (self) RmsNorm{weight.view(), epsilon};
           },
           nb::arg("weight"), nb::arg("epsilon"));
+  m.def("slice_counts", slice_counts, nb::arg("tokens"), nb::arg("ranks"));
   m.def("residual_norm", forward, nb::arg("input"), nb::arg("norm"), nb::arg("output"));
   m.def("reduce_scatter_norm", forward_scattered, nb::arg("collectives"), nb::arg("input"), nb::arg("norm"), nb::arg("output"));
   m.def("norm_all_gather", forward_gathered, nb::arg("collectives"), nb::arg("input"), nb::arg("norm"), nb::arg("output"));

@@ -14,9 +14,14 @@ from .low_latency import LowLatency
 from .room import Room, fitted, padded_columns, refuse, rows_and_scales
 
 
-def known_ids(topk_idx, num_experts, otherwise):
-    """int64, with `otherwise` for what is no expert. Ids that are too large the dispatch reports; as an index they would end a CUDA context."""
-    return torch.where((topk_idx < 0) | (topk_idx >= num_experts), otherwise, topk_idx.long())
+def known_ids(topk_idx, num_experts):
+    """int64, num_experts for what is no expert. Ids that are too large the dispatch reports; as an index they would end a CUDA context."""
+    return torch.where((topk_idx < 0) | (topk_idx >= num_experts), num_experts, topk_idx.long())
+
+
+def owners(topk_idx, num_experts, ranks):
+    """[T,K] int64: the rank of each choice, `ranks` for none."""
+    return known_ids(topk_idx, num_experts) // max(1, num_experts // ranks)
 
 
 def align(value, multiple):
@@ -85,7 +90,7 @@ class Buffer(LowLatency):
         """[T,R]: whether a token has an expert on each rank."""
         if num_experts % self.group_size:
             raise UsageError(f"num_experts = {num_experts} on {self.group_size} ranks; DeepEP's layout needs a multiple")
-        owner = known_ids(topk_idx, num_experts, num_experts) // max(1, num_experts // self.group_size)
+        owner = owners(topk_idx, num_experts, self.group_size)
         found = torch.zeros(topk_idx.shape[0], self.group_size + 1, dtype=torch.bool, device=topk_idx.device)
         return found.scatter_(1, owner, True)[:, :self.group_size]
 
@@ -93,7 +98,7 @@ class Buffer(LowLatency):
         """(tokens per rank, tokens per group of 8 ranks or None, tokens per expert, whether a token goes to a rank, event)."""
         def task():
             in_rank = self._in_rank(topk_idx, num_experts)
-            chosen = known_ids(topk_idx, num_experts, num_experts).flatten()
+            chosen = known_ids(topk_idx, num_experts).flatten()
             per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_idx.device)
             per_expert = per_expert.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))[:num_experts].contiguous()
             nodes = None

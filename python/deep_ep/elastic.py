@@ -6,7 +6,7 @@ import torch
 
 from tokenyard import UsageError
 
-from .buffer import align, known_ids
+from .buffer import align, owners
 from .events import EventHandle, Lane
 from .groups import world_of
 from .room import Room, fitted, is_capturing, padded_columns, refuse, rows_and_scales
@@ -174,7 +174,7 @@ class ElasticBuffer:
 
     def _slots(self, topk_idx, num_experts):
         """[T,K]: the how-manieth token for its rank each choice belongs to, -1 without one."""
-        owner = known_ids(topk_idx, num_experts, num_experts) // max(1, num_experts // self.num_ranks)
+        owner = owners(topk_idx, num_experts, self.num_ranks)
         goes = torch.zeros(topk_idx.shape[0], self.num_ranks + 1, dtype=torch.int64, device=topk_idx.device).scatter_(1, owner, 1)
         slots = (goes.cumsum(0) - 1).gather(1, owner)
         return torch.where(topk_idx < 0, -1, slots).int()

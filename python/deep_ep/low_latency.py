@@ -28,6 +28,8 @@ class Waits:
 
     def add_to(self, stats) -> None:
         """Adds the nanoseconds of what has not been added or, without stats, left out before."""
+        if self._room.exchange.device != "cpu":
+            return  # there are none, and a decode step counts microseconds
         waits = self._room.exchange.peer_waits()[self._kind == "combine"]
         before = self._counted if self._generation == self._room.generation else [0] * len(waits)
         self._generation, self._counted = self._room.generation, waits

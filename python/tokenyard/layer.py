@@ -197,8 +197,7 @@ class MoeLayer:
     __call__ = forward
 
     def _slice(self, tokens):
-        ranks, rank = self.group.config.mlp_tp, self.group.tp_rank
-        return tokens // ranks + (rank < tokens % ranks)
+        return _core.slice_counts(tokens, self.group.config.mlp_tp)[self.group.tp_rank]
 
     def backward(self, x, d_out, saved, gradients=None, *, d_logits=None, dtype=None) -> tuple:
         """(gradient of x [T,H], gradients of the weights), given x and out's gradient. The choice of experts is a constant.

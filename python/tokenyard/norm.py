@@ -80,5 +80,4 @@ class RmsNorm:
 
 
 def _slice_of(collectives, tokens):
-    ranks, rank = collectives.world.size, collectives.world.rank
-    return tokens // ranks + (rank < tokens % ranks)
+    return _core.slice_counts(tokens, collectives.world.size)[collectives.world.rank]

@@ -1,5 +1,5 @@
 #pragma once
-// What a norm does to one element, on CPUs and GPUs. Sums over a row are each one's own.
+// What a norm does to one element, wherever it runs. Sums over a row are each engine's own.
 
 #include "protocol/host_device.h"
 
