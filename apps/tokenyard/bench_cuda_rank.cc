@@ -15,7 +15,7 @@
 #include "exchange/cuda_collective.h"
 #include "exchange/to_host.h"
 #include "memory/cuda_buffer.h"
-#include "memory/cuda_handle.h"
+#include "memory/cuda_graph.h"
 #include "ranks.h"
 #include "settings.h"
 
@@ -69,6 +69,12 @@ ExchangeOptions barrier_options(const Settings& settings, int device) {
   return options;
 }
 
+// What the graph's kernels know of the routing is in the memory of the handle.
+struct Replay {
+  Handle handle;
+  CudaGraph graph;
+};
+
 class CudaBenchRank {
  public:
   CudaBenchRank(const World& world, const Settings& settings, bool with_baseline, Progress& progress)
@@ -100,6 +106,7 @@ class CudaBenchRank {
     if (world_.rank() == 0) progress_.total = static_cast<std::uint32_t>(settings_.warmup + settings_.iterations);
     check();
     if (baseline_) check_baseline();
+    if (is_enqueued_ahead()) capture();
     for (int i = 0; i < settings_.warmup + settings_.iterations; ++i) {
       if (i == settings_.warmup) samples_.clear();
       iterate(i % kInputSets);
@@ -112,7 +119,7 @@ class CudaBenchRank {
   static ExchangeOptions with_device(ExchangeOptions options, int device) {
     options.device = Device::cuda;
     options.device_index = device;
-    options.transport = Transport::automatic;
+    if (options.transport != Transport::nccl_window) options.transport = Transport::automatic;  // inproc: rank threads
     return options;
   }
   Dtype expert_dtype() const { return workload_of(settings_, 0).expert_dtype(); }
@@ -194,6 +201,31 @@ class CudaBenchRank {
   // Exact sizing waits for counts in the midst of the call: it cannot be enqueued ahead.
   bool is_enqueued_ahead() const { return parse_sizing(settings_.sizing) == Sizing::capacity; }
 
+  // Dispatch and combine of every input set as a graph.
+  void capture() {
+    std::vector<Handle> room;  // a capture must find the memory of its handles
+    for (const DeviceBatch& batch : batches_) room.push_back(exchange_.dispatch(batch.input, dispatch_options_).handle());
+    room.clear();
+    for (const DeviceBatch& batch : batches_) {
+      Handle handle;
+      CudaGraph graph(stream_.get(), [&] {
+        const Received received = exchange_.dispatch(batch.input, dispatch_options_);
+        handle = received.handle();
+        combine_from_its_place(received);
+      });
+      replays_.push_back({std::move(handle), std::move(graph)});
+    }
+  }
+
+  void combine_from_its_place(const Received& received) {
+    if (!has_expert_rows(layout_)) {
+      exchange_.combine(view_of(y_.data(), received), received.handle(), combine_options_);
+      return;
+    }
+    const TensorView pulled = exchange_.expert_rows(received.handle(), expert_dtype(), settings_.hidden_size, stream_.get());
+    exchange_.combine(pulled, received.handle(), combine_options_);
+  }
+
   template <class Body>
   void time(const char* series, bool enqueued_ahead, Body&& body) {
     cuda_check(cudaStreamSynchronize(stream_.get()), "between measurements");
@@ -234,6 +266,7 @@ class CudaBenchRank {
       const TensorView pulled = exchange_.expert_rows(received.handle(), expert_dtype(), settings_.hidden_size, stream_.get());
       time("combine", ahead, [&] { exchange_.combine(pulled, received.handle(), combine_options_); });
     }
+    if (!replays_.empty()) time("graph", ahead, [&] { replays_[static_cast<std::size_t>(set)].graph.launch(); });
     if (baseline_) iterate_baseline(set);
   }
 
@@ -290,6 +323,7 @@ class CudaBenchRank {
   // No tokens at all.
   const DispatchInput empty_{.rows = {nullptr, Dtype::uint8, {0, 16}}, .topk_ids = {&no_ids_, Dtype::int64, {0, 1}}};
   std::vector<DeviceBatch> batches_;
+  std::vector<Replay> replays_;
   DispatchOptions dispatch_options_;
   CombineOptions combine_options_;
   DeviceBuffer out_, y_, baseline_y_;

@@ -27,7 +27,8 @@ struct Figure {
   std::vector<const char*> plain;
 };
 
-std::vector<Figure> figures_of(bool pulled) {
+std::vector<Figure> figures_of(const json& samples) {
+  const bool pulled = samples.contains("combine");
   std::vector<Figure> figures = {{"dispatch", "dispatch", {"dispatch"}, {"memcpy_dispatch"}, {"baseline_dispatch"}, {"plain_dispatch"}}};
   const char* combine = pulled ? "combine" : "combine_copy";
   if (pulled) {
@@ -46,6 +47,14 @@ std::vector<Figure> figures_of(bool pulled) {
                      {"memcpy_dispatch", "memcpy_combine"},
                      {"baseline_dispatch", "baseline_combine"},
                      {"plain_dispatch", "plain_combine"}});
+  if (samples.contains("graph")) {
+    figures.push_back({"graph",
+                       "dispatch + combine, a graph replayed",
+                       {"graph"},
+                       {"memcpy_dispatch", "memcpy_combine"},
+                       {"baseline_dispatch", "baseline_combine"},
+                       {}});
+  }
   return figures;
 }
 
@@ -126,7 +135,8 @@ json definitions(bool on_gpus) {
         {"ratio_to_baseline",
          "baseline_us / median_us: how many times faster than the collective exchange over NCCL, in the same processes and iterations; "
          "its dispatch waits for counts on the host, which is part of its time"},
-        {"dispatch_and_combine", "the sum of both, added per iteration"}};
+        {"dispatch_and_combine", "the sum of both, added per iteration"},
+        {"graph", "one launch of a CUDA graph of both calls, capacity sizing only; the baseline is the sum of its two calls"}};
   }
   return {{"time", "per iteration the slowest rank, from an untimed barrier to valid outputs; min, median, max over iterations"},
           {"bytes_all_ranks",
@@ -148,7 +158,7 @@ json definitions(bool on_gpus) {
 
 json bench_report(const Settings& settings, Runner runner, const std::string& no_baseline, const json& measured) {
   json figures = json::object();
-  for (const Figure& figure : figures_of(measured["samples"].contains("combine"))) figures[figure.name] = figure_of(figure, measured);
+  for (const Figure& figure : figures_of(measured["samples"])) figures[figure.name] = figure_of(figure, measured);
   json baseline = {{"measured", no_baseline.empty()}};
   if (no_baseline.empty() && measured.contains("gpu")) {
     baseline["what"] =

@@ -188,7 +188,7 @@ void add_shape_options(CLI::App& app, Settings& settings) {
 
 void add_run_options(CLI::App& app, Settings& settings) {
   app.add_option("--transport", settings.transport,
-                 "auto, inproc (rank threads), shm (processes), mpi; with --device cuda: auto, inproc (rank threads)")
+                 "auto, inproc (rank threads), shm (processes), mpi; with --device cuda: auto, inproc (rank threads), nccl_window")
       ->capture_default_str();
   app.add_option("--device", settings.device, "cpu or cuda: where rows are; on cuda rank r uses GPU r, modulo their number")
       ->capture_default_str();

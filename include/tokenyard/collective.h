@@ -52,9 +52,10 @@ class Collectives {
 struct DeviceCollectiveOptions {
   int device_index = -1;  // the GPU of this rank; -1: the current device
   // cuda_peer: by kernels over memory of GPUs that address each other. nccl: one rank per GPU. automatic: cuda_peer where all ranks
-  // are on one host, else nccl.
+  // are on one host, else nccl. nccl_window: as cuda_peer, over windows of NCCL.
   Transport transport = Transport::automatic;
-  // cuda_peer, both the same on all ranks: per pair of ranks, longer transfers go in rounds; multiprocessors, 0: the usual.
+  void* nccl_communicator = nullptr;  // nccl_window: as in ExchangeOptions
+  // cuda_peer and nccl_window, both the same on all ranks: per pair of ranks, longer transfers go in rounds; multiprocessors, 0: the usual.
   std::int64_t staging_bytes = 16 << 20;
   int sm_budget = 0;
   // nccl launches from the calling thread. Off, each call costs a thread of NCCL's, tens of us, and every wait has its deadline; on, a
@@ -69,6 +70,13 @@ struct AllToAllRows {
   std::span<const std::int64_t> send_counts;
   TensorView out;
   std::span<const std::int64_t> receive_counts;
+};
+
+// Rows per rank that only GPUs know: [R] int32 in the memory of this rank's, the same on all ranks when the call runs. No more than `most`
+// of a rank count, which the host knows and is the same on all ranks.
+struct DeviceCounts {
+  ConstTensorView counts{};
+  std::int64_t most = 0;
 };
 
 // The same over rows in the memory of GPUs: same bits as on CPUs. Calls enqueue on `stream` (a cudaStream_t) and return; calls run one
@@ -90,7 +98,15 @@ class DeviceCollectives {
   virtual void reduce_scatter_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out, void* stream) = 0;
   // nccl: all tables travel together.
   virtual void all_to_all_v(std::span<const AllToAllRows> tables, void* stream) = 0;
+  // The first two with counts on the device, which no host waits for. A rank's tensor has n rows, counts[rank] <= n <= most, of which
+  // the first ones count; that of all ranks has room for (R - 1) * most + n and holds theirs one behind the other: what
+  // lies behind stays as it is. Not in place. UsageError over nccl.
+  virtual void all_gather_v(const ConstTensorView& in, const DeviceCounts& counts, const TensorView& out, void* stream) = 0;
+  virtual void reduce_scatter_v(const ConstTensorView& in, const DeviceCounts& counts, const TensorView& out, void* stream) = 0;
 
+  // Instead of this rank's next call. cuda_peer: peers in that call fail with TransportError(aborted) and the reason, the next call is
+  // fine. nccl: nobody is told, and peers end at the deadline of wait().
+  virtual void abandon(const std::string& reason, void* stream) = 0;
   // The host waits until done() says so, or for what was enqueued on `stream`. TransportError(timeout, peer_lost, system): what is
   // under way ends, so that the stream goes on.
   virtual void wait_until(const std::function<bool()>& done) = 0;

@@ -26,6 +26,7 @@
 namespace tokenyard {
 
 namespace layer_internal {
+class DenseEngine;
 class DeviceWorkspace;
 struct DenseStep;
 struct MoeStep;
@@ -82,8 +83,9 @@ class ExpertGroup {
   Exchange* exchange() { return exchange_.get(); }
   // Over the shards of this rank's window of experts; nullptr where nothing is gathered (virtual experts with ep > 1, mlp_tp = 1).
   Collectives* tp() { return tp_.get(); }
-  // Over the ranks that share dense weights; nullptr with dense_tp = 1.
+  // Over the ranks that share dense weights; nullptr with dense_tp = 1. On CPUs, and on GPUs.
   Collectives* dense() { return dense_.get(); }
+  DeviceCollectives* dense_on_gpus() { return dense_on_gpus_.get(); }
   // Where experts are unless a layer says otherwise, over world(): what expert_shard() of weights.h takes.
   Placement placement(int num_experts) const;
   // Registers a layer's placement over the exchange's ranks once, and returns its number.
@@ -91,6 +93,8 @@ class ExpertGroup {
   // Of layers, since the last call: "route", "dispatch", "shared", "experts", "combine". Empty without options.trace.
   // On cuda "gate" is a phase of its own, and this waits for the phases that are enqueued.
   std::vector<PhaseSpan> take_spans();
+  // Throws what is known of steps that were only enqueued on a GPU; waits for nothing.
+  void check();
   void note(PhaseSpan span);
   // cuda; nullptr on CPUs.
   const std::shared_ptr<layer_internal::DeviceWorkspace>& workspace() const { return workspace_; }
@@ -101,6 +105,7 @@ class ExpertGroup {
   ParallelConfig config_;
   std::optional<World> world_;
   std::unique_ptr<Collectives> tp_, dense_;
+  std::unique_ptr<DeviceCollectives> dense_on_gpus_;
   std::unique_ptr<Exchange> exchange_;
   std::shared_ptr<layer_internal::DeviceWorkspace> workspace_;
   std::vector<std::uint64_t> added_;  // hashes of placements, by number
@@ -164,15 +169,16 @@ class MoeActivations {
 };
 
 // The feed-forward of a model's dense layers: whole weights on every rank, or cut over dense_tp ranks (rows are gathered before, partial
-// sums reduce-scattered after). `group` may be nullptr without dense_tp.
+// sums reduce-scattered after). `group` may be nullptr without dense_tp, on CPUs. On GPUs it is as with MoeLayer: rows and weights (but
+// for the gate) of one dtype, of max_tokens_per_rank and hidden_size at most, and a stream.
 class DenseLayer {
  public:
   DenseLayer(std::shared_ptr<ExpertGroup> group, const DenseWeights& weights, const Activation& activation = {});
   // x, out [T,H] of one dtype; out may be x unless `saved` is given.
-  void forward(const ConstTensorView& x, const TensorView& out, DenseActivations* saved = nullptr);
+  void forward(const ConstTensorView& x, const TensorView& out, DenseActivations* saved = nullptr, void* stream = nullptr);
   // x as given to forward; d_out, d_x [T,H].
   void backward(const ConstTensorView& x, const ConstTensorView& d_out, const DenseActivations& saved, const TensorView& d_x,
-                const DenseGradients& gradients);
+                const DenseGradients& gradients, void* stream = nullptr);
   // UsageError for gradients that backward would refuse.
   void check_gradients(const DenseGradients& gradients) const;
 
@@ -184,6 +190,7 @@ class DenseLayer {
   DenseWeights weights_;
   Activation activation_;
   DenseActivations scratch_;
+  std::shared_ptr<layer_internal::DenseEngine> on_gpu_;  // instead of all of this
 };
 
 struct MoeLayerOptions {

@@ -58,4 +58,21 @@ void reduce_scatter_norm_backward(Collectives& collectives, const NormGradient& 
 void norm_all_gather_backward(Collectives& collectives, const NormGradient& input, const RmsNorm& norm, const TensorView& d_x,
                               const TensorView& d_weight);
 
+// The same on GPUs: with a stream (a cudaStream_t), all tensors are in the memory of one GPU, and kernels are enqueued there. Nothing is
+// waited for and nothing allocated, so that all of them can be captured in a graph. Results are those of CPUs within rounding; one machine
+// and one build give the same bits every time. d_weight needs NormGradient::inverse. UsageError also without TY_CUDA; TransportError tells
+// what CUDA refused, and as in collective.h.
+void residual_norm(const ResidualInput& input, const RmsNorm& norm, const NormOutput& output, void* stream);
+void reduce_scatter_norm(DeviceCollectives& collectives, const ResidualInput& input, const RmsNorm& norm, const NormOutput& output,
+                         void* stream);
+void norm_all_gather(DeviceCollectives& collectives, const ResidualInput& input, const RmsNorm& norm, const NormOutput& output,
+                     void* stream);
+void residual_norm_backward(const NormGradient& input, const RmsNorm& norm, const TensorView& d_x, const TensorView& d_weight,
+                            void* stream);
+void reduce_scatter_norm_backward(DeviceCollectives& collectives, const NormGradient& input, const RmsNorm& norm, const NormOutput& d,
+                                  const TensorView& d_weight, void* stream);
+// d_x is not d_residual: the sums of d_out lie there first.
+void norm_all_gather_backward(DeviceCollectives& collectives, const NormGradient& input, const RmsNorm& norm, const TensorView& d_x,
+                              const TensorView& d_weight, void* stream);
+
 }  // namespace tokenyard

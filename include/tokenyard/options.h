@@ -18,7 +18,7 @@ enum class Layout : std::uint8_t { token_major, expert_major, expert_padded, ran
 enum class Sizing : std::uint8_t { exact, capacity };
 enum class Order : std::uint8_t { rank_ascending, topk };
 enum class Weighting : std::uint8_t { none, at_input, at_expert, at_source };
-enum class Transport : std::uint8_t { automatic, inproc, shm, mpi, cuda_peer, nccl };
+enum class Transport : std::uint8_t { automatic, inproc, shm, mpi, cuda_peer, nccl, nccl_window };
 enum class Device : std::uint8_t { cpu, cuda };
 
 std::string_view name(Mode mode);
@@ -54,11 +54,14 @@ struct ExchangeOptions {
   Transport transport = Transport::automatic;
   Device device = Device::cpu;  // where rows are: all tensors of all calls are in that memory
   int device_index = -1;        // cuda: the GPU of this rank; -1: the current device; may differ between ranks
-  int sm_budget = 0;            // cuda: SMs that kernels may take while they wait for peers; 0: see Exchange::options()
-  int num_threads = 1;          // threads that move rows on this rank; may differ between ranks
-  bool validate = true;         // check ids and weights by value; off: an id >= E counts as no expert; cuda: a bad one is a sticky error
-  bool trace = false;           // keep phase spans for Exchange::take_spans; cuda: events between the kernels, which cost a few us
-  int timeout_ms = 0;           // deadline of every wait; 0: the world's (TOKENYARD_TIMEOUT_MS)
+  // nccl_window: an ncclComm_t over exactly these ranks, of the library that TOKENYARD_NCCL names, on every rank or on none. It outlives
+  // the exchange, and nothing else calls on it while an exchange is made or goes. Null: the exchange makes one, also when it recovers.
+  void* nccl_communicator = nullptr;
+  int sm_budget = 0;     // cuda: SMs that kernels may take while they wait for peers; 0: see Exchange::options()
+  int num_threads = 1;   // threads that move rows on this rank; may differ between ranks
+  bool validate = true;  // check ids and weights by value; off: an id >= E counts as no expert; cuda: a bad one is a sticky error
+  bool trace = false;    // keep phase spans for Exchange::take_spans; cuda: events between the kernels, which cost a few us
+  int timeout_ms = 0;    // deadline of every wait; 0: the world's (TOKENYARD_TIMEOUT_MS)
 };
 
 struct DispatchInput {

@@ -9,5 +9,8 @@ namespace tokenyard::python {
 struct HeldCollectives {
   WithoutGil<Collectives> collectives;
 };
+struct HeldDeviceCollectives {
+  WithoutGil<DeviceCollectives> collectives;
+};
 
 }  // namespace tokenyard::python

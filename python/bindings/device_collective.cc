@@ -6,7 +6,7 @@
 #include <array>
 
 #include "arrays.h"
-#include "tokenyard/collective.h"
+#include "collectives.h"
 #include "world.h"
 
 namespace tokenyard::python {
@@ -14,9 +14,7 @@ namespace {
 
 using Counts = std::vector<std::int64_t>;
 
-struct HeldDevice {
-  WithoutGil<DeviceCollectives> collectives;
-};
+using HeldDevice = HeldDeviceCollectives;
 
 void make(HeldDevice* self, const RankWorld& world, int device_index, int timeout_ms) {
   const World mine = world.world();

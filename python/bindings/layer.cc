@@ -16,6 +16,8 @@ namespace {
 using HeldGroup = WithoutGil<std::shared_ptr<ExpertGroup>>;
 using HeldLayer = WithoutGil<MoeLayer>;
 
+void* as_stream(std::uintptr_t stream) { return reinterpret_cast<void*>(stream); }  // NOLINT(performance-no-int-to-ptr): as torch gives it
+
 void make_group(HeldGroup* self, const RankWorld& world, const ParallelConfig& config, const ExpertGroupOptions& options) {
   const World mine = world.world();
   new (self) HeldGroup(
@@ -66,10 +68,7 @@ void bind_group(nb::module_& m) {
       .def_prop_ro("has_exchange", [](const HeldGroup& self) { return (*self)->exchange() != nullptr; })
       .def(
           "placement", [](const HeldGroup& self, int num_experts) { return (*self)->placement(num_experts); }, nb::arg("num_experts"))
-      .def("check",
-           [](HeldGroup& self) {
-             if ((*self)->exchange() != nullptr) (*self)->exchange()->check();
-           })
+      .def("check", [](HeldGroup& self) { (*self)->check(); })
       .def("take_spans", [](HeldGroup& self) { return (*self)->take_spans(); });
 }
 
@@ -117,12 +116,8 @@ void bind_step(nb::module_& m) {
       .def(
           "__init__",
           [](MoeStepOptions* self, const std::string& mode, const Tensors& mask_ids_logits, bool sliced_out, std::uintptr_t stream) {
-            new (self) MoeStepOptions{parse_mode(mode),
-                                      view_or_none(mask_ids_logits.at(0)),
-                                      view_or_none(mask_ids_logits.at(1)),
-                                      sliced_out,
-                                      writable_or_none(mask_ids_logits.at(2)),
-                                      reinterpret_cast<void*>(stream)};  // NOLINT(performance-no-int-to-ptr): as torch gives it
+            new (self) MoeStepOptions{parse_mode(mode), view_or_none(mask_ids_logits.at(0)),     view_or_none(mask_ids_logits.at(1)),
+                                      sliced_out,       writable_or_none(mask_ids_logits.at(2)), as_stream(stream)};
           },
           nb::arg("mode"), nb::arg("mask_ids_logits"), nb::arg("sliced_out"), nb::arg("stream"));
   m.def(
@@ -149,7 +144,8 @@ using HeldDense = WithoutGil<DenseLayer>;
 // tensors: w13, w2, w13_bias, w2_bias, gate
 void make_dense(HeldDense* self, const HeldGroup* group, const Tensors& tensors, const nb::tuple& activation) {
   const DenseWeights weights{expert_weights(tensors, 0), view_or_none(tensors.at(4))};
-  new (self) HeldDense(std::make_unique<DenseLayer>(group != nullptr ? **group : nullptr, weights, parse_activation(activation)));
+  const Activation kind = parse_activation(activation);
+  new (self) HeldDense(waiting([&] { return std::make_unique<DenseLayer>(group != nullptr ? **group : nullptr, weights, kind); }));
 }
 
 void bind_dense(nb::module_& m) {
@@ -158,17 +154,18 @@ void bind_dense(nb::module_& m) {
       .def("__init__", make_dense, nb::arg("group").none(), nb::arg("weights"), nb::arg("activation"))
       .def(
           "forward",
-          [](HeldDense& self, const Tensor& x, const Tensor& out, DenseActivations* saved) {
-            waiting([&] { self->forward(x.view(), out.writable(), saved); });
+          [](HeldDense& self, const Tensor& x, const Tensor& out, DenseActivations* saved, std::uintptr_t stream) {
+            waiting([&] { self->forward(x.view(), out.writable(), saved, as_stream(stream)); });
           },
-          nb::arg("x"), nb::arg("out"), nb::arg("saved").none())
+          nb::arg("x"), nb::arg("out"), nb::arg("saved").none(), nb::arg("stream"))
       .def(
           "backward",
-          [](HeldDense& self, const Tensors& rows, const DenseActivations& saved, const Tensor& d_x, const Tensors& gradients) {
+          [](HeldDense& self, const Tensors& rows, const DenseActivations& saved, const Tensor& d_x, const Tensors& gradients,
+             std::uintptr_t stream) {
             const DenseGradients into{expert_gradients(gradients, 0), writable_or_none(gradients.at(4))};
-            waiting([&] { self->backward(rows.at(0)->view(), rows.at(1)->view(), saved, d_x.writable(), into); });
+            waiting([&] { self->backward(rows.at(0)->view(), rows.at(1)->view(), saved, d_x.writable(), into, as_stream(stream)); });
           },
-          nb::arg("x_d_out"), nb::arg("saved"), nb::arg("d_x"), nb::arg("gradients"));
+          nb::arg("x_d_out"), nb::arg("saved"), nb::arg("d_x"), nb::arg("gradients"), nb::arg("stream"));
 }
 
 }  // namespace

@@ -6,6 +6,9 @@
 namespace tokenyard::python {
 namespace {
 
+using Stream = std::uintptr_t;
+void* as_stream(Stream stream) { return reinterpret_cast<void*>(stream); }  // NOLINT(performance-no-int-to-ptr): as torch gives it
+
 // x, residual, bias
 ResidualInput residual_input(const Tensors& tensors) {
   return {view_or_none(tensors.at(0)), view_or_none(tensors.at(1)), view_or_none(tensors.at(2))};
@@ -19,39 +22,59 @@ NormGradient norm_gradient(const Tensors& tensors) {
   return {view_or_none(tensors.at(0)), view_or_none(tensors.at(1)), view_or_none(tensors.at(2)), view_or_none(tensors.at(3))};
 }
 
-void forward(const Tensors& input, const RmsNorm& norm, const Tensors& output) {
+// A stream is given with tensors on a GPU: the functions of norm.h take it last.
+template <class... Stream>
+void forward(const Tensors& input, const RmsNorm& norm, const Tensors& output, Stream... stream) {
   const ResidualInput from = residual_input(input);
   const NormOutput to = norm_output(output);
-  waiting([&] { residual_norm(from, norm, to); });
+  waiting([&] { residual_norm(from, norm, to, as_stream(stream)...); });
 }
-void forward_scattered(HeldCollectives& held, const Tensors& input, const RmsNorm& norm, const Tensors& output) {
+template <class Held, class... Stream>
+void forward_scattered(Held& held, const Tensors& input, const RmsNorm& norm, const Tensors& output, Stream... stream) {
   const ResidualInput from = residual_input(input);
   const NormOutput to = norm_output(output);
-  waiting([&] { reduce_scatter_norm(*held.collectives, from, norm, to); });
+  waiting([&] { reduce_scatter_norm(*held.collectives, from, norm, to, as_stream(stream)...); });
 }
-void forward_gathered(HeldCollectives& held, const Tensors& input, const RmsNorm& norm, const Tensors& output) {
+template <class Held, class... Stream>
+void forward_gathered(Held& held, const Tensors& input, const RmsNorm& norm, const Tensors& output, Stream... stream) {
   const ResidualInput from = residual_input(input);
   const NormOutput to = norm_output(output);
-  waiting([&] { norm_all_gather(*held.collectives, from, norm, to); });
+  waiting([&] { norm_all_gather(*held.collectives, from, norm, to, as_stream(stream)...); });
 }
 
 // d: of x and of the weight
-void backward(const Tensors& input, const RmsNorm& norm, const Tensors& d) {
+template <class... Stream>
+void backward(const Tensors& input, const RmsNorm& norm, const Tensors& d, Stream... stream) {
   const NormGradient from = norm_gradient(input);
   const TensorView d_x = writable_or_none(d.at(0)), d_weight = writable_or_none(d.at(1));
-  waiting([&] { residual_norm_backward(from, norm, d_x, d_weight); });
+  waiting([&] { residual_norm_backward(from, norm, d_x, d_weight, as_stream(stream)...); });
 }
 // d: of the residual, of the partial sums and of the weight
-void backward_scattered(HeldCollectives& held, const Tensors& input, const RmsNorm& norm, const Tensors& d) {
+template <class Held, class... Stream>
+void backward_scattered(Held& held, const Tensors& input, const RmsNorm& norm, const Tensors& d, Stream... stream) {
   const NormGradient from = norm_gradient(input);
   const NormOutput to = {writable_or_none(d.at(0)), writable_or_none(d.at(1))};
   const TensorView d_weight = writable_or_none(d.at(2));
-  waiting([&] { reduce_scatter_norm_backward(*held.collectives, from, norm, to, d_weight); });
+  waiting([&] { reduce_scatter_norm_backward(*held.collectives, from, norm, to, d_weight, as_stream(stream)...); });
 }
-void backward_gathered(HeldCollectives& held, const Tensors& input, const RmsNorm& norm, const Tensors& d) {
+template <class Held, class... Stream>
+void backward_gathered(Held& held, const Tensors& input, const RmsNorm& norm, const Tensors& d, Stream... stream) {
   const NormGradient from = norm_gradient(input);
   const TensorView d_x = writable_or_none(d.at(0)), d_weight = writable_or_none(d.at(1));
-  waiting([&] { norm_all_gather_backward(*held.collectives, from, norm, d_x, d_weight); });
+  waiting([&] { norm_all_gather_backward(*held.collectives, from, norm, d_x, d_weight, as_stream(stream)...); });
+}
+
+void bind_norm_on_gpus(nb::module_& m) {
+  m.def("residual_norm", forward<Stream>, nb::arg("input"), nb::arg("norm"), nb::arg("output"), nb::arg("stream"));
+  m.def("reduce_scatter_norm", forward_scattered<HeldDeviceCollectives, Stream>, nb::arg("collectives"), nb::arg("input"), nb::arg("norm"),
+        nb::arg("output"), nb::arg("stream"));
+  m.def("norm_all_gather", forward_gathered<HeldDeviceCollectives, Stream>, nb::arg("collectives"), nb::arg("input"), nb::arg("norm"),
+        nb::arg("output"), nb::arg("stream"));
+  m.def("residual_norm_backward", backward<Stream>, nb::arg("input"), nb::arg("norm"), nb::arg("d"), nb::arg("stream"));
+  m.def("reduce_scatter_norm_backward", backward_scattered<HeldDeviceCollectives, Stream>, nb::arg("collectives"), nb::arg("input"),
+        nb::arg("norm"), nb::arg("d"), nb::arg("stream"));
+  m.def("norm_all_gather_backward", backward_gathered<HeldDeviceCollectives, Stream>, nb::arg("collectives"), nb::arg("input"),
+        nb::arg("norm"), nb::arg("d"), nb::arg("stream"));
 }
 
 }  // namespace
@@ -65,12 +88,16 @@ void bind_norm(nb::module_& m) {
           },
           nb::arg("weight"), nb::arg("epsilon"));
   m.def("slice_counts", slice_counts, nb::arg("tokens"), nb::arg("ranks"));
-  m.def("residual_norm", forward, nb::arg("input"), nb::arg("norm"), nb::arg("output"));
-  m.def("reduce_scatter_norm", forward_scattered, nb::arg("collectives"), nb::arg("input"), nb::arg("norm"), nb::arg("output"));
-  m.def("norm_all_gather", forward_gathered, nb::arg("collectives"), nb::arg("input"), nb::arg("norm"), nb::arg("output"));
-  m.def("residual_norm_backward", backward, nb::arg("input"), nb::arg("norm"), nb::arg("d"));
-  m.def("reduce_scatter_norm_backward", backward_scattered, nb::arg("collectives"), nb::arg("input"), nb::arg("norm"), nb::arg("d"));
-  m.def("norm_all_gather_backward", backward_gathered, nb::arg("collectives"), nb::arg("input"), nb::arg("norm"), nb::arg("d"));
+  m.def("residual_norm", forward<>, nb::arg("input"), nb::arg("norm"), nb::arg("output"));
+  m.def("reduce_scatter_norm", forward_scattered<HeldCollectives>, nb::arg("collectives"), nb::arg("input"), nb::arg("norm"),
+        nb::arg("output"));
+  m.def("norm_all_gather", forward_gathered<HeldCollectives>, nb::arg("collectives"), nb::arg("input"), nb::arg("norm"), nb::arg("output"));
+  m.def("residual_norm_backward", backward<>, nb::arg("input"), nb::arg("norm"), nb::arg("d"));
+  m.def("reduce_scatter_norm_backward", backward_scattered<HeldCollectives>, nb::arg("collectives"), nb::arg("input"), nb::arg("norm"),
+        nb::arg("d"));
+  m.def("norm_all_gather_backward", backward_gathered<HeldCollectives>, nb::arg("collectives"), nb::arg("input"), nb::arg("norm"),
+        nb::arg("d"));
+  bind_norm_on_gpus(m);
 }
 
 }  // namespace tokenyard::python

@@ -57,7 +57,10 @@ void bind_exchange_options(nb::module_& m) {
       .def_rw("num_threads", &O::num_threads)
       .def_rw("validate", &O::validate)
       .def_rw("trace", &O::trace)
-      .def_rw("timeout_ms", &O::timeout_ms);
+      .def_rw("timeout_ms", &O::timeout_ms)
+      .def_prop_rw(
+          "nccl_communicator", [](const O& self) { return reinterpret_cast<std::uintptr_t>(self.nccl_communicator); },
+          [](O& self, std::uintptr_t communicator) { self.nccl_communicator = reinterpret_cast<void*>(communicator); });
   word<&O::mode, parse_mode>(options, "mode");
   word<&O::transport, parse_transport>(options, "transport");
   word<&O::device, parse_device>(options, "device");

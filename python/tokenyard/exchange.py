@@ -95,7 +95,8 @@ class Exchange:
     placement: the default one, or a list whose first is the default; add() registers more. dtype: the widest element of rows;
     combine_dtype: of what experts return, when it is wider. mode: the default of dispatch, "throughput" or "latency".
     Further options are those of the C++ ExchangeOptions: max_scale_bytes, max_local_experts, max_fanout, receive_rows,
-    max_expert_rows, depth, expert_rows, unfolded, reduction_groups, transport, device_index, sm_budget, num_threads, validate, trace.
+    max_expert_rows, depth, expert_rows, unfolded, reduction_groups, transport, device_index, nccl_communicator (an ncclComm_t, as a
+    number), sm_budget, num_threads, validate, trace.
 
     Letters in shapes: T tokens of this rank, H hidden size, K top_k. Arrays are NumPy's or torch's, results come in the framework
     of the input; bfloat16 and fp8 are uint16 and uint8 in NumPy. With device="cuda" work is ordered on torch's current stream.
@@ -377,7 +378,7 @@ class Exchange:
 
     @property
     def transport(self) -> str:
-        """What moves rows: "inproc", "shm", "mpi" or "cuda_peer"."""
+        """What moves rows: "inproc", "shm", "mpi", "cuda_peer" or "nccl_window"."""
         return self._core.transport()
 
     def link_bytes(self) -> list[int]:

@@ -240,22 +240,24 @@ class DenseLayer:
 
     w13 [1,2,I,H] (gate, up), w2 [1,H,I], w13_bias [1,2,I], w2_bias [1,H]; with dense_tp this rank's shard: weights.expert_shard(tensor,
     shape of one expert, Placement.tensor_parallel(1, 1, dense_tp), group.dense_rank). gate [1,H]: rows are multiplied by
-    sigmoid(<x, gate>). group: None without dense_tp. On the CPU.
+    sigmoid(<x, gate>). group: None without dense_tp, on the CPU; else arrays are where it computes.
     """
 
     def __init__(self, group, w13, w2, *, w13_bias=None, w2_bias=None, gate=None, activation="silu", limit=7.0, alpha=1.702):
         names = ("w13", "w2", "w13_bias", "w2_bias", "gate")
-        self.weights = {name: None if array is None else on_cpu(array, name) for name, array in zip(names, (w13, w2, w13_bias, w2_bias, gate))}
+        self._place = on_cpu if group is None else group._place
+        self._frame = Frame.of if group is None else group._frame
+        self._stream = (lambda: 0) if group is None else group._stream
+        self.weights = {name: None if array is None else self._place(array, name) for name, array in zip(names, (w13, w2, w13_bias, w2_bias, gate))}
         self._views = [None if array is None else tensor(array, name) for name, array in self.weights.items()]
-        self._group = group
         self._core = _core.DenseLayer(None if group is None else group._core, self._views, (activation, limit, alpha))
 
     def forward(self, x, out=None, *, saved=None, dtype=None):
         """x [T,H] -> [T,H], of one dtype. saved: what new_activations() gives, for backward."""
-        x = on_cpu(x, "x")
+        x = self._place(x, "x")
         view = tensor(x, "x", dtype)
-        out = Frame.of(x).empty(tuple(x.shape), view.dtype) if out is None else out
-        self._core.forward(view, writable(out, "out", dtype), saved)
+        out = self._frame(x).empty(tuple(x.shape), view.dtype) if out is None else out
+        self._core.forward(view, writable(out, "out", dtype), saved, self._stream())
         return out
 
     __call__ = forward
@@ -267,13 +269,13 @@ class DenseLayer:
 
     def backward(self, x, d_out, saved, *, dtype=None) -> tuple:
         """(gradient of x [T,H], {name: gradient of a weight, float32}): of a whole weight the share of this rank's tokens."""
-        x = on_cpu(x, "x")
-        view, frame = tensor(x, "x", dtype), Frame.of(x)
+        x = self._place(x, "x")
+        view, frame = tensor(x, "x", dtype), self._frame(x)
         gradients = {name: None if array is None else frame.empty(tuple(array.shape), "float32") for name, array in self.weights.items()}
         for gradient in gradients.values():
             if gradient is not None:
                 gradient[...] = 0
         d_x = frame.empty(tuple(x.shape), view.dtype)
         into = [None if gradient is None else tensor(gradient, f"gradient of {name}") for name, gradient in gradients.items()]
-        self._core.backward([view, tensor(on_cpu(d_out, "d_out"), "d_out", dtype)], saved, tensor(d_x, "d_x", dtype), into)
+        self._core.backward([view, tensor(self._place(d_out, "d_out"), "d_out", dtype)], saved, tensor(d_x, "d_x", dtype), into, self._stream())
         return d_x, {name: gradient for name, gradient in gradients.items() if gradient is not None}

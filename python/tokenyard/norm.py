@@ -2,7 +2,8 @@
 from typing import Any, NamedTuple
 
 from . import _core
-from .arrays import Frame, as_array, on_cpu, shown_as, tensor, writable
+from .arrays import Frame, as_array, current_stream, is_torch, shown_as, tensor, writable
+from .errors import UsageError
 
 
 class Normed(NamedTuple):
@@ -18,13 +19,15 @@ class Normed(NamedTuple):
 class RmsNorm:
     """out = r * weight / sqrt(mean(r^2) + epsilon) of r = x + bias + residual, which goes on as the residual.
 
-    Arrays are NumPy's or torch's on the CPU, rows of one dtype, float32, bfloat16 or float16; weight [H] any of them (dtype: what it
-    means in NumPy); bias [H] of the rows' dtype. Results are new arrays of the rows' framework. Of the T tokens of a group of g ranks,
+    Arrays are NumPy's or torch's where the weight is, on the CPU or one GPU (enqueued on torch's current stream, with collectives of
+    device="cuda"), rows of one dtype, float32, bfloat16 or float16; weight [H] any of them (dtype: what it means
+    in NumPy); bias [H] of the rows' dtype. Results are new arrays of the rows' framework. Of the T tokens of a group of g ranks,
     rank r has a slice of T // g + (r < T % g), maybe none; it takes part all the same. Each method with `collectives` is a call of them.
     """
 
     def __init__(self, weight, epsilon=1e-6, *, dtype=None):
-        self.weight = on_cpu(weight, "weight")
+        self.weight = as_array(weight, "weight")
+        self._gpu = self.weight.get_device() if is_torch(self.weight) and self.weight.is_cuda else None
         self._core = _core.RmsNorm(tensor(self.weight, "weight", dtype), epsilon)
 
     def __call__(self, x, residual=None, *, bias=None, dtype=None) -> Normed:
@@ -57,25 +60,42 @@ class RmsNorm:
         call = lambda *rest: _core.norm_all_gather_backward(collectives._core, *rest)
         return self._backward(call, normed, d_out, d_residual, dtype)
 
+    def _place(self, value, what):
+        """As as_array(), where the weight is."""
+        if value is None:
+            return None
+        array = as_array(value, what)
+        gpu = array.get_device() if is_torch(array) and array.is_cuda else None
+        if gpu != self._gpu:
+            named = ["the CPU" if at is None else f"cuda:{at}" for at in (gpu, self._gpu)]
+            raise UsageError(f"{what} is on {named[0]} and the norm's weight on {named[1]}; move one of them")
+        return array
+
+    def _frame(self, array):
+        return Frame.of(array) if self._gpu is None else Frame.of(array, "cuda", self._gpu)
+
+    def _stream(self):
+        return () if self._gpu is None else (current_stream(self._gpu),)
+
     def _forward(self, call, arrays, dtype, rows, gathered=None):
-        x, residual, bias = (None if array is None else on_cpu(array, name) for name, array in zip(("x", "residual", "bias"), arrays))
+        x, residual, bias = (self._place(array, name) for name, array in zip(("x", "residual", "bias"), arrays))
         views = [None if array is None else tensor(array, name, dtype) for name, array in (("x", x), ("residual", residual), ("bias", bias))]
-        frame = Frame.of(x)
+        frame = self._frame(x)
         kept, out = (frame.empty((count, *x.shape[1:]), views[0].dtype) for count in (rows, rows if gathered is None else gathered))
         inverse = frame.empty((rows,), "float32")
-        call(views, self._core, [writable(kept, "residual", dtype), writable(out, "out", dtype), writable(inverse, "inverse")])
+        call(views, self._core, [writable(kept, "residual", dtype), writable(out, "out", dtype), writable(inverse, "inverse")], *self._stream())
         return Normed(shown_as(kept, x.dtype), shown_as(out, x.dtype), inverse, len(x) if gathered is None else gathered)
 
     def _backward(self, call, normed, d_out, d_residual, dtype, *more_rows):
         """more_rows: of further results between that of normed.residual's shape and d_weight."""
-        kept = as_array(normed.residual, "residual")
-        views = [tensor(kept, "residual", dtype), None if d_residual is None else tensor(on_cpu(d_residual, "d_residual"), "d_residual", dtype),
-                 tensor(on_cpu(d_out, "d_out"), "d_out", dtype), tensor(normed.inverse, "inverse")]
-        frame = Frame.of(kept)
+        kept, d_residual = self._place(normed.residual, "residual"), self._place(d_residual, "d_residual")
+        views = [tensor(kept, "residual", dtype), None if d_residual is None else tensor(d_residual, "d_residual", dtype),
+                 tensor(self._place(d_out, "d_out"), "d_out", dtype), tensor(normed.inverse, "inverse")]
+        frame = self._frame(kept)
         found = [frame.empty((rows, kept.shape[1]), views[0].dtype) for rows in (len(kept), *more_rows)]
         d_weight = frame.empty(tuple(self.weight.shape), "float32")
         d_weight[...] = 0
-        call(views, self._core, [*(tensor(array, "a gradient", dtype) for array in found), tensor(d_weight, "d_weight")])
+        call(views, self._core, [*(tensor(array, "a gradient", dtype) for array in found), tensor(d_weight, "d_weight")], *self._stream())
         return *(shown_as(array, kept.dtype) for array in found), d_weight
 
 

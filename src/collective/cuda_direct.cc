@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -18,8 +19,6 @@
 #include "kernels/cuda/kernels.h"
 #include "memory/cuda_stream.h"
 #include "memory/sm_budget.h"
-#include "protocol/wait_chain.h"
-#include "world/lost_watch.h"
 
 namespace tokenyard::collective_internal {
 namespace {
@@ -40,8 +39,8 @@ struct Card {
 
 std::string objection(const World& world, const DeviceCollectiveOptions& options, int device, Card& card) {
   if (world.size() > cuda::kMostCollectiveRanks)
-    return fmt::format("collectives over cuda_peer serve {} ranks, the world has {}; use transport nccl", cuda::kMostCollectiveRanks,
-                       world.size());
+    return fmt::format("collectives over {} serve {} ranks, the world has {}; use transport nccl", name(options.transport),
+                       cuda::kMostCollectiveRanks, world.size());
   if (options.timeout_ms <= 0) return fmt::format("DeviceCollectiveOptions.timeout_ms is {}; it must be > 0", options.timeout_ms);
   if (options.staging_bytes < kMinStagingBytes || options.staging_bytes > kMaxStagingBytes)
     return fmt::format("DeviceCollectiveOptions.staging_bytes is {}; it must be in [{}, {}]", options.staging_bytes, kMinStagingBytes,
@@ -101,6 +100,18 @@ std::string describe(const protocol::CollectiveHeader& header) {
                      tokenyard::name(static_cast<Dtype>(header.dtype)));
 }
 
+// As many rows of the tensor of all ranks as there can be.
+template <class Pointer>
+BasicTensorView<Pointer> bounded(BasicTensorView<Pointer> all, std::span<const std::int64_t> most) {
+  const std::int64_t rows = std::accumulate(most.begin(), most.end(), std::int64_t{0});
+  if (all.ndim == 0 || all.shape[0] < rows) {
+    usage_error("the tensor of all ranks is {}; expected at least {} rows, as many as the ranks can have",
+                all ? tokenyard::describe(all) : "absent", rows);
+  }
+  all.shape[0] = rows;
+  return all;
+}
+
 class CudaDirect final : public DeviceCollectives {
  public:
   CudaDirect(const World& world, const DeviceCollectiveOptions& options, int device, int sharing);
@@ -131,6 +142,26 @@ class CudaDirect final : public DeviceCollectives {
     }
   }
 
+  void all_gather_v(const ConstTensorView& in, const DeviceCounts& counts, const TensorView& out, void* stream) override {
+    const auto check = [&](Call& call) {
+      const auto most = bounds(counts, in);
+      call.set_all_gather(in, most, bounded(out, most));
+    };
+    run(DirectOperation::all_gather_v, stream, check, &counts);
+  }
+  void reduce_scatter_v(const ConstTensorView& in, const DeviceCounts& counts, const TensorView& out, void* stream) override {
+    const auto check = [&](Call& call) {
+      const auto most = bounds(counts, out);
+      call.set_reduce_scatter(bounded(in, most), most, out);
+    };
+    run(DirectOperation::reduce_scatter_v, stream, check, &counts);
+  }
+
+  void abandon(const std::string& reason, void* stream) override {
+    const CudaDeviceScope scope(device_);
+    check();
+    reject(static_cast<cudaStream_t>(stream), reason);
+  }
   void wait_until(const std::function<bool()>& done) override;
   void wait(void* stream) override {
     const CudaDeviceScope scope(device_);
@@ -148,14 +179,15 @@ class CudaDirect final : public DeviceCollectives {
 
  private:
   template <class Check>
-  void run(DirectOperation operation, void* stream, Check&& check_arguments);
+  void run(DirectOperation operation, void* stream, Check&& check_arguments, const DeviceCounts* counts = nullptr);
+  std::span<const std::int64_t> bounds(const DeviceCounts& counts, const ConstTensorView& mine);
+  void set_counts(DirectCollectiveArgs& args, const DeviceCounts& counts) const;
   void check_own_counts(const Call& call) const;
   void check_memory(const char* what, const ConstTensorView& view) const;
   void reject(cudaStream_t stream, const std::string& reason);
   DirectCollectiveArgs args_of(DirectOperation operation, const Call& call) const;
   void set_words(DirectCollectiveArgs& args) const;
   void set_lanes(DirectCollectiveArgs& args) const;
-  Failure describe_failure(const protocol::ErrorRecord& record) const;
   std::string describe_mismatch(const protocol::ErrorRecord& record) const;
 
   World world_;
@@ -167,6 +199,7 @@ class CudaDirect final : public DeviceCollectives {
   std::unique_ptr<LaneArena> arena_;
   std::unique_ptr<LostWatch> watch_;
   Call call_;
+  std::vector<std::int64_t> bounds_;
   CallOrder order_;
 };
 
@@ -179,14 +212,18 @@ CudaDirect::CudaDirect(const World& world, const DeviceCollectiveOptions& option
   const int lanes = agree_on_lanes(world_, options.staging_bytes, budget_.multiprocessors);
   const std::int64_t slot_bytes =
       options.staging_bytes / (std::int64_t{lanes} * protocol::kLaneSlots) / protocol::kChunkAlignment * protocol::kChunkAlignment;
-  arena_ =
-      value_or_throw(LaneArena::create(world_, {.device = device_, .lanes = lanes, .slot_bytes = slot_bytes, .timeout_ms = timeout_ms_}));
-  watch_ = std::make_unique<LostWatch>(world_, [arena = arena_.get()](int rank) { arena->words().stop.lost_peer = rank + 1; });
+  arena_ = std::make_unique<LaneArena>(world_, LaneOptions{.transport = options.transport,
+                                                           .nccl_communicator = options.nccl_communicator,
+                                                           .device = device_,
+                                                           .lanes = lanes,
+                                                           .slot_bytes = slot_bytes,
+                                                           .timeout_ms = timeout_ms_});
+  watch_ = arena_->watch(world_);
   world_.barrier();  // nobody waits in a kernel while another rank still allocates
 }
 
 template <class Check>
-void CudaDirect::run(DirectOperation operation, void* on, Check&& check_arguments) {
+void CudaDirect::run(DirectOperation operation, void* on, Check&& check_arguments, const DeviceCounts* counts) {
   const CudaDeviceScope scope(device_);
   const auto stream = static_cast<cudaStream_t>(on);
   check();
@@ -196,6 +233,7 @@ void CudaDirect::run(DirectOperation operation, void* on, Check&& check_argument
     check_memory("in", call_.in());
     check_memory("out", call_.out());
     args = args_of(operation, call_);
+    if (counts != nullptr) set_counts(args, *counts);
   } catch (const UsageError& error) {
     reject(stream, error.what());
     throw;
@@ -204,6 +242,25 @@ void CudaDirect::run(DirectOperation operation, void* on, Check&& check_argument
   cuda::launch_direct_collective(args, stream);
   cuda_check(cudaGetLastError(), "enqueueing a collective");
   order_.leave(stream);
+}
+
+// What the host can say of counts that it does not know.
+std::span<const std::int64_t> CudaDirect::bounds(const DeviceCounts& counts, const ConstTensorView& mine) {
+  bounds_.assign(static_cast<std::size_t>(ranks_), counts.most);
+  if (mine.ndim > 0) bounds_[rank_] = std::min(counts.most, mine.shape[0]);
+  return bounds_;
+}
+
+void CudaDirect::set_counts(DirectCollectiveArgs& args, const DeviceCounts& counts) const {
+  const ConstTensorView& table = counts.counts;
+  if (table.ndim != 1 || table.shape[0] != ranks_ || table.dtype != Dtype::int32 || table.strides[0] != 1) {
+    usage_error("{}: counts are {}; expected [{}] int32 in device memory, rows of each rank", name_of(args.operation),
+                table ? tokenyard::describe(table) : "absent", ranks_);
+  }
+  if (call_.in_place()) usage_error("{}: in and out overlap; where the device has the counts, use two buffers", name_of(args.operation));
+  check_memory("counts", table);
+  args.counts = table.as<std::int32_t>();
+  args.most_rows = counts.most;
 }
 
 // Of other pairs the ranks learn it from each other.
@@ -227,15 +284,7 @@ void CudaDirect::check_memory(const char* what, const ConstTensorView& view) con
 }
 
 void CudaDirect::reject(cudaStream_t stream, const std::string& reason) {
-  if (is_capturing(stream)) return;  // what the graph lacks, its replays cannot tell
-  order_.wait();                     // the text of an earlier rejection may still be read
-  const std::size_t length = std::min(reason.size(), static_cast<std::size_t>(protocol::kReasonBytes) - 1);
-  std::memcpy(arena_->words().reason, reason.data(), length);
-  arena_->words().reason[length] = '\0';
-  order_.enter(stream);
-  cuda::launch_reject(arena_->context(), arena_->words().reason, stream);
-  cuda_check(cudaGetLastError(), "telling peers that a call is rejected");
-  order_.leave(stream);
+  arena_->reject(order_, stream, reason, [&](const char* text, cudaStream_t on) { cuda::launch_reject(arena_->context(), text, on); });
 }
 
 DirectCollectiveArgs CudaDirect::args_of(DirectOperation operation, const Call& call) const {
@@ -304,41 +353,12 @@ void CudaDirect::wait_until(const std::function<bool()>& done) {
 }
 
 void CudaDirect::check() {
-  if (arena_->words().failure.set != 0) throw TransportError(describe_failure(arena_->words().failure));
-  if (arena_->words().abort.set == 0) return;
-  const protocol::ErrorRecord record = arena_->words().abort;
-  arena_->words().abort.set = 0;  // told once: the next call is fine
-  throw TransportError(describe_failure(record));
-}
-
-Failure CudaDirect::describe_failure(const protocol::ErrorRecord& record) const {
+  const auto record = arena_->take_failure();
+  if (!record) return;
   const CudaDeviceScope scope(device_);
-  Failure failure{.kind = static_cast<FailureKind>(record.kind),
-                  .phase = static_cast<Phase>(record.phase),
-                  .rank = rank_,
-                  .peer = record.peer,
-                  .epoch = record.call,
-                  .expected = record.expected,
-                  .seen = record.seen};
-  switch (failure.kind) {
-    case FailureKind::timeout:
-      failure.peer = protocol::end_of_chain(rank_, ranks_, record.peer,
-                                            [&](int rank) { return static_cast<int>(arena_->beacon_of(rank).waiting_on) - 1; });
-      failure.detail = fmt::format("no sign within {} ms", timeout_ms_);
-      break;
-    case FailureKind::peer_lost:
-      failure.detail = "its process ended, or its thread gave up";
-      break;
-    case FailureKind::aborted:
-      failure.detail = arena_->reason_of(record.peer);
-      break;
-    case FailureKind::mismatch:
-      failure.detail = describe_mismatch(record);
-      break;
-    default:
-      break;
-  }
-  return failure;
+  Failure failure = arena_->describe(*record);
+  if (failure.kind == FailureKind::mismatch) failure.detail = describe_mismatch(*record);
+  throw TransportError(std::move(failure));
 }
 
 std::string CudaDirect::describe_mismatch(const protocol::ErrorRecord& record) const {

@@ -17,13 +17,18 @@ Transport choose(const World& world, Transport wanted) {
 }  // namespace
 
 std::unique_ptr<DeviceCollectives> DeviceCollectives::create(const World& world, const DeviceCollectiveOptions& options) {
-  switch (choose(world, options.transport)) {
+  DeviceCollectiveOptions chosen = options;
+  chosen.transport = choose(world, options.transport);
+  if (options.nccl_communicator != nullptr && chosen.transport != Transport::nccl_window)
+    usage_error("nccl_communicator is given, and transport {} uses none; use transport nccl_window", name(chosen.transport));
+  switch (chosen.transport) {
     case Transport::cuda_peer:
-      return collective_internal::make_cuda_direct(world, options);
+    case Transport::nccl_window:
+      return collective_internal::make_cuda_direct(world, chosen);
     case Transport::nccl:
-      return collective_internal::make_nccl(world, options);
+      return collective_internal::make_nccl(world, chosen);
     default:
-      usage_error("transport = {} for collectives on GPUs; use cuda_peer, nccl or automatic", name(options.transport));
+      usage_error("transport = {} for collectives on GPUs; use cuda_peer, nccl_window, nccl or automatic", name(options.transport));
   }
 }
 

@@ -1,26 +1,20 @@
 // Collectives on GPUs over NCCL: sends and receives in one group, and where there is something to add, a kernel of ours.
 
-#include "world/nccl.h"
-
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
-#include <sched.h>
 
 #include <algorithm>
-#include <array>
-#include <chrono>
-#include <cstring>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "collective/call.h"
 #include "collective/device_collectives.h"
-#include "core/deadline.h"
 #include "core/usage.h"
 #include "kernels/cuda/collective.h"
 #include "memory/cuda_buffer.h"
 #include "memory/cuda_handle.h"
+#include "memory/nccl_communicator.h"
 #include "tokenyard/collective.h"
 
 namespace tokenyard::collective_internal {
@@ -29,62 +23,19 @@ namespace {
 using nccl::Library;
 using nccl::Result;
 
-// What every rank tells the others before NCCL is asked for anything.
-struct Card {
-  std::array<char, 32> bus_id = {};
-  nccl::UniqueId id = {};  // rank 0's is the communicator's
-  std::array<char, 400> objection = {};
-};
-
-template <std::size_t kSize>
-void put(std::array<char, kSize>& to, const std::string& text) {
-  std::memcpy(to.data(), text.data(), std::min(text.size(), kSize - 1));
-}
-
 int device_of(const DeviceCollectiveOptions& options) {
   int device = options.device_index;
   if (device < 0) cuda_check(cudaGetDevice(&device), "cudaGetDevice");
   return device;
 }
 
-std::string objection(const World& world, const DeviceCollectiveOptions& options, int device, Card& card) {
-  if (options.timeout_ms <= 0) return fmt::format("DeviceCollectiveOptions.timeout_ms is {}; it must be > 0", options.timeout_ms);
-  const auto library = nccl::library();
-  if (!library) return fmt::format("no NCCL: {}; {}", library.error().reason, library.error().remedy);
-  if (cudaDeviceGetPCIBusId(card.bus_id.data(), static_cast<int>(card.bus_id.size()), device) != cudaSuccess) {
-    cudaGetLastError();
-    return fmt::format("device_index is {}, which is no GPU here", device);
-  }
-  if (world.rank() != 0) return {};
-  const Result result = (*library)->get_unique_id(&card.id);
-  return result == Result::success ? "" : fmt::format("ncclGetUniqueId: {}", (*library)->get_error_string(result));
+std::string objection(const DeviceCollectiveOptions& options) {
+  if (options.timeout_ms > 0) return {};
+  return fmt::format("DeviceCollectiveOptions.timeout_ms is {}; it must be > 0", options.timeout_ms);
 }
 
-// All ranks learn whether all can, so that none waits for one that cannot. The id of the communicator.
-nccl::UniqueId agree(const World& world, const DeviceCollectiveOptions& options, int device) {
-  Card mine;
-  const std::string why_not = objection(world, options, device, mine);
-  put(mine.objection, why_not);
-  const auto gathered = world.all_gather(std::as_bytes(std::span(&mine, 1)));
-  if (!why_not.empty()) throw UsageError(why_not);
-  std::vector<Card> cards(gathered.size());
-  for (int rank = 0; rank < world.size(); ++rank) {
-    std::memcpy(&cards[rank], gathered[rank].data(), sizeof(Card));
-    if (cards[rank].objection[0] == '\0') continue;
-    throw TransportError({.kind = FailureKind::aborted,
-                          .phase = Phase::collective,
-                          .rank = world.rank(),
-                          .peer = rank,
-                          .detail = cards[rank].objection.data()});
-  }
-  for (int rank = 0; rank < world.size(); ++rank) {
-    for (int other = 0; other < rank; ++other) {
-      if (cards[other].bus_id != cards[rank].bus_id || world.host(other) != world.host(rank)) continue;
-      usage_error("ranks {} and {} both use GPU {}; NCCL takes one rank per GPU: use as many GPUs as ranks", other, rank,
-                  cards[rank].bus_id.data());
-    }
-  }
-  return cards[0].id;
+[[noreturn]] void refuse_device_counts() {
+  usage_error("counts on the device over NCCL, which takes them from the host; use transport cuda_peer, or give the host's counts");
 }
 
 class NcclCollectives final : public DeviceCollectives {
@@ -94,20 +45,11 @@ class NcclCollectives final : public DeviceCollectives {
         rank_(world.rank()),
         ranks_(world.size()),
         device_(device),
-        timeout_ms_(options.timeout_ms),
-        library_(**nccl::library()) {
+        comm_(world, id, {.device = device, .blocking = options.launch_here, .timeout_ms = options.timeout_ms}),
+        library_(comm_.library()) {
     const CudaDeviceScope scope(device_);
-    nccl::Config config{.blocking = options.launch_here ? 1 : 0};
-    begin_call();
-    settle("ncclCommInitRankConfig", library_.comm_init_rank_config(&comm_, ranks_, id, rank_, &config));
     connect();
   }
-  // Local: aborting waits for nobody. What the caller wants done, it has waited for.
-  ~NcclCollectives() override {
-    if (comm_ != nullptr) library_.comm_abort(comm_);
-  }
-  NcclCollectives(const NcclCollectives&) = delete;
-  NcclCollectives& operator=(const NcclCollectives&) = delete;
 
   void all_gather_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out, void* stream) override {
     begin_call();
@@ -117,7 +59,7 @@ class NcclCollectives final : public DeviceCollectives {
     const auto bytes = static_cast<std::size_t>(counts[rank_] * call.row_bytes());
     const CudaDeviceScope scope(device_);
     if (std::all_of(counts.begin(), counts.end(), [&](std::int64_t count) { return count == counts[0]; })) {
-      if (bytes > 0) settle("ncclAllGather", library_.all_gather(in.data, out.data, bytes, nccl::kBytes, comm_, as_stream(stream)));
+      if (bytes > 0) settle("ncclAllGather", library_.all_gather(in.data, out.data, bytes, nccl::kBytes, comm_.get(), as_stream(stream)));
       return;
     }
     exchange(std::span(&call, 1), as_stream(stream));
@@ -134,6 +76,9 @@ class NcclCollectives final : public DeviceCollectives {
   }
   void reduce_scatter_v(const ConstTensorView& in, std::span<const std::int64_t> counts, const TensorView& out, void* stream) override;
 
+  void all_gather_v(const ConstTensorView&, const DeviceCounts&, const TensorView&, void*) override { refuse_device_counts(); }
+  void reduce_scatter_v(const ConstTensorView&, const DeviceCounts&, const TensorView&, void*) override { refuse_device_counts(); }
+  void abandon(const std::string& /*reason*/, void* /*stream*/) override {}
   void wait_until(const std::function<bool()>& done) override;
   void wait(void* stream) override {
     const CudaDeviceScope scope(device_);
@@ -167,10 +112,10 @@ class NcclCollectives final : public DeviceCollectives {
   void connect();
   void exchange(std::span<const Call> calls, cudaStream_t stream);
   void send(const std::byte* rows, std::int64_t bytes, int to, cudaStream_t stream) {
-    if (bytes > 0) note(library_.send(rows, static_cast<std::size_t>(bytes), nccl::kBytes, to, comm_, stream));
+    if (bytes > 0) note(library_.send(rows, static_cast<std::size_t>(bytes), nccl::kBytes, to, comm_.get(), stream));
   }
   void receive(std::byte* rows, std::int64_t bytes, int from, cudaStream_t stream) {
-    if (bytes > 0) note(library_.recv(rows, static_cast<std::size_t>(bytes), nccl::kBytes, from, comm_, stream));
+    if (bytes > 0) note(library_.recv(rows, static_cast<std::size_t>(bytes), nccl::kBytes, from, comm_.get(), stream));
   }
   void copy_own(const Call& call, cudaStream_t stream) const;
   template <class Enqueue>
@@ -179,11 +124,7 @@ class NcclCollectives final : public DeviceCollectives {
     if (result != Result::success && result != Result::in_progress && first_ == Result::success) first_ = result;
   }
   void settle(const char* what, Result result);
-  std::optional<Failure> look_around(const Deadline& deadline) const;
-  [[noreturn]] void fail(Failure failure);
-  Failure failure(FailureKind kind, int peer, std::string detail) const {
-    return {.kind = kind, .phase = Phase::collective, .rank = rank_, .peer = peer, .epoch = call_number_, .detail = std::move(detail)};
-  }
+  void keep(Expected<void> result);
   int peer_after(int steps) const { return (rank_ + steps) % ranks_; }
   int peer_before(int steps) const { return (rank_ + ranks_ - steps) % ranks_; }
 
@@ -191,12 +132,11 @@ class NcclCollectives final : public DeviceCollectives {
   int rank_;
   int ranks_;
   int device_;
-  int timeout_ms_;
+  DeviceBuffer partials_;  // of reduce_scatter_v; freed when nothing of the communicator's is under way any more
+  nccl::Communicator comm_;
   const Library& library_;
-  nccl::Comm comm_ = nullptr;
-  std::uint64_t call_number_ = 0;
+  std::uint64_t call_number_ = 1;   // connecting is the first
   Result first_ = Result::success;  // the first error of a group
-  DeviceBuffer partials_;           // of reduce_scatter_v
   std::optional<Failure> gave_up_;  // repeated by every later call
 };
 
@@ -210,7 +150,7 @@ void NcclCollectives::connect() {
       receive(words.data() + ranks_ + peer_before(i), 1, peer_before(i), stream.get());
     }
   });
-  settle("ncclAllGather", library_.all_gather(words.data() + rank_, words.data(), 1, nccl::kBytes, comm_, stream.get()));
+  settle("ncclAllGather", library_.all_gather(words.data() + rank_, words.data(), 1, nccl::kBytes, comm_.get(), stream.get()));
   wait(stream.get());
 }
 
@@ -281,52 +221,17 @@ void NcclCollectives::reduce_scatter_v(const ConstTensorView& in, std::span<cons
   cuda_check(cudaGetLastError(), "enqueueing a sum");
 }
 
-// Behind it what was called is enqueued: NCCL's own thread may still be at it.
-void NcclCollectives::settle(const char* what, Result result) {
-  if (result == Result::in_progress) {
-    wait_until([&] { return library_.comm_get_async_error(comm_, &result) == Result::success && result != Result::in_progress; });
-  }
-  if (result == Result::success) return;
-  const char* const text = comm_ != nullptr ? library_.get_last_error(comm_) : nullptr;
-  fail(failure(FailureKind::system, -1,
-               fmt::format("{}: {}{}{}; NCCL_DEBUG=WARN tells more", what, library_.get_error_string(result), text != nullptr ? ": " : "",
-                           text != nullptr ? text : "")));
-}
+void NcclCollectives::settle(const char* what, Result result) { keep(comm_.settle(what, result)); }
 
 void NcclCollectives::wait_until(const std::function<bool()>& done) {
   if (gave_up_) throw TransportError(*gave_up_);
-  constexpr unsigned kSpins = 64;  // between looks at the clock
-  constexpr auto kTick = std::chrono::milliseconds(1);
-  if (done()) return;
-  const Deadline deadline = Deadline::after_ms(timeout_ms_);
-  auto next_look = Deadline::Clock::now() + kTick;
-  for (unsigned spins = 1; !done(); ++spins) {
-    if (spins % kSpins != 0 || Deadline::Clock::now() < next_look) continue;
-    if (auto trouble = look_around(deadline)) fail(std::move(*trouble));
-    sched_yield();
-    next_look = Deadline::Clock::now() + kTick;
-  }
+  keep(comm_.wait_until(done));
 }
 
-std::optional<Failure> NcclCollectives::look_around(const Deadline& deadline) const {
-  for (int i = 1; i < ranks_; ++i) {
-    if (!world_.alive(peer_after(i))) return failure(FailureKind::peer_lost, peer_after(i), "its process ended, or its thread gave up");
-  }
-  Result state = Result::success;
-  if (comm_ != nullptr) library_.comm_get_async_error(comm_, &state);
-  if (state != Result::success && state != Result::in_progress) {
-    return failure(FailureKind::system, -1, fmt::format("NCCL: {}: {}", library_.get_error_string(state), library_.get_last_error(comm_)));
-  }
-  if (!deadline.expired()) return std::nullopt;
-  return failure(FailureKind::timeout, -1,
-                 fmt::format("NCCL is not done within {} ms, and does not say for which rank it waits; a rank did not make this call, is "
-                             "stopped, or needs a longer timeout_ms",
-                             timeout_ms_));
-}
-
-void NcclCollectives::fail(Failure failure) {
-  gave_up_ = std::move(failure);
-  if (comm_ != nullptr) library_.comm_abort(std::exchange(comm_, nullptr));
+void NcclCollectives::keep(Expected<void> result) {
+  if (result) return;
+  gave_up_ = std::move(result.error());
+  gave_up_->epoch = call_number_;
   throw TransportError(*gave_up_);
 }
 
@@ -334,7 +239,7 @@ void NcclCollectives::fail(Failure failure) {
 
 std::unique_ptr<DeviceCollectives> make_nccl(const World& world, const DeviceCollectiveOptions& options) {
   const int device = device_of(options);
-  const nccl::UniqueId id = agree(world, options, device);
+  const nccl::UniqueId id = nccl::agree(world, device, objection(options), Phase::collective);
   return std::make_unique<NcclCollectives>(world, options, device, id);
 }
 

@@ -28,6 +28,7 @@ constexpr NamedValue<Transport> kTransports[] = {
     {Transport::mpi, "mpi"},
     {Transport::cuda_peer, "cuda_peer"},
     {Transport::nccl, "nccl"},
+    {Transport::nccl_window, "nccl_window"},
 };
 constexpr NamedValue<Device> kDevices[] = {{Device::cpu, "cpu"}, {Device::cuda, "cuda"}};
 

@@ -9,7 +9,6 @@
 #include "core/usage.h"
 #include "exchange/memory_plan.h"
 #include "exchange/peer_wait.h"
-#include "protocol/wait_chain.h"
 #include "tokenyard/topo.h"
 
 namespace tokenyard::exchange_internal {
@@ -25,9 +24,9 @@ ExchangeOptions with_device(ExchangeOptions options) {
   if (options.device_index < 0 || options.device_index >= devices)
     usage_error("device_index = {}; CUDA sees {} GPUs here: choose 0 to {}, or -1 for the current one", options.device_index, devices,
                 devices - 1);
-  if (options.transport != Transport::automatic && options.transport != Transport::cuda_peer)
-    usage_error("transport = {} with device = cuda; use cuda_peer or automatic", name(options.transport));
-  options.transport = Transport::cuda_peer;
+  if (options.transport == Transport::automatic) options.transport = Transport::cuda_peer;
+  if (options.transport != Transport::cuda_peer && options.transport != Transport::nccl_window)
+    usage_error("transport = {} with device = cuda; use cuda_peer, nccl_window or automatic", name(options.transport));
   return options;
 }
 
@@ -73,8 +72,8 @@ CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
   stream_ = value_or_throw(borrow_cuda_stream());
   entered_ = value_or_throw(make_cuda_event());
   make_scratch();
-  arena_ = value_or_throw(DeviceArena::create(world_, options_, shape_));
-  watch_ = std::make_unique<LostWatch>(world_, [arena = arena_.get()](int rank) { arena->words().stop.lost_peer = rank + 1; });
+  arena_ = std::make_unique<DeviceArena>(world_, options_, shape_);
+  watch_ = arena_->watch(world_);
   receive_board_ = std::make_shared<LeaseBoard>(options_.depth, [](int) {});
   expert_board_ = std::make_shared<LeaseBoard>(options_.depth, [](int) {});
   expert_memory_.resize(options_.depth);
@@ -154,15 +153,8 @@ void CudaEngine::wait_idle() {
 }
 
 void CudaEngine::reject(cudaStream_t stream, const std::string& reason) {
-  if (is_capturing(stream)) return;  // what the graph lacks, its replays cannot tell
-  wait_idle();                       // the text of an earlier rejection may still be read
-  const std::size_t length = std::min(reason.size(), static_cast<std::size_t>(protocol::kReasonBytes) - 1);
-  std::memcpy(arena_->words().reason, reason.data(), length);
-  arena_->words().reason[length] = '\0';
-  order_.enter(stream);
-  cuda::launch_reject(arena_->context(), arena_->words().reason, stream);
-  cuda_check(cudaGetLastError(), "telling peers that a call is rejected");
-  order_.leave(stream);
+  const CudaDeviceScope scope(device_);
+  arena_->reject(order_, stream, reason, [&](const char* text, cudaStream_t on) { cuda::launch_reject(arena_->context(), text, on); });
 }
 
 void CudaEngine::abandon(const std::string& reason) {
@@ -173,17 +165,13 @@ void CudaEngine::abandon(const std::string& reason) {
 }
 
 void CudaEngine::check() const {
-  if (arena_->words().failure.set != 0) throw_failure(arena_->words().failure);
-  if (arena_->words().abort.set == 0) return;
-  const protocol::ErrorRecord record = arena_->words().abort;
-  arena_->words().abort.set = 0;  // told once: the next call is fine
-  throw_failure(record);
+  if (const auto record = arena_->take_failure()) throw TransportError(describe_failure(*record));
 }
 
 ExchangeStatus CudaEngine::status() const {
   const CudaDeviceScope scope(device_);
   ExchangeStatus status;
-  if (arena_->words().failure.set != 0) status.failure = describe_failure(arena_->words().failure);
+  if (const auto record = arena_->lasting_failure()) status.failure = describe_failure(*record);
   const protocol::DeviceState state = arena_->state();
   status.invalid_ids = static_cast<std::int64_t>(state.invalid_ids);
   status.lost_ids = static_cast<std::int64_t>(state.lost_ids);
@@ -213,68 +201,37 @@ std::vector<int> CudaEngine::recover() {
   const CudaDeviceScope scope(device_);
   wait_idle();
   Survivors left = world_.survivors();
-  const ExchangeOptions options = options_without_lost(left.ranks);
+  ExchangeOptions options = options_without_lost(left.ranks);
+  options.nccl_communicator = nullptr;  // a given one has the lost ranks
   watch_.reset();
   // New memory, not the old one cleaned: a rank that is only slow may still write into what it knows.
-  auto arena = value_or_throw(DeviceArena::create(left.world, options, shape_of(options, left.world.size())));
+  auto arena = std::make_unique<DeviceArena>(left.world, options, shape_of(options, left.world.size()));
   lost_arenas_.push_back(std::exchange(arena_, std::move(arena)));
-  watch_ = std::make_unique<LostWatch>(left.world, [now = arena_.get()](int rank) { now->words().stop.lost_peer = rank + 1; });
+  watch_ = arena_->watch(left.world);
   shrink_to(left, options);
   make_scratch();
   world_.barrier();  // nobody waits in a kernel while another rank still allocates
   return std::move(left.ranks);
 }
 
-void CudaEngine::throw_failure(const protocol::ErrorRecord& record) const {
-  const CudaDeviceScope scope(device_);
-  throw TransportError(describe_failure(record));
-}
-
 Failure CudaEngine::describe_failure(const protocol::ErrorRecord& record) const {
-  Failure failure{.kind = static_cast<FailureKind>(record.kind),
-                  .phase = static_cast<Phase>(record.phase),
-                  .rank = world_.rank(),
-                  .peer = record.peer,
-                  .epoch = record.call,
-                  .expected = record.expected,
-                  .seen = record.seen};
-  switch (failure.kind) {
-    case FailureKind::timeout:
-      failure.peer = protocol::end_of_chain(world_.rank(), world_.size(), record.peer,
-                                            [&](int rank) { return static_cast<int>(arena_->beacon_of(rank).waiting_on) - 1; });
-      failure.detail = fmt::format("no sign within {} ms", options_.timeout_ms);
-      if (failure.peer != record.peer) failure.detail += fmt::format("; rank {} waits for it, directly or not", record.peer);
-      break;
-    case FailureKind::peer_lost:
-      failure.detail = "its process ended, or its thread gave up";
-      break;
-    case FailureKind::aborted:
-      failure.detail = arena_->reason_of(record.peer);
-      break;
-    case FailureKind::mismatch:
-      if (record.mine == record.theirs && record.peer != world_.rank()) {
-        failure.detail = fmt::format("rank {} has stopped with this failure; its own error tells more", record.peer);
-        break;
-      }
-      if (record.mine == record.theirs) {
-        failure.detail = record.expected == cuda::kNotFinite
-                             ? fmt::format("topk_weights of token {} has a weight that is not finite", record.seen)
-                             : fmt::format("topk_ids has the id {} but the placement has {} experts", record.seen, record.expected);
-        break;
-      }
-      failure.detail =
-          fmt::format("rank {} made {}; rank {} made {}", world_.rank(), describe(record.mine), record.peer, describe(record.theirs));
-      break;
-    case FailureKind::overflow:
-      failure.detail = fmt::format(
-          "rank {} needs {} rows, room is for {}; raise receive_rows, max_expert_rows or expert_capacity, or set "
-          "drop, then clear()",
-          record.peer, record.seen, record.expected);
-      break;
-    case FailureKind::system:
-      break;
+  Failure failure = arena_->describe(record);
+  if (failure.kind == FailureKind::mismatch) failure.detail = describe_mismatch(record);
+  if (failure.kind == FailureKind::overflow) {
+    failure.detail = fmt::format(
+        "rank {} needs {} rows, room is for {}; raise receive_rows, max_expert_rows or expert_capacity, or set "
+        "drop, then clear()",
+        record.peer, record.seen, record.expected);
   }
   return failure;
+}
+
+std::string CudaEngine::describe_mismatch(const protocol::ErrorRecord& record) const {
+  if (!(record.mine == record.theirs))
+    return fmt::format("rank {} made {}; rank {} made {}", world_.rank(), describe(record.mine), record.peer, describe(record.theirs));
+  if (record.peer != world_.rank()) return fmt::format("rank {} has stopped with this failure; its own error tells more", record.peer);
+  if (record.expected == cuda::kNotFinite) return fmt::format("topk_weights of token {} has a weight that is not finite", record.seen);
+  return fmt::format("topk_ids has the id {} but the placement has {} experts", record.seen, record.expected);
 }
 
 std::unique_ptr<ExchangeEngine> make_cuda_engine(const World& world, const ExchangeOptions& options) {

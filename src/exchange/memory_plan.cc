@@ -61,6 +61,8 @@ ExchangeOptions checked_options(const ExchangeOptions& options, int ranks) {
   check_range("timeout_ms", checked.timeout_ms, 0, kMaxInt);
   check_range("max_expert_rows", checked.max_expert_rows, 0, kMaxInt);
   check_groups(checked.reduction_groups, ranks);
+  if (checked.nccl_communicator != nullptr && checked.transport != Transport::nccl_window)
+    usage_error("nccl_communicator is given, and transport {} uses none; use transport nccl_window", name(checked.transport));
   const std::int64_t bound = checked_product("ranks x max_tokens_per_rank", ranks, checked.max_tokens_per_rank);
   if (checked.receive_rows == 0) checked.receive_rows = bound;
   check_range("receive_rows", checked.receive_rows, 1, std::min(bound, kMaxInt));

@@ -21,7 +21,8 @@ TensorView matrix(const DeviceBuffer& buffer, Dtype dtype, std::int64_t rows, st
 
 void CudaMoe::backward(const MoeBackwardInput& input, const MoeActivations& saved, const TensorView& d_x, const MoeGradients& gradients) {
   const CudaDeviceScope scope(workspace().device());
-  guarded([&](int& owed) {
+  guarded(input.options.stream, [&](int& owed) {
+    if (shared_) shared_->begin_backward();
     check_gradients(input, saved.step().on_gpu.get(), d_x, gradients);
     backward_steps(input, saved.step(), d_x, gradients, owed);
   });
@@ -41,19 +42,13 @@ void CudaMoe::check_gradients(const MoeBackwardInput& input, const CudaStep* ste
   if (gradients.gate_weight) check_float32("gradients.gate_weight", gradients.gate_weight, {experts, hidden_size});
   if (gradients.gate_bias) check_float32("gradients.gate_bias", gradients.gate_bias, {experts});
   if (num_local_experts_ > 0) layer_internal::check_gradients(weights_.experts, gradients.experts);
-  if (has_shared()) layer_internal::check_gradients(weights_.shared.weights, gradients.shared.weights);
-  if (gradients.shared.gate) check_float32("gradients.shared.gate", gradients.shared.gate, {1, hidden_size});
+  if (shared_) shared_->check_gradients(gradients.shared);
   check_memory("d_x", d_x);
   check_memory("d_logits", input.d_logits);
   check_memory("gradients.gate_weight", gradients.gate_weight);
   check_memory("gradients.gate_bias", gradients.gate_bias);
-  for (const ExpertGradients* of : {&gradients.experts, &gradients.shared.weights}) {
-    check_memory("the gradient of w13", of->w13);
-    check_memory("the gradient of w2", of->w2);
-    check_memory("the gradient of w13_bias", of->w13_bias);
-    check_memory("the gradient of w2_bias", of->w2_bias);
-  }
-  check_memory("gradients.shared.gate", gradients.shared.gate);
+  const ExpertGradients& of = gradients.experts;
+  check_dense_on_gpu({{of.w13, of.w2, of.w13_bias, of.w2_bias}, {}}, workspace().device());
 }
 
 void CudaMoe::backward_steps(const MoeBackwardInput& input, MoeStep& saved, const TensorView& d_x, const MoeGradients& gradients,
@@ -63,7 +58,11 @@ void CudaMoe::backward_steps(const MoeBackwardInput& input, MoeStep& saved, cons
   const DeviceWorkspace::Gradients& memory = workspace().gradients();
   CallOrder& order = workspace().order();
   order.enter(stream);
-  if (has_shared() && step.num_tokens > 0) shared_backward(input, step, gradients.shared);
+  if (shared_) {
+    const Phase phase(workspace().trace(), "shared", 0, stream);
+    shared_->backward({input.x, input.d_out, &step.shared, &gradients.shared, stream},
+                      workspace().shared(input.x.dtype, step.num_tokens, input.x.shape[1]));
+  }
   const ConstTensorView d_weights = group_->exchange() != nullptr ? experts_backward(input, saved, gradients.experts, owed)
                                                                   : experts_backward_here(input, step, gradients.experts);
   gate_backward(input, step, d_weights, gradients);
@@ -83,50 +82,6 @@ void CudaMoe::backward_steps(const MoeBackwardInput& input, MoeStep& saved, cons
       stream);
   check_launch("launch of a sum of gradients");
   order.leave(stream);
-}
-
-void CudaMoe::shared_backward(const MoeBackwardInput& input, const CudaStep& step, const DenseGradients& gradients) {
-  const cudaStream_t stream = stream_of(input.options.stream);
-  const Phase phase(workspace().trace(), "shared", 0, stream);
-  const ConstTensorView &x = input.x, &gate = weights_.shared.gate;
-  const DeviceWorkspace::Gradients& memory = workspace().gradients();
-  ConstTensorView d_y = input.d_out;
-  if (gate) {
-    d_y = matrix(memory.y, x.dtype, x.shape[0], x.shape[1]);
-    layer_cuda::differentiate_sigmoid({.num_rows = x.shape[0],
-                                       .columns = x.shape[1],
-                                       .dtype = x.dtype,
-                                       .gate_dtype = gate.dtype,
-                                       .x = data_of(x),
-                                       .x_stride = stride_of(x),
-                                       .d_out = data_of(input.d_out),
-                                       .d_out_stride = stride_of(input.d_out),
-                                       .y = data_of(step.shared_y),
-                                       .gate = data_of(gate),
-                                       .d_y = memory.y.data(),
-                                       .d_logits = memory.shared_logits.as<float>()},
-                                      stream);
-    if (gradients.gate) {
-      layer_cuda::product_of_factors({.rows = 1,
-                                      .columns = x.shape[1],
-                                      .terms = x.shape[0],
-                                      .a = memory.shared_logits.as<float>(),
-                                      .a_term_stride = 1,
-                                      .b = data_of(x),
-                                      .b_stride = stride_of(x),
-                                      .b_dtype = x.dtype,
-                                      .out = gradients.gate.as<float>(),
-                                      .accumulates = true},
-                                     stream);
-    }
-    check_launch("launch of the gradient of the shared expert's gate");
-  }
-  workspace().experts().experts_backward({.x = x,
-                                          .gate_up = step.shared_gate_up,
-                                          .dy = d_y,
-                                          .dx = workspace().shared(x.dtype, x.shape[0], x.shape[1]),
-                                          .gradients = gradients.weights},
-                                         workspace().all_rows(x.shape[0]), weights_.shared.weights, activation_, stream);
 }
 
 ConstTensorView CudaMoe::experts_backward(const MoeBackwardInput& input, MoeStep& saved, const ExpertGradients& gradients, int& owed) {
@@ -233,42 +188,10 @@ void CudaMoe::gate_backward(const MoeBackwardInput& input, const CudaStep& step,
   check_launch("launch of the gate's gradients");
 }
 
-// Scratch memory of a backward of so many places: its sizes hang on them and on the number of experts alone, so products are narrow.
-void CudaMoe::rehearse_products(const ExpertWeights& of, std::int64_t places, void* stream) {
-  constexpr std::int64_t kNarrow = 16;
-  DeviceExperts& experts = workspace().experts();
-  const std::int64_t count = of.w13.shape[0], width = of.w13.shape[2], hidden_size = gate_.hidden_size();
-  const DeviceBuffer zeros =
-      value_or_throw(make_device_buffer(workspace().device(), static_cast<std::size_t>(count * 2 * kNarrow * kNarrow) * sizeof(float)));
-  cuda_check(cudaMemsetAsync(zeros.data(), 0, zeros.bytes(), stream_of(stream)), "rehearsing gradients");
-  const auto view = [&](Dtype type, std::initializer_list<std::int64_t> shape) { return TensorView(zeros.data(), type, shape); };
-  const auto rehearse = [&](std::int64_t num_experts, std::int64_t wide, std::int64_t columns, std::int64_t rows) {
-    const TensorView x = workspace().places(dtype(), rows, columns);
-    const bool has_experts = num_experts > 0;  // views of none need no memory
-    ExpertWeights weights = {.w13 = view(dtype(), {num_experts, 2, wide, columns}), .w2 = view(dtype(), {num_experts, columns, wide})};
-    ExpertGradients gradients = {.w13 = view(Dtype::float32, {num_experts, 2, wide, columns}),
-                                 .w2 = view(Dtype::float32, {num_experts, columns, wide})};
-    if (of.w13_bias && has_experts) {
-      weights.w13_bias = view(dtype(), {num_experts, 2, wide});
-      gradients.w13_bias = view(Dtype::float32, {num_experts, 2, wide});
-    }
-    if (of.w2_bias && has_experts) {
-      weights.w2_bias = view(dtype(), {num_experts, columns});
-      gradients.w2_bias = view(Dtype::float32, {num_experts, columns});
-    }
-    const TensorView gate_up(workspace().gradients().places.data(), dtype(), {rows, 2 * wide});
-    experts.experts_backward({.x = x, .gate_up = gate_up, .dy = x, .dx = x, .gradients = gradients},
-                             workspace().no_rows(rows, static_cast<int>(num_experts)), weights, activation_, stream);
-  };
-  rehearse(0, width, hidden_size, places);
-  rehearse(count, kNarrow, kNarrow, places);
-  cuda_check(cudaStreamSynchronize(stream_of(stream)), "rehearsing gradients");
-}
-
 void CudaMoe::rehearse_backward(void* stream) {
   const std::int64_t places = workspace().max_places(), hidden_size = gate_.hidden_size(), top_k = gate_.gate().top_k;
-  if (num_local_experts_ > 0) rehearse_products(weights_.experts, places, stream);
-  if (has_shared()) rehearse_products(weights_.shared.weights, group_->options().max_tokens_per_rank, stream);
+  if (num_local_experts_ > 0) rehearse_products(workspace(), weights_.experts, activation_, places, stream);
+  if (shared_) shared_->rehearse_backward(stream);
   const MoeStepOptions options = {.stream = stream};
   const TensorView x = workspace().shared(dtype(), 1, hidden_size);
   const DeviceRouting routing = run_gate({x, options});
@@ -283,7 +206,8 @@ void CudaMoe::rehearse_backward(void* stream) {
                                matrix(memory.places, dtype(), top_k, hidden_size), d_weights, stream);
   }
   const std::int64_t width = num_local_experts_ > 0 ? weights_.experts.w13.shape[2] : 0;
-  workspace().blocks().reserve(places * (2 * width + hidden_size) * size_of(dtype()) + static_cast<std::int64_t>(memory.logits.bytes()));
+  workspace().blocks().reserve(places * (2 * width + hidden_size) * size_of(dtype()) + static_cast<std::int64_t>(memory.logits.bytes()) +
+                               (shared_ ? shared_->step_bytes() : 0));
 }
 
 }  // namespace tokenyard::layer_internal

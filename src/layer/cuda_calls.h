@@ -1,47 +1,28 @@
 #pragma once
 // What forward and backward on GPUs share.
 
-#include "core/usage.h"
 #include "exchange/cuda_trace.h"
 #include "layer/cuda_moe.h"
-#include "memory/cuda_error.h"
+#include "layer/device_calls.h"
 
 namespace tokenyard::layer_internal {
 
 using Phase = exchange_internal::CudaTrace::Phase;
 
-inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
-inline const std::byte* data_of(const ConstTensorView& view) { return static_cast<const std::byte*>(view.data); }
-// A tensor of one row may have any stride.
-inline std::int64_t stride_of(const ConstTensorView& view) { return view.shape[0] > 1 ? view.strides[0] : view.shape[1]; }
-inline void check_launch(const char* what) { cuda_check(cudaGetLastError(), what); }
-
 constexpr int kCallsOfAStep = 2;  // a dispatch and a combine, forward and backward
 
-// A call of the exchange, which tells its ranks by itself when it refuses one. TransportErrors are of earlier calls: this one was not made.
-template <class Call>
-auto made(int& owed, Call&& call) {
-  --owed;
-  try {
-    return call();
-  } catch (const TransportError&) {
-    ++owed;
-    throw;
-  }
-}
-
 template <class Step>
-void CudaMoe::guarded(Step&& step) {
+void CudaMoe::guarded(void* stream, Step&& step) {
   Exchange* const exchange = group_->exchange();
-  if (exchange != nullptr) exchange->check();  // of earlier steps: this one is not begun
+  group_->check();  // of earlier steps: this one is not begun
   int owed = exchange != nullptr ? kCallsOfAStep : 0;
   try {
     step(owed);
   } catch (const UsageError& error) {
-    leave(owed, error.what());
+    leave(owed, error.what(), stream);
     throw;
   } catch (const TransportError& error) {
-    if (error.failure().kind == FailureKind::aborted) leave(owed, error.failure().detail);
+    if (error.failure().kind == FailureKind::aborted) leave(owed, error.failure().detail, stream);
     throw;
   }
 }

@@ -12,18 +12,6 @@ namespace {
 using experts_internal::check_dense;
 using experts_internal::check_rows;
 
-layer_cuda::RowsArgs rows_args(const ConstTensorView& a, const ConstTensorView& b, const TensorView& out) {
-  return {.num_rows = out.shape[0],
-          .columns = out.shape[1],
-          .dtype = out.dtype,
-          .a = data_of(a),
-          .a_stride = stride_of(a),
-          .b = data_of(b),
-          .b_stride = stride_of(b),
-          .out = static_cast<std::byte*>(out.data),
-          .out_stride = stride_of(out)};
-}
-
 }  // namespace
 
 CudaMoe::CudaMoe(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, const MoeLayerOptions& options)
@@ -33,7 +21,10 @@ CudaMoe::CudaMoe(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, 
       activation_(options.activation),
       num_local_experts_(local_experts_of(*group_, options, gate_)) {
   layer_internal::check_weights(*group_, weights, num_local_experts_);
-  if (has_shared()) layer_internal::check_dense(weights.shared);
+  if (weights.shared.weights.w13) {
+    layer_internal::check_dense(weights.shared);
+    shared_.emplace(*group_, weights.shared, options.activation);
+  }
   check_weights();
   if (group_->exchange() != nullptr) placement_ = group_->add(placement_of(*group_, options, gate_.num_experts()));
   rehearse();
@@ -57,29 +48,10 @@ void CudaMoe::check_weights() const {
     usage_error("experts.w13 is {} and that of the shared expert {}; on GPUs use one dtype", describe(weights_.experts.w13),
                 describe(shared));
   }
-  const auto check_feed_forward = [this](const ExpertWeights& of) {
-    check_memory("w13", of.w13);
-    check_memory("w2", of.w2);
-    check_memory("w13_bias", of.w13_bias);
-    check_memory("w2_bias", of.w2_bias);
-  };
-  check_feed_forward(weights_.experts);
-  check_feed_forward(weights_.shared.weights);
+  check_dense_on_gpu({weights_.experts, {}}, workspace().device());
   check_memory("gate.weight", weights_.gate.weight);
   check_memory("gate.logit_bias", weights_.gate.logit_bias);
   check_memory("gate.selection_bias", weights_.gate.selection_bias);
-  check_memory("the gate of the shared expert", weights_.shared.gate);
-}
-
-void CudaMoe::check_memory(const char* what, const ConstTensorView& view) const {
-  if (view.data == nullptr || view.num_elements() == 0) return;
-  cudaPointerAttributes attributes{};
-  cuda_check(cudaPointerGetAttributes(&attributes, view.data), "cudaPointerGetAttributes");
-  if (attributes.type == cudaMemoryTypeUnregistered ||
-      (attributes.type == cudaMemoryTypeDevice && attributes.device != workspace().device()))
-    usage_error("{} is {} in {}; this layer is on GPU {}: copy it there first", what, describe(view),
-                attributes.type == cudaMemoryTypeDevice ? fmt::format("the memory of GPU {}", attributes.device) : "ordinary host memory",
-                workspace().device());
 }
 
 void CudaMoe::check(const ConstTensorView& x, const ConstTensorView& out, const MoeStepOptions& options) const {
@@ -104,7 +76,8 @@ void CudaMoe::check(const ConstTensorView& x, const ConstTensorView& out, const 
 
 void CudaMoe::forward(const ConstTensorView& x, const TensorView& out, const MoeStepOptions& options, MoeActivations* saved) {
   const CudaDeviceScope scope(workspace().device());
-  guarded([&](int& owed) {
+  guarded(options.stream, [&](int& owed) {
+    if (shared_) shared_->begin_forward();
     check(x, out, options);
     MoeStep* const step = saved != nullptr ? &saved->step() : nullptr;
     CudaStep* const mine = step != nullptr ? &prepare(*step, x, options) : nullptr;
@@ -113,7 +86,8 @@ void CudaMoe::forward(const ConstTensorView& x, const TensorView& out, const Moe
 }
 
 // Whoever leaves a step makes its calls all the same, as rejections: all ranks count alike, and the next step is fine.
-void CudaMoe::leave(int owed, const std::string& reason) {
+void CudaMoe::leave(int owed, const std::string& reason, void* stream) {
+  if (shared_) shared_->leave(reason, stream);
   while (owed > 0) {
     try {
       group_->exchange()->abandon(reason);
@@ -131,32 +105,19 @@ CudaStep& CudaMoe::prepare(MoeStep& saved, const ConstTensorView& x, const MoeSt
   }
   if (saved.on_gpu == nullptr) saved.on_gpu = std::make_shared<CudaStep>();
   CudaStep& step = *saved.on_gpu;
+  StepMemory& memory = step.memory;
   const std::int64_t tokens = x.shape[0], hidden_size = x.shape[1], experts = gate_.num_experts(), top_k = gate_.gate().top_k;
   const std::int64_t places = group_->exchange() != nullptr ? workspace().max_places() : tokens * top_k;
   const std::int64_t width = num_local_experts_ > 0 ? weights_.experts.w13.shape[2] : 0;
-  const std::int64_t shared_width = has_shared() ? weights_.shared.weights.w13.shape[2] : 0;
-  std::int64_t bytes = 0;
-  std::vector<std::pair<TensorView*, std::int64_t>> parts;
-  const auto place = [&](TensorView& view, Dtype dtype, std::initializer_list<std::int64_t> shape) {
-    constexpr std::int64_t kAlignment = 256;
-    view = TensorView(nullptr, dtype, shape);
-    parts.emplace_back(&view, bytes);
-    bytes += (view.num_elements() * size_of(dtype) + kAlignment - 1) / kAlignment * kAlignment;
-  };
-  place(step.logits, Dtype::float32, {tokens, experts});
-  place(step.routing.topk_ids, Dtype::int32, {tokens, top_k});
-  place(step.routing.topk_weights, Dtype::float32, {tokens, top_k});
-  place(step.routing.load, Dtype::int64, {experts});
-  place(step.gate_up, x.dtype, {places, 2 * width});
-  place(step.y, x.dtype, {places, hidden_size});
-  place(step.shared_gate_up, x.dtype, {tokens, 2 * shared_width});
-  place(step.shared_y, x.dtype, {shared_width > 0 ? tokens : 0, hidden_size});
-  if (step.memory == nullptr || step.bytes < bytes) {
-    step.memory.reset();
-    step.memory = workspace().blocks().take(bytes, stream_of(options.stream));
-    step.bytes = bytes;
-  }
-  for (const auto& [view, at] : parts) view->data = step.memory.get() + at;
+  memory.clear();
+  memory.place(step.logits, Dtype::float32, {tokens, experts});
+  memory.place(step.routing.topk_ids, Dtype::int32, {tokens, top_k});
+  memory.place(step.routing.topk_weights, Dtype::float32, {tokens, top_k});
+  memory.place(step.routing.load, Dtype::int64, {experts});
+  memory.place(step.gate_up, x.dtype, {places, 2 * width});
+  memory.place(step.y, x.dtype, {places, hidden_size});
+  if (shared_) shared_->place(step.shared, memory, tokens, x.dtype);
+  memory.take(workspace().blocks(), stream_of(options.stream));
   step.num_tokens = tokens;
   saved.logits = step.logits;
   return step;
@@ -232,25 +193,17 @@ Received CudaMoe::dispatch(const Forward& of, const DeviceRouting& routing, Cons
                                .copy_out = of.step != nullptr,
                                .stream = of.options.stream};
   const Phase phase(workspace().trace(), "dispatch", 0, stream_of(of.options.stream));
-  if (!has_shared()) return made(owed, [&] { return group_->exchange()->dispatch(input, how); });
+  if (has_shared() && shared_->is_cut()) shared = run_shared(of);  // not beside kernels that wait for other ranks
+  if (!has_shared() || shared) return made(owed, [&] { return group_->exchange()->dispatch(input, how); });
   Pending<Received> rows = made(owed, [&] { return group_->exchange()->start_dispatch(input, how); });
   shared = run_shared(of);  // while rows travel
   return rows.finish();
 }
 
 ConstTensorView CudaMoe::run_shared(const Forward& of) {
-  const ConstTensorView& x = of.x;
-  const cudaStream_t stream = stream_of(of.options.stream);
-  const Phase phase(workspace().trace(), "shared", 0, stream);
-  const TensorView out = workspace().shared(x.dtype, x.shape[0], x.shape[1]);
-  const ConstTensorView& gate = weights_.shared.gate;
-  const bool is_saved = of.step != nullptr;
-  const TensorView y = is_saved && gate ? of.step->shared_y : out;
-  workspace().experts().experts_forward({.x = x, .gate_up = is_saved ? of.step->shared_gate_up : TensorView()},
-                                        workspace().all_rows(x.shape[0]), weights_.shared.weights, activation_, y, stream);
-  if (!gate) return out;
-  layer_cuda::scale_by_gate(rows_args(x, y, out), data_of(gate), gate.dtype, stream);
-  check_launch("launch of the shared expert's gate");
+  const Phase phase(workspace().trace(), "shared", 0, stream_of(of.options.stream));
+  const TensorView out = workspace().shared(of.x.dtype, of.x.shape[0], of.x.shape[1]);
+  shared_->forward(of.x, out, of.step != nullptr ? &of.step->shared : nullptr, of.options.stream);
   return out;
 }
 
@@ -269,9 +222,18 @@ TensorView CudaMoe::run_experts(const Forward& of, const Received& received) {
 // Without an exchange: every expert is here.
 void CudaMoe::run_here(const Forward& of, const DeviceRouting& routing, const TensorView& out) {
   const ConstTensorView& x = of.x;
-  const cudaStream_t stream = stream_of(of.options.stream);
-  if (x.shape[0] == 0) return;
   const ConstTensorView shared = has_shared() ? run_shared(of) : ConstTensorView();
+  if (x.shape[0] == 0) return;
+  const TensorView sums = shared ? workspace().sums(x.dtype, x.shape[0], x.shape[1]) : out;
+  run_experts_here(of, routing, sums);
+  if (!shared) return;
+  layer_cuda::add_rows(rows_args(sums, shared, out), stream_of(of.options.stream));
+  check_launch("launch of a sum of rows");
+}
+
+void CudaMoe::run_experts_here(const Forward& of, const DeviceRouting& routing, const TensorView& sums) {
+  const ConstTensorView& x = of.x;
+  const cudaStream_t stream = stream_of(of.options.stream);
   const Phase phase(workspace().trace(), "experts", 0, stream);
   DeviceExperts& experts = workspace().experts();
   const DeviceRowGroups groups = experts.gather(routing.topk_ids, num_local_experts_, stream);
@@ -279,11 +241,7 @@ void CudaMoe::run_here(const Forward& of, const DeviceRouting& routing, const Te
   const TensorView y = is_saved ? of.step->y : workspace().places(x.dtype, groups.places, x.shape[1]);
   experts.experts_forward({.x = x, .gate_up = is_saved ? of.step->gate_up : TensorView()}, groups, weights_.experts, activation_, y,
                           stream);
-  const TensorView sums = shared ? workspace().sums(x.dtype, x.shape[0], x.shape[1]) : out;
   experts.unpermute({y, routing.topk_ids, routing.topk_weights}, groups, sums, stream);
-  if (!shared) return;
-  layer_cuda::add_rows(rows_args(sums, shared, out), stream);
-  check_launch("launch of a sum of rows");
 }
 
 void CudaMoe::rehearse() {
@@ -297,9 +255,9 @@ void CudaMoe::rehearse() {
     const TensorView x = workspace().shared(dtype(), tokens, hidden_size);
     const MoeStepOptions options = {.stream = stream.get()};
     const DeviceRouting routing = run_gate({x, options});
-    if (has_shared()) run_shared({x, options});
-    if (group_->exchange() == nullptr) run_here({x, options}, routing, workspace().sums(dtype(), tokens, hidden_size));
+    if (group_->exchange() == nullptr) run_experts_here({x, options}, routing, workspace().sums(dtype(), tokens, hidden_size));
   }
+  if (has_shared()) shared_->rehearse(stream.get());
   if (group_->exchange() != nullptr && num_local_experts_ > 0) {
     const std::int64_t places = workspace().max_places();
     const TensorView y = workspace().places(dtype(), places, hidden_size);
@@ -342,7 +300,7 @@ void CudaMoe::warm_up(std::span<const std::int64_t> token_counts) {
     forward(view, view, options, nullptr);
   }
   cuda_check(cudaStreamSynchronize(stream.get()), "a warm-up");
-  if (exchange != nullptr) exchange->check();
+  group_->check();
   group_->world().barrier();  // before memory goes back, which may wait for kernels
 }
 

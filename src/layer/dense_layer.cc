@@ -1,10 +1,11 @@
-// A feed-forward that every token goes through: whole, or cut over the ranks of dense_tp.
+// A feed-forward that every token goes through: whole, or cut over the ranks of dense_tp. On CPUs; those on GPUs have an engine.
 
 #include <cmath>
 
 #include "core/usage.h"
 #include "experts/row_block.h"
 #include "layer/moe_checks.h"
+#include "layer/moe_engine.h"
 #include "layer/steps.h"
 
 namespace tokenyard {
@@ -54,11 +55,11 @@ DenseActivations& DenseActivations::operator=(DenseActivations&&) noexcept = def
 DenseLayer::DenseLayer(std::shared_ptr<ExpertGroup> group, const DenseWeights& weights, const Activation& activation)
     : group_(std::move(group)), weights_(weights), activation_(activation) {
   check_dense(weights);
-  if (group_ && group_->options().device == Device::cuda)
-    usage_error("a DenseLayer of a group on GPUs; it is computed on CPUs: use a group there, or DeviceExperts");
+  if (group_ && group_->options().device == Device::cuda) on_gpu_ = make_cuda_dense(group_, weights, activation);
 }
 
 void DenseLayer::check_gradients(const DenseGradients& gradients) const {
+  if (on_gpu_) return on_gpu_->check_gradients(gradients);
   layer_internal::check_gradients(weights_.weights, gradients.weights);
   if (gradients.gate) experts_internal::check_float32("gradients.gate", gradients.gate, {1, weights_.weights.w13.shape[3]});
 }
@@ -75,7 +76,8 @@ void DenseLayer::checked(Check&& check) {
   }
 }
 
-void DenseLayer::forward(const ConstTensorView& x, const TensorView& out, DenseActivations* saved) {
+void DenseLayer::forward(const ConstTensorView& x, const TensorView& out, DenseActivations* saved, void* stream) {
+  if (on_gpu_) return on_gpu_->forward(x, out, saved, stream);
   checked([&] { check_alike(x, out, "out", weights_.weights.w13.shape[3]); });
   DenseStep& step = saved == nullptr ? scratch_.step() : saved->step();
   ExpertActivations* activations = saved == nullptr ? nullptr : &step.activations;
@@ -101,7 +103,8 @@ void DenseLayer::forward(const ConstTensorView& x, const TensorView& out, DenseA
 }
 
 void DenseLayer::backward(const ConstTensorView& x, const ConstTensorView& d_out, const DenseActivations& saved, const TensorView& d_x,
-                          const DenseGradients& gradients) {
+                          const DenseGradients& gradients, void* stream) {
+  if (on_gpu_) return on_gpu_->backward({x, d_out, d_x, gradients, stream}, saved);
   DenseStep& step = saved.step();
   checked([&] {
     check_alike(x, d_out, "d_out", weights_.weights.w13.shape[3]);

@@ -48,6 +48,13 @@ DeviceWorkspace::DeviceWorkspace(const ExpertGroupOptions& options, const Exchan
   places_ = elements(device_, places_count_, row_bytes);
   shared_ = elements(device_, tokens, row_bytes);
   if (exchange == nullptr) sums_ = elements(device_, tokens, row_bytes);
+  if (options.dense_tp > 1) {
+    const std::int64_t rows = options.dense_tp * tokens;
+    dense_ = {.gathered_rows = elements(device_, rows, row_bytes),
+              .partial_rows = elements(device_, rows, row_bytes),
+              .numbers = elements(device_, options.dense_tp + 1, sizeof(std::int32_t)),
+              .ones = std::vector<std::int64_t>(static_cast<std::size_t>(options.dense_tp), 1)};
+  }
   if (options.gradients) {
     blocks_ = std::make_shared<exchange_internal::BlockPool>(device_);
     gradients_ = {.places = elements(device_, places_count_, row_bytes),
@@ -65,7 +72,9 @@ DeviceWorkspace::DeviceWorkspace(const ExpertGroupOptions& options, const Exchan
   zeros_ = elements(device_, experts + 1, sizeof(std::int32_t));
   const char* const what = "preparing the memory of a group";
   cuda_check(cudaMemcpy(numbers_.data(), numbers.data(), numbers_.bytes(), cudaMemcpyHostToDevice), what);
-  for (const DeviceBuffer* buffer : {&zeros_, &shared_}) cuda_check(cudaMemset(buffer->data(), 0, buffer->bytes()), what);
+  for (const DeviceBuffer* buffer : {&zeros_, &shared_, &dense_.numbers}) {
+    if (buffer->bytes() > 0) cuda_check(cudaMemset(buffer->data(), 0, buffer->bytes()), what);
+  }
   cuda_check(cudaDeviceSynchronize(), what);
 }
 
@@ -78,6 +87,10 @@ DeviceRouting DeviceWorkspace::routing(std::int64_t tokens, std::int64_t experts
 DeviceRowGroups DeviceWorkspace::all_rows(std::int64_t tokens) const {
   return {
       .places = tokens, .counts = {numbers_.as<std::int32_t>() + tokens, Dtype::int32, {1}}, .begins = {zeros_.data(), Dtype::int32, {1}}};
+}
+
+DeviceRowGroups DeviceWorkspace::first_rows(const ConstTensorView& count, std::int64_t places) const {
+  return {.places = places, .counts = count, .begins = {zeros_.data(), Dtype::int32, {1}}};
 }
 
 DeviceRowGroups DeviceWorkspace::no_rows(std::int64_t places, int num_groups) const {

@@ -36,6 +36,20 @@ class DeviceWorkspace {
   TensorView shared(Dtype dtype, std::int64_t tokens, std::int64_t columns) const { return {shared_.data(), dtype, {tokens, columns}}; }
   TensorView sums(Dtype dtype, std::int64_t tokens, std::int64_t columns) const { return {sums_.data(), dtype, {tokens, columns}}; }
 
+  // Of rows that the ranks of dense_tp gather: P of all of them, how many each has, and all of them have.
+  struct Dense {
+    DeviceBuffer gathered_rows, partial_rows;  // [P,H]
+    DeviceBuffer numbers;                      // int32: [R] and [1]
+    std::vector<std::int64_t> ones;            // [R]
+    TensorView gathered(Dtype dtype, std::int64_t rows, std::int64_t columns) const {
+      return {gathered_rows.data(), dtype, {rows, columns}};
+    }
+    TensorView partial(Dtype dtype, std::int64_t rows, std::int64_t columns) const { return {partial_rows.data(), dtype, {rows, columns}}; }
+    TensorView counts() const { return {numbers.data(), Dtype::int32, {std::ssize(ones)}}; }
+    TensorView total() const { return {numbers.as<std::int32_t>() + ones.size(), Dtype::int32, {1}}; }
+  };
+  const Dense& dense() const { return dense_; }
+
   // For backward, where the group was made with gradients.
   struct Gradients {
     DeviceBuffer places;         // [P,H]
@@ -50,6 +64,10 @@ class DeviceWorkspace {
   // Memory of steps under way.
   exchange_internal::BlockPool& blocks() { return *blocks_; }
 
+  // A number up to the most tokens: [1,1] int32.
+  ConstTensorView number(std::int64_t tokens) const { return {numbers_.as<std::int32_t>() + tokens, Dtype::int32, {1, 1}}; }
+  // One group of the first rows, of as many as the device knows.
+  DeviceRowGroups first_rows(const ConstTensorView& count, std::int64_t places) const;
   // One group of the rows [0, tokens).
   DeviceRowGroups all_rows(std::int64_t tokens) const;
   // Room for `places`, and nothing in it.
@@ -64,6 +82,7 @@ class DeviceWorkspace {
   exchange_internal::CudaTrace trace_, quiet_{false};
   bool is_quiet_ = false;
   DeviceBuffer logits_, ids_, weights_, load_, gate_parts_, places_, shared_, sums_;
+  Dense dense_;
   Gradients gradients_;
   std::shared_ptr<exchange_internal::BlockPool> blocks_;
   DeviceBuffer numbers_;  // int32: 0, 1, .. max_tokens, so that a step's count is there already

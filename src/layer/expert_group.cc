@@ -1,6 +1,7 @@
 // The ranks that hold all experts together, and the worlds, collectives and exchange of them that every layer uses.
 
 #include <algorithm>
+#include <exception>
 #include <utility>
 
 #include "core/usage.h"
@@ -9,7 +10,7 @@
 namespace tokenyard {
 namespace {
 
-void check(const ParallelConfig& config, const ExpertGroupOptions& options, int ranks) {
+void check_sizes(const ParallelConfig& config, const ExpertGroupOptions& options, int ranks) {
   check_parallel(config);
   if (ranks != config.device_count) {
     usage_error("the world has {} ranks and the configuration {} devices; use solve_parallel() for this world", ranks, config.device_count);
@@ -36,7 +37,6 @@ void check_on_gpus(const ParallelConfig& config, const ExpertGroupOptions& optio
     usage_error("ep = {}, mlp_tp = {} and expert_tp = {} on GPUs; there shards of experts are virtual: use expert_tp = virtual and ep > 1",
                 config.ep, config.mlp_tp, name(options.expert_tp));
   }
-  if (options.dense_tp > 1) usage_error("dense_tp = {} on GPUs; there shared experts are whole: use 1", options.dense_tp);
 }
 
 ExchangeOptions exchange_options(const ExpertGroupOptions& options, int max_fanout) {
@@ -57,6 +57,14 @@ ExchangeOptions exchange_options(const ExpertGroupOptions& options, int max_fano
           .timeout_ms = options.timeout_ms};
 }
 
+// Counts stay on the device: over peer memory alone.
+DeviceCollectiveOptions device_options(const ExpertGroupOptions& options) {
+  return {.device_index = options.device_index,
+          .transport = Transport::cuda_peer,
+          .sm_budget = options.sm_budget,
+          .timeout_ms = options.timeout_ms};
+}
+
 }  // namespace
 
 std::string_view name(ExpertTp expert_tp) { return expert_tp == ExpertTp::virtual_experts ? "virtual" : "gathered"; }
@@ -69,7 +77,7 @@ ExpertTp parse_expert_tp(std::string_view text) {
 
 ExpertGroup::ExpertGroup(const World& world, const ParallelConfig& config, const ExpertGroupOptions& options)
     : options_(options), config_(config) {
-  check(config, options, world.size());
+  check_sizes(config, options, world.size());
   if (options_.timeout_ms == 0) options_.timeout_ms = world.timeout_ms();
   if (options_.max_local_experts == 0) options_.max_local_experts = (options.num_experts + config.ep - 1) / config.ep;
   const bool is_on_gpu = options.device == Device::cuda;
@@ -82,7 +90,12 @@ ExpertGroup::ExpertGroup(const World& world, const ParallelConfig& config, const
   }
   if (options.dense_tp > 1) {
     const int rank = world_->rank();
-    dense_ = Collectives::create(split(*world_, {.color = rank / options.dense_tp, .key = rank % options.dense_tp}), collective);
+    const World ranks = split(*world_, {.color = rank / options.dense_tp, .key = rank % options.dense_tp});
+    if (is_on_gpu) {
+      dense_on_gpus_ = DeviceCollectives::create(ranks, device_options(options_));
+    } else {
+      dense_ = Collectives::create(ranks, collective);
+    }
   }
   if (config.ep == 1) {
     make_workspace();
@@ -118,6 +131,21 @@ int ExpertGroup::add(const Placement& placement) {
   const int number = exchange_->add(placement);
   added_.push_back(placement.hash());
   return number;
+}
+
+// A refused step is refused in all that it calls, and told once.
+void ExpertGroup::check() {
+  std::exception_ptr first;
+  const auto look = [&](auto* at) {
+    try {
+      if (at != nullptr) at->check();
+    } catch (const TransportError&) {
+      if (!first) first = std::current_exception();
+    }
+  };
+  look(exchange_.get());
+  look(dense_on_gpus_.get());
+  if (first) std::rethrow_exception(first);
 }
 
 void ExpertGroup::note(PhaseSpan span) {

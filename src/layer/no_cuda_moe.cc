@@ -1,4 +1,4 @@
-// Instead of cuda_moe.cc and device_workspace.cc, without TY_CUDA.
+// Instead of cuda_moe.cc, cuda_dense_layer.cc and device_workspace.cc, without TY_CUDA.
 
 #include "core/usage.h"
 #include "layer/moe_engine.h"
@@ -19,6 +19,11 @@ std::shared_ptr<DeviceWorkspace> make_device_workspace(const ExpertGroupOptions&
 int device_of(const DeviceWorkspace& /*workspace*/) { refuse(); }
 std::vector<PhaseSpan> take_spans(DeviceWorkspace& /*workspace*/) { refuse(); }
 // NOLINTNEXTLINE(performance-unnecessary-value-param): the function it stands in for keeps the group
+std::shared_ptr<DenseEngine> make_cuda_dense(std::shared_ptr<ExpertGroup> /*group*/, const DenseWeights& /*weights*/,
+                                             const Activation& /*activation*/) {
+  refuse();
+}
+// NOLINTNEXTLINE(performance-unnecessary-value-param): as above
 std::unique_ptr<MoeEngine> make_cuda_moe(std::shared_ptr<ExpertGroup> /*group*/, const MoeWeights& /*weights*/,
                                          const MoeLayerOptions& /*options*/) {
   refuse();

@@ -11,7 +11,8 @@
 
 namespace tokenyard::layer_internal {
 
-struct CudaStep;  // cuda_step.h
+struct CudaDenseMemory;  // cuda_step.h
+struct CudaStep;
 
 struct DenseStep {
   ShardCounts counts;         // dense_tp: rows of each rank
@@ -19,7 +20,8 @@ struct DenseStep {
   Buffer y;                   // before the sigmoid
   std::vector<float> scores;  // [T]: sigmoids
   ExpertActivations activations;
-  Buffer partial, d_y, d_partial;  // scratch
+  Buffer partial, d_y, d_partial;           // scratch
+  std::shared_ptr<CudaDenseMemory> on_gpu;  // of a layer there: only this
 };
 
 struct MoeStep {

@@ -36,7 +36,7 @@ Offer decode(const Part& part) {
   offer.endpoint.secret = in.get_text();
   offer.extra = in.get_text();
   offer.object = part.object;
-  if (!in.finished() || transport > static_cast<std::uint8_t>(Transport::nccl)) {
+  if (!in.finished() || transport > static_cast<std::uint8_t>(Transport::nccl_window)) {
     offer.error = "its offer of memory is malformed; do all ranks run one release?";
   } else {
     offer.transport = static_cast<Transport>(transport);

@@ -155,7 +155,8 @@ Transport choose(const World& world, Transport wanted) {
       }
       break;
     case Transport::cuda_peer:
-      usage_error("transport cuda_peer is memory of GPUs; use it with device = cuda, or inproc, shm or automatic on CPUs");
+    case Transport::nccl_window:
+      usage_error("transport {} is memory of GPUs; use it with device = cuda, or inproc, shm or automatic on CPUs", name(wanted));
     default:
       usage_error("transport {} has no peer-addressable memory; use inproc, shm or automatic", name(wanted));
   }

@@ -66,6 +66,18 @@ struct LaneLayout {
   }
 };
 
+// Rows of a rank where counts are in memory of the device: `most` at the most, and none if a count makes no sense.
+constexpr TY_HOST_DEVICE std::int64_t counted_rows(const std::int32_t* counts, int rank, std::int64_t most) {
+  const std::int64_t count = counts[rank];
+  return count < 0 ? 0 : count < most ? count : most;
+}
+// Those of the ranks before it.
+constexpr TY_HOST_DEVICE std::int64_t counted_rows_before(const std::int32_t* counts, int rank, std::int64_t most) {
+  std::int64_t sum = 0;
+  for (int before = 0; before < rank; ++before) sum += counted_rows(counts, before, most);
+  return sum;
+}
+
 // How `total` bytes between two ranks are cut: both ends cut alike. Chunks are full but for the last one of all, and so long that
 // every lane has a few of them, as far as slots are.
 struct LaneCut {

@@ -88,7 +88,7 @@ std::vector<Backend> backends() {
       {.name = "inproc", .kind = "memory"},
       shm(),
       cuda_peer_backend(),
-      later("nccl_window", "memory", "use cuda_peer"),
+      nccl::window_backend(),
       later("libfabric", "port", "place all ranks on one host"),
       later("nccl_gin", "port", "place all ranks on one host"),
       {.name = "direct", .kind = "collective"},

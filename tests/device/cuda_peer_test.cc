@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "device/gpus.h"
-#include "device/pattern.h"
+#include "device/pattern_run.h"
 #include "memory/cuda_buffer.h"
 #include "memory/cuda_handle.h"
 #include "memory/cuda_peer.h"
@@ -31,63 +31,24 @@ Memory create(const World& world, std::size_t bytes, CudaSharing sharing = CudaS
   return value_or_throw(CudaPeerMemory::create(world, bytes, use_gpu_of(world.rank()), Deadline::after_ms(world.timeout_ms()), sharing));
 }
 
-// Bytes of device memory, on the host. Copies on a stream of its own: the default one would wait for other ranks' kernels.
-std::vector<std::uint8_t> fetch(const std::byte* from, std::size_t bytes) {
-  std::vector<std::uint8_t> host(bytes);
-  const auto stream = value_or_throw(borrow_cuda_stream());
-  cuda_check(cudaMemcpyAsync(host.data(), from, bytes, cudaMemcpyDeviceToHost, stream.get()), "cudaMemcpyAsync");
-  cuda_check(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
-  return host;
-}
-
-void fill(std::byte* to, int value, std::size_t bytes) {
-  const auto stream = value_or_throw(borrow_cuda_stream());
-  cuda_check(cudaMemsetAsync(to, value, bytes, stream.get()), "cudaMemsetAsync");
-  cuda_check(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
-}
-
-bool all_are(const std::vector<std::uint8_t>& bytes, int value) {
-  return std::all_of(bytes.begin(), bytes.end(), [&](std::uint8_t byte) { return byte == value; });
-}
-
-// Kernels of all ranks write into all arenas, and wait for each other.
-void exchange_patterns(World& world, CudaSharing sharing, std::uint64_t rounds) {
-  load_pattern();
+void run_patterns(World& world, CudaSharing sharing, std::uint64_t rounds) {
   const Memory memory = create(world, kArenaBytes, sharing);
   EXPECT_EQ(memory->transport(), Transport::cuda_peer);
   EXPECT_EQ(memory->bytes(), 2 * kGranularity);
-  for (int rank = 0; rank < world.size(); ++rank) {
-    EXPECT_TRUE(all_are(fetch(memory->view(rank), memory->bytes()), 0)) << "rank " << rank << " as rank " << world.rank() << " sees it";
-  }
-  const PinnedBuffer result = value_or_throw(make_pinned_buffer(sizeof(PatternResult)));
-  const auto stream = value_or_throw(borrow_cuda_stream());
-  PatternArgs args;
-  for (int rank = 0; rank < world.size(); ++rank) args.arenas[rank] = memory->view(rank);
-  args.rank = world.rank();
-  args.ranks = world.size();
-  args.share_bytes = (memory->bytes() - kFlagBytes) / world.size();
-  args.timeout_ns = 20'000'000'000;
-  args.result = result.as<PatternResult>();
-  world.barrier();  // nobody looks for zeros any more
-  for (args.round = 1; args.round <= rounds; ++args.round) launch_pattern(args, stream.get());
-  cuda_check(cudaGetLastError(), "launching the pattern");
-  cuda_check(cudaStreamSynchronize(stream.get()), "the pattern's kernels");
-  EXPECT_EQ(args.result->timed_out_on, 0U) << "rank " << world.rank();
-  EXPECT_EQ(args.result->differences, 0U) << "rank " << world.rank();
-  world.barrier();
+  exchange_patterns(world, *memory, rounds);
 }
 
 class CudaPeer : public OnGpu {};
 
 TEST_F(CudaPeer, KernelsOfRankThreadsWriteEachOthersArenas) {
   for (const int ranks : {1, 2, 4, 8}) {
-    run_ranks(ranks, [](World& world) { exchange_patterns(world, CudaSharing::automatic, 20); });
+    run_ranks(ranks, [](World& world) { run_patterns(world, CudaSharing::automatic, 20); });
   }
 }
 
 TEST_F(CudaPeer, PlainMemoryOfRankThreadsServes) {
   for (const int ranks : {1, 2, 4}) {
-    run_ranks(ranks, [](World& world) { exchange_patterns(world, CudaSharing::ipc_handles, 5); });
+    run_ranks(ranks, [](World& world) { run_patterns(world, CudaSharing::ipc_handles, 5); });
   }
 }
 
@@ -105,7 +66,7 @@ TEST_F(CudaPeer, ThreadsOnOneGpuOfSeveral) {
 
 const RegisterBody kPattern("cuda.pattern", [](World& world, const std::string& sharing) {
   // Processes on one GPU take turns, so rounds are slow there.
-  exchange_patterns(world, sharing == "ipc" ? CudaSharing::ipc_handles : CudaSharing::automatic, world.size() > gpu_count() ? 2 : 20);
+  run_patterns(world, sharing == "ipc" ? CudaSharing::ipc_handles : CudaSharing::automatic, world.size() > gpu_count() ? 2 : 20);
 });
 
 void expect_ok(const std::vector<RankExit>& exits) {

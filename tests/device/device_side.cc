@@ -11,13 +11,14 @@ namespace tokenyard::device_test {
 
 using exchange_test::Bytes;
 
-DeviceSide::DeviceSide(const DeviceBuffer& pool, int gpu, int ranks)
-    : pool_(pool), gpu_(gpu), ranks_(ranks), stream_(value_or_throw(borrow_cuda_stream())) {}
+DeviceSide::DeviceSide(const DeviceBuffer& pool, int gpu, int ranks, Transport transport)
+    : pool_(pool), gpu_(gpu), ranks_(ranks), transport_(transport), stream_(value_or_throw(borrow_cuda_stream())) {}
 
 void DeviceSide::adapt(ExchangeOptions& options) const {
   options.device = Device::cuda;
   options.device_index = gpu_;
   options.sm_budget = sm_budget_of(gpu_, ranks_);
+  if (transport_ != Transport::automatic) options.transport = transport_;
   options.timeout_ms = 5'000;  // a GPU is never that slow; a case that hangs must not cost the others their time
 }
 

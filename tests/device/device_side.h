@@ -15,7 +15,7 @@ class DeviceSide final : public exchange_test::Side {
   static constexpr std::size_t kPoolBytes = std::size_t{256} << 20;
 
   // On the current GPU; the pool is another case's afterwards.
-  DeviceSide(const DeviceBuffer& pool, int gpu, int ranks);
+  DeviceSide(const DeviceBuffer& pool, int gpu, int ranks, Transport transport = Transport::automatic);
 
   bool on_device() const override { return true; }
   void adapt(ExchangeOptions& options) const override;
@@ -30,6 +30,7 @@ class DeviceSide final : public exchange_test::Side {
   const DeviceBuffer& pool_;
   int gpu_;
   int ranks_;
+  Transport transport_;  // automatic: the case's
   std::size_t used_ = 0;
   std::shared_ptr<CUstream_st> stream_;
 };

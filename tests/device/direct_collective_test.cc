@@ -7,14 +7,15 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "device/gpus.h"
-#include "device/graph.h"
 #include "device/through_gpus.h"
+#include "memory/cuda_graph.h"
 #include "memory/cuda_handle.h"
 #include "multirank/collective_check.h"
 #include "multirank/exchange_processes.h"
@@ -36,7 +37,7 @@ struct Rank {
   explicit Rank(const World& of, DeviceCollectiveOptions options = {}, std::size_t tensor_bytes = kTensorBytes)
       : world(of), gpu(use_gpu_of(of.rank())), stream(value_or_throw(borrow_cuda_stream())), tensors(gpu, tensor_bytes, stream.get()) {
     options.device_index = gpu;
-    options.transport = Transport::cuda_peer;
+    if (options.transport == Transport::automatic) options.transport = Transport::cuda_peer;
     if (options.sm_budget == 0) options.sm_budget = sm_budget_of(gpu, of.size());
     device = DeviceCollectives::create(of, options);
     through.emplace(*device, tensors, stream.get());
@@ -67,10 +68,10 @@ class DirectOnGpuRanks : public OnGpu, public testing::WithParamInterface<int> {
 INSTANTIATE_TEST_SUITE_P(Ranks, DirectOnGpuRanks, testing::Values(1, 2, 3, 5, 8),
                          [](const auto& info) { return std::to_string(info.param) + "_ranks"; });
 
-void check_random_calls(const World& world, std::uint64_t seed, int rounds) {
+void check_random_calls(const World& world, std::uint64_t seed, int rounds, Transport transport = Transport::cuda_peer) {
   for (const std::int64_t staging_bytes : {std::int64_t{4} << 20, std::int64_t{4096}, std::int64_t{50'000}}) {
-    Rank rank(world, {.staging_bytes = staging_bytes});
-    EXPECT_EQ(rank.device->transport(), Transport::cuda_peer);
+    Rank rank(world, {.transport = transport, .staging_bytes = staging_bytes});
+    EXPECT_EQ(rank.device->transport(), transport);
     for (const std::int64_t multiple : {1, 8}) {
       collective_test::check_collectives(*rank.through, {.seed = seed, .rounds = rounds, .multiple_of = multiple});
     }
@@ -81,6 +82,13 @@ void check_random_calls(const World& world, std::uint64_t seed, int rounds) {
 TEST_P(DirectOnGpuRanks, RandomCallsAsThreads) {
   const std::uint64_t seed = collective_test::test_seed();
   run_ranks(GetParam(), [&](World& world) { check_random_calls(world, seed, 8); });
+}
+
+class DirectOnWindows : public OnWindowsOfSeveral {};
+
+TEST_F(DirectOnWindows, RandomCallsAsThreads) {
+  const std::uint64_t seed = collective_test::test_seed();
+  run_ranks(ranks(), [&](World& world) { check_random_calls(world, seed, 8, Transport::nccl_window); });
 }
 
 TEST_P(DirectOnGpuRanks, FarLargerThanStaging) {
@@ -111,6 +119,49 @@ Bytes any_bits(std::size_t bytes, std::uint64_t seed) {
   Bytes result(bytes);
   for (std::byte& byte : result) byte = static_cast<std::byte>(random());
   return result;
+}
+
+// Counts that only the device knows, other ones for each replay of one graph: rows lie as with the host's counts, and what is behind
+// them stays.
+TEST_P(DirectOnGpuRanks, CountsOfTheDeviceFollowEachReplay) {
+  run_ranks(GetParam(), [](World& world) {
+    constexpr std::int64_t kMost = 5, kColumns = 33;
+    const int ranks = world.size();
+    Rank rank(world);
+    const auto cpu = Collectives::create(world);
+    std::vector<float> mine(kMost * kColumns), all(ranks * kMost * kColumns, -1.0F), terms(all.size()), sums(mine.size(), -1.0F);
+    for (std::size_t i = 0; i < terms.size(); ++i) terms[i] = static_cast<float>((i * 7 + world.rank() * 13) % 101) / 8.0F;
+    for (std::size_t i = 0; i < mine.size(); ++i) mine[i] = static_cast<float>(world.rank() * 1000 + static_cast<int>(i));
+    std::vector<std::int32_t> counts(ranks);
+    const TensorView in(mine.data(), Dtype::float32, {kMost, kColumns}), gathered(all.data(), Dtype::float32, {ranks * kMost, kColumns});
+    const TensorView parts(terms.data(), Dtype::float32, {ranks * kMost, kColumns}), sum(sums.data(), Dtype::float32, {kMost, kColumns});
+    const TensorView table(counts.data(), Dtype::int32, {ranks});
+    const auto place = [&](const TensorView& host) { return rank.tensors.place(host); };
+    const TensorView d_in = place(in), d_all = place(gathered), d_parts = place(parts), d_sum = place(sum), d_table = place(table);
+    const DeviceCounts on_device = {.counts = d_table, .most = kMost};
+    world.barrier();
+    const CudaGraph graph(rank.stream.get(), [&] {
+      rank.device->all_gather_v(d_in, on_device, d_all, rank.stream.get());
+      rank.device->reduce_scatter_v(d_parts, on_device, d_sum, rank.stream.get());
+    });
+    for (int replay = 0; replay < 6; ++replay) {
+      for (int r = 0; r < ranks; ++r) counts[r] = (r * 3 + replay * 2) % (static_cast<int>(kMost) + 2);  // one of them too many
+      Numbers bounded(counts.begin(), counts.end());
+      for (std::int64_t& count : bounded) count = std::min(count, kMost);
+      const std::int64_t total = std::accumulate(bounded.begin(), bounded.end(), std::int64_t{0}), own = bounded[world.rank()];
+      std::vector<float> expected_all = all, expected_sum = sums;
+      cpu->all_gather_v({in.data, in.dtype, {own, kColumns}}, bounded, {expected_all.data(), Dtype::float32, {total, kColumns}});
+      cpu->reduce_scatter_v({parts.data, parts.dtype, {total, kColumns}}, bounded, {expected_sum.data(), Dtype::float32, {own, kColumns}});
+      cuda_check(cudaMemcpy(d_table.data, counts.data(), counts.size() * sizeof(counts[0]), cudaMemcpyHostToDevice), "cudaMemcpy");
+      world.barrier();
+      graph.launch();
+      rank.device->wait(rank.stream.get());
+      rank.tensors.fetch(gathered), rank.tensors.fetch(sum);
+      EXPECT_EQ(all, expected_all) << "replay " << replay;
+      EXPECT_EQ(sums, expected_sum) << "replay " << replay;
+    }
+    world.barrier();
+  });
 }
 
 TEST_P(DirectOnGpuRanks, SumsOfAnyBitsAreThoseOfTheCpu) {
@@ -214,7 +265,7 @@ TEST_P(DirectOnGpuRanks, GraphsReplayBesideEagerCalls) {
   run_ranks(GetParam(), [](World& world) {
     Rank rank(world, {.staging_bytes = 64 << 10});
     Chain chain(rank, 21, 132);
-    const Graph graph(rank.stream.get(), [&] { chain.enqueue(rank.stream.get()); });
+    const CudaGraph graph(rank.stream.get(), [&] { chain.enqueue(rank.stream.get()); });
     world.barrier();  // uploading a graph may wait for kernels
     for (unsigned round = 0; round < 24; ++round) {
       chain.draw(round);

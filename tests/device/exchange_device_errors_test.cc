@@ -171,7 +171,8 @@ TEST_F(DeviceErrors, OptionsOfGpus) {
       {"device_index = -2", [](ExchangeOptions& o) { o.device_index = -2; }},
       {"transport = inproc with device = cuda", [](ExchangeOptions& o) { o.transport = Transport::inproc; }},
       {"transport = shm with device = cuda", [](ExchangeOptions& o) { o.transport = Transport::shm; }},
-      {"use cuda_peer or automatic", [](ExchangeOptions& o) { o.transport = Transport::mpi; }},
+      {"use cuda_peer, nccl_window or automatic", [](ExchangeOptions& o) { o.transport = Transport::mpi; }},
+      {"transport cuda_peer uses none", [](ExchangeOptions& o) { o.nccl_communicator = &o; }},
       {"sm_budget = 100000 on GPU 0: 0 of its", [](ExchangeOptions& o) { o.sm_budget = 100'000; }},
       {"sm_budget = -3", [](ExchangeOptions& o) { o.sm_budget = -3; }},
   };

@@ -3,8 +3,8 @@
 #include <gtest/gtest.h>
 
 #include "device/gpus.h"
-#include "device/graph.h"
 #include "device/twin.h"
+#include "memory/cuda_graph.h"
 #include "multirank/exchange_rejection.h"
 
 namespace tokenyard::device_test {
@@ -101,7 +101,7 @@ TEST_P(ExchangeGraph, ReplaysFollowTheirInputs) {
     run_ranks(ranks, [](World& world) {
       Calls calls(world, GetParam());
       RoundTrip captured;
-      const Graph graph(calls.stream(), [&] { captured = calls.enqueue(); });
+      const CudaGraph graph(calls.stream(), [&] { captured = calls.enqueue(); });
       world.barrier();
       for (unsigned replay = 0; replay < kReplays; ++replay) {
         const std::string where = std::to_string(world.size()) + " ranks, replay " + std::to_string(replay);
@@ -142,8 +142,8 @@ TEST_F(ExchangeGraphs, TwoOfOneExchangeTakeTurns) {
     twin.expect_same(before[0], twin.expected(token_major), "before the graphs");
     before.clear();
     RoundTrip first, second;
-    const Graph throughput(twin.batch.stream(), [&] { first = enqueue(token_major); });
-    const Graph latency(twin.batch.stream(), [&] { second = enqueue(rank_slots); });
+    const CudaGraph throughput(twin.batch.stream(), [&] { first = enqueue(token_major); });
+    const CudaGraph latency(twin.batch.stream(), [&] { second = enqueue(rank_slots); });
     world.barrier();
     for (unsigned i = 0; i < 12; ++i) {
       const bool is_first = i % 2 == 0 || i > 8;  // in turn, then one of them in a row
@@ -161,7 +161,7 @@ TEST_F(ExchangeGraphs, ManyLaunchesInARow) {
   run_ranks(2, [](World& world) {
     Calls calls(world, {.name = "", .layout = Layout::rank_slots, .mode = Mode::latency});
     RoundTrip captured;
-    const Graph graph(calls.stream(), [&] { captured = calls.enqueue(); });
+    const CudaGraph graph(calls.stream(), [&] { captured = calls.enqueue(); });
     world.barrier();
     calls.twin().batch.draw(7);
     for (int i = 0; i < 200; ++i) graph.launch();
@@ -189,8 +189,8 @@ TEST_F(ExchangeGraphs, CombinesAloneLeaveRowsUntilPeersHaveReadThem) {
     TensorView empty = received.rows();
     empty.data = twin.batch.reserve(empty.num_elements() * sizeof(float));
     Combined sums, nothing;
-    const Graph graph(stream, [&] { sums = twin.device.combine(received.rows(), received.handle(), {.stream = stream}); });
-    const Graph zero(stream, [&] { nothing = twin.device.combine(empty, received.handle(), {.stream = stream}); });
+    const CudaGraph graph(stream, [&] { sums = twin.device.combine(received.rows(), received.handle(), {.stream = stream}); });
+    const CudaGraph zero(stream, [&] { nothing = twin.device.combine(empty, received.handle(), {.stream = stream}); });
     world.barrier();
     for (int i = 0; i < 20; ++i) {
       graph.launch();
@@ -213,7 +213,7 @@ TEST_F(ExchangeGraphs, OneCallBeforeTheCaptureIsEnough) {
     };
     enqueue();
     RoundTrip captured;
-    const Graph graph(twin.batch.stream(), [&] { captured = enqueue(); });
+    const CudaGraph graph(twin.batch.stream(), [&] { captured = enqueue(); });
     world.barrier();
     graph.launch();
     twin.expect_same(captured, twin.expected(options), "the replay");
@@ -226,7 +226,7 @@ TEST_F(ExchangeGraphs, ExactSizingIsRefusedWhileCapturing) {
     const cudaStream_t stream = twin.batch.stream();
     const DispatchOptions exact{.stream = stream};
     twin.expect_same(twin.device.dispatch(twin.batch.input(), exact), twin.expected(exact).received, "before");
-    const Graph empty(stream, [&] {
+    const CudaGraph empty(stream, [&] {
       expect_usage_error("sizing = exact while a graph is captured", [&] { twin.device.dispatch(twin.batch.input(), exact); });
       expect_usage_error("use sizing = capacity", [&] { twin.device.start_dispatch(twin.batch.input(), exact); });
     });
@@ -235,7 +235,7 @@ TEST_F(ExchangeGraphs, ExactSizingIsRefusedWhileCapturing) {
     Received captured;
     const DispatchOptions capacity{.sizing = Sizing::capacity, .stream = stream};
     twin.device.dispatch(twin.batch.input(), capacity);
-    const Graph graph(stream, [&] { captured = twin.device.dispatch(twin.batch.input(), capacity); });
+    const CudaGraph graph(stream, [&] { captured = twin.device.dispatch(twin.batch.input(), capacity); });
     world.barrier();
     twin.batch.draw(3);
     graph.launch();
@@ -248,7 +248,7 @@ TEST_F(ExchangeGraphs, ACaptureAllocatesBesideTheGraph) {
   run_ranks(2, [](World& world) {
     Twin twin(world);
     const DispatchOptions options{.layout = Layout::expert_major, .sizing = Sizing::capacity, .stream = twin.batch.stream()};
-    const Graph graph(twin.batch.stream(), [&] {
+    const CudaGraph graph(twin.batch.stream(), [&] {
       const Received gone = twin.device.dispatch(twin.batch.input(), options);
       twin.device.combine(gone.rows(), gone.handle(), {.stream = options.stream});
     });

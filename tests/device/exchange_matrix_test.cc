@@ -5,9 +5,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <iostream>
+#include <limits>
 #include <sstream>
 #include <string>
 
@@ -43,21 +45,21 @@ const DeviceBuffer& pool(int rank) {
   return pools[rank];
 }
 
-void run_on_gpu(const CaseData& data, World& world) {
+void run_on_gpu(const CaseData& data, World& world, Transport transport) {
   const int gpu = use_gpu_of(world.rank());
-  DeviceSide side(pool(world.rank()), gpu, world.size());
+  DeviceSide side(pool(world.rank()), gpu, world.size(), transport);
   exchange_test::run_rank(data, world, side);
 }
 
 // All ranks of a case as threads; false when it failed.
-bool run_case(const Case& c) {
+bool run_case(const Case& c, Transport transport = Transport::automatic) {
   const bool failed_before = testing::Test::HasFailure();
   const int parts_before = testing::UnitTest::GetInstance()->current_test_info()->result()->total_part_count();
   const CaseData data = make_case_data(c);
   for (int rank = 0; rank < ranks_of(c); ++rank) pool(rank);
   try {
     run_ranks(
-        ranks_of(c), [&](World& world) { run_on_gpu(data, world); }, data.options.timeout_ms);
+        ranks_of(c), [&](World& world) { run_on_gpu(data, world, transport); }, data.options.timeout_ms);
   } catch (const std::exception& error) {
     ADD_FAILURE() << error.what() << "\n" << describe(c);
   }
@@ -65,12 +67,13 @@ bool run_case(const Case& c) {
   return failed_before ? parts == parts_before : !testing::Test::HasFailure();
 }
 
-void run_cases(const std::vector<Case>& cases) {
-  const char* most_ranks = std::getenv("TOKENYARD_MOST_RANKS");
+void run_cases(const std::vector<Case>& cases, Transport transport = Transport::automatic) {
+  const char* const limit = std::getenv("TOKENYARD_MOST_RANKS");
+  std::int64_t most_ranks = limit != nullptr ? std::strtol(limit, nullptr, 10) : std::numeric_limits<int>::max();
+  if (transport == Transport::nccl_window) most_ranks = std::min<std::int64_t>(most_ranks, gpu_count());
   int failures = 0;
   for (std::size_t i = 0; i < cases.size(); ++i) {
-    if (most_ranks != nullptr && ranks_of(cases[i]) > std::strtol(most_ranks, nullptr, 10)) continue;
-    if (run_case(cases[i])) continue;
+    if (ranks_of(cases[i]) > most_ranks || run_case(cases[i], transport)) continue;
     std::cerr << "case " << i << " of " << cases.size() << " failed: " << describe(cases[i]) << std::endl;
     if (++failures < kMostFailures) continue;
     FAIL() << "stopped after " << kMostFailures << " failed cases, at " << i + 1 << " of " << cases.size();
@@ -79,18 +82,27 @@ void run_cases(const std::vector<Case>& cases) {
 
 class DeviceExchange : public OnGpu {};
 
-TEST_F(DeviceExchange, EveryPairOfFactors) {
+std::vector<Case> every_pair_of_factors() {
   std::vector<Case> cases = pairwise_cases(kPairwiseSeed, Device::cuda);
   if (const char* number = std::getenv("TOKENYARD_CASE")) cases = {cases.at(std::strtoull(number, nullptr, 10))};
-  run_cases(cases);
+  return cases;
 }
 
-TEST_F(DeviceExchange, RandomCases) {
+std::vector<Case> random_cases() {
   std::vector<Case> cases;
   for (std::uint64_t i = 0; i < kRandomCases; ++i) cases.push_back(random_case(kRandomSeed + i, Device::cuda));
   if (const char* seed = std::getenv("TOKENYARD_SEED")) cases = {random_case(std::strtoull(seed, nullptr, 10), Device::cuda)};
-  run_cases(cases);
+  return cases;
 }
+
+TEST_F(DeviceExchange, EveryPairOfFactors) { run_cases(every_pair_of_factors()); }
+TEST_F(DeviceExchange, RandomCases) { run_cases(random_cases()); }
+
+// The cases that have a GPU for each rank.
+class WindowExchange : public OnWindowsOfSeveral {};
+
+TEST_F(WindowExchange, EveryPairOfFactors) { run_cases(every_pair_of_factors(), Transport::nccl_window); }
+TEST_F(WindowExchange, RandomCases) { run_cases(random_cases(), Transport::nccl_window); }
 
 TEST_F(DeviceExchange, Soak) {
   const char* seconds = std::getenv("TOKENYARD_SOAK_SECONDS");
@@ -106,20 +118,22 @@ TEST_F(DeviceExchange, Soak) {
   std::cout << seed - first << " cases from seed " << first << std::endl;
 }
 
-// argument: seeds.
+// argument: the transport, then seeds.
 const exchange_test::RegisterBody kReplay("cuda.replay", [](World& world, const std::string& argument) {
   std::istringstream words(argument);
+  std::string transport;
+  words >> transport;
   for (std::uint64_t seed = 0; words >> seed;) {
     const CaseData data = make_case_data(random_case(seed, Device::cuda));
-    run_on_gpu(data, world);
+    run_on_gpu(data, world, parse_transport(transport));
   }
 });
 
 // One process per GPU; on one GPU a single case, since processes that share it take turns.
-TEST_F(DeviceExchange, RanksAsProcesses) {
+void replay_in_processes(Transport transport) {
   const int ranks = gpu_count() == 1 ? 2 : std::min(gpu_count(), 4);
   const int wanted = gpu_count() == 1 ? 1 : 20;
-  std::string seeds;
+  std::string seeds(name(transport));
   int found = 0;
   for (std::uint64_t seed = kRandomSeed; found < wanted; ++seed) {
     if (ranks_of(random_case(seed, Device::cuda)) != ranks) continue;
@@ -127,9 +141,12 @@ TEST_F(DeviceExchange, RanksAsProcesses) {
     ++found;
   }
   for (const RankExit& exit : run_processes({.body = "cuda.replay", .argument = seeds, .ranks = ranks})) {
-    EXPECT_EQ(exit.exit_code, 0) << "rank process " << exit.rank << " of " << ranks << ", seeds" << seeds;
+    EXPECT_EQ(exit.exit_code, 0) << "rank process " << exit.rank << " of " << ranks << ", seeds of " << seeds;
   }
 }
+
+TEST_F(DeviceExchange, RanksAsProcesses) { replay_in_processes(Transport::automatic); }
+TEST_F(WindowExchange, RanksAsProcesses) { replay_in_processes(Transport::nccl_window); }
 
 }  // namespace
 }  // namespace tokenyard::device_test

@@ -5,7 +5,7 @@
 
 #include "device/experts_side.h"
 #include "device/gpus.h"
-#include "device/graph.h"
+#include "memory/cuda_graph.h"
 #include "unit/expect_usage_error.h"
 
 namespace tokenyard::device_test {
@@ -138,9 +138,9 @@ TEST_F(DeviceExpertsTest, ReplayedGraphsReadTheCountsOfTheirTime) {
   const DeviceRowGroups groups = {.places = places, .counts = counts, .capacity = places / 2};
   const auto stream = value_or_throw(borrow_cuda_stream());
   const auto call = [&] { experts.grouped_gemm(x_on_device, groups, w_on_device, {}, y_on_device, stream.get()); };
-  expect_usage_error([&] { const Graph refused(stream.get(), call); }, {"scratch memory", "once before the capture"});
+  expect_usage_error([&] { const CudaGraph refused(stream.get(), call); }, {"scratch memory", "once before the capture"});
   call();
-  const Graph graph(stream.get(), call);
+  const CudaGraph graph(stream.get(), call);
   for (const std::vector<std::int32_t>& now : {std::vector<std::int32_t>{0, 200}, {256, 7}, {130, 0}}) {
     cuda_check(cudaMemcpy(const_cast<void*>(counts.data), now.data(), 8, cudaMemcpyHostToDevice), "cudaMemcpy");
     cuda_check(cudaMemset(y_on_device.data, 0xff, y.num_bytes()), "cudaMemset");  // NaN

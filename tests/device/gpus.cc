@@ -8,6 +8,7 @@
 
 #include "memory/cuda_error.h"
 #include "memory/cuda_handle.h"
+#include "tokenyard/topo.h"
 
 namespace tokenyard::device_test {
 namespace {
@@ -42,6 +43,14 @@ int sm_budget_of(int gpu, int ranks) {
   cuda_check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, gpu), "cudaDeviceGetAttribute");
   const int sharers = (ranks + gpu_count() - 1) / gpu_count();
   return std::clamp(sms / sharers, 1, kMostSms);
+}
+
+std::string why_not(const std::string& backend) {
+  for (const Backend& known : backends()) {
+    if (known.name != backend) continue;
+    return known.availability == Availability::available ? "" : known.reason + "; " + known.remedy;
+  }
+  return "tokenyard topo knows no " + backend;
 }
 
 std::size_t open_descriptors() {

@@ -123,6 +123,61 @@ TEST_F(DeviceLayerBackward, VirtualShardsAndReplicas) {
   expect_gradients({.sizes = {.flavour = Flavour::deepseek}, .ep = 4, .placement = placement});
 }
 
+TEST_F(DeviceLayerBackward, ASharedExpertCutOverRanks) {
+  for (const Flavour flavour : {Flavour::deepseek, Flavour::qwen2})
+    expect_gradients({.sizes = {.flavour = flavour}, .ep = 4, .dense_tp = 2});
+}
+
+// A DenseLayer is the shared expert alone.
+void expect_dense_gradients(const LayerCase& of) {
+  LayerCase c = of;
+  c.tolerance = c.dtype == Dtype::float32 ? 2e-5 : 2e-2;
+  const auto steps = [](LayerRank& rank) {
+    const std::int64_t hidden = rank.c.sizes.hidden, tokens = rank.batch.tokens;
+    Model model = rank.model;
+    for (double& value : model.parameters().experts.w2) value = 0;
+    const TensorView d_out = rank.device.copy(Tensor(rank.c.dtype, rank.batch.d_out, {tokens, hidden}).view());
+    const TensorView d_x = rank.device.copy(Tensor::zeros(rank.c.dtype, {tokens, hidden}).view());
+    const GradientsOnDevice gradients(rank.device, rank.weights);
+    DenseLayer layer(rank.group, rank.device.copy(rank.weights.views()).shared);
+    DenseActivations saved;
+    const World& world = rank.group->world();
+    world.barrier();
+    void* const stream = rank.stream.get();
+    layer.forward(rank.x, rank.out, &saved, stream);
+    layer.backward(rank.x, d_out, saved, d_x, gradients.views().shared, stream);
+    testing::expect_close("out", rank.fetch(rank.out), testing::outputs_of(model, rank.batch, hidden), rank.c.tolerance);
+    Parameters expected = model.zeros(), found = model.zeros();
+    Values expected_d_x;
+    for (int r = 0; r < world.size(); ++r) {
+      const Batch batch = batch_of(rank.c, r);
+      Values d_rows(batch.x.size());
+      for (std::int64_t t = 0; t < batch.tokens; ++t)
+        model.backward(&batch.x[t * hidden], &batch.d_out[t * hidden], &d_rows[t * hidden], expected);
+      if (r == world.rank()) expected_d_x = d_rows;
+    }
+    testing::expect_close("d x", rank.fetch(d_x), expected_d_x, rank.c.tolerance);
+    gradients.add_to(found, rank.weights, *rank.group);
+    const auto expect = [&](const char* what, const Values& mine, const Values& wanted) {
+      testing::expect_close(what, testing::sum_over_ranks(world, mine), wanted, rank.c.tolerance);
+    };
+    expect("d w13", found.shared.w13, expected.shared.w13);
+    expect("d w2", found.shared.w2, expected.shared.w2);
+    expect("d gate", found.shared_gate, expected.shared_gate);
+    layer.forward(rank.x, rank.x, nullptr, stream);  // in place
+    testing::expect_close("out over x", rank.fetch(rank.x), testing::outputs_of(model, rank.batch, hidden), rank.c.tolerance);
+    world.barrier();
+  };
+  on_layer_ranks(c, steps, [](ExpertGroupOptions& options) { options.gradients = true; });
+}
+
+TEST_F(DeviceLayerBackward, DenseLayersWholeAndCutOverRanks) {
+  for (const Flavour flavour : {Flavour::deepseek, Flavour::qwen2}) {
+    for (const int dense_tp : {1, 2, 4}) expect_dense_gradients({.sizes = {.flavour = flavour}, .ep = 4, .dense_tp = dense_tp});
+  }
+  expect_dense_gradients({.sizes = {.flavour = Flavour::qwen2}, .ep = 2, .dtype = Dtype::bfloat16, .dense_tp = 2});
+}
+
 TEST_F(DeviceLayerBackward, GradientsOfLossesOnTheLogitsGoIn) {
   const auto steps = [](LayerRank& rank) {
     const std::int64_t tokens = rank.batch.tokens, hidden = rank.c.sizes.hidden, experts = rank.c.sizes.experts;

@@ -3,8 +3,8 @@
 
 #include <gtest/gtest.h>
 
-#include "device/graph.h"
 #include "device/layer_side.h"
+#include "memory/cuda_graph.h"
 #include "tokenyard/routing.h"
 #include "unit/expect_usage_error.h"
 
@@ -56,6 +56,13 @@ TEST_F(DeviceLayer, VirtualShards) {
   for (const Flavour flavour : {Flavour::deepseek, Flavour::gpt_oss})
     expect_single_process_answer({.sizes = {.flavour = flavour}, .ep = 2, .tp = 2});
   expect_single_process_answer({.sizes = {.experts = 12, .top_k = 9}, .ep = 2, .tp = 4});
+}
+
+TEST_F(DeviceLayer, ASharedExpertCutOverRanks) {
+  for (const Flavour flavour : {Flavour::deepseek, Flavour::qwen2}) {
+    for (const int dense_tp : {2, 4}) expect_single_process_answer({.sizes = {.flavour = flavour}, .ep = 4, .dense_tp = dense_tp});
+    expect_single_process_answer({.sizes = {.flavour = flavour}, .ep = 2, .dtype = Dtype::bfloat16, .dense_tp = 2});
+  }
 }
 
 // Rank 3 has no experts at all.
@@ -129,12 +136,12 @@ TEST_F(DeviceLayer, OneExchangeServesAllLayers) {
 // A graph of two layers' worth of steps, one in each mode, replayed with other rows between eager steps.
 TEST_F(DeviceLayer, ReplaysOfAGraphFollowTheirRows) {
   for (const Flavour flavour : {Flavour::qwen, Flavour::qwen2}) {
-    for (const int ep : {1, 2, 4}) {
-      on_layer_ranks({.sizes = {.flavour = flavour}, .ep = ep}, [](LayerRank& rank) {
+    for (const auto& [ep, dense_tp] : {std::pair{1, 1}, {2, 1}, {4, 1}, {4, 2}}) {
+      on_layer_ranks({.sizes = {.flavour = flavour}, .ep = ep, .dense_tp = dense_tp}, [](LayerRank& rank) {
         const TensorView again = rank.device.copy(Tensor::zeros(Dtype::float32, {rank.batch.tokens, rank.c.sizes.hidden}).view());
         const std::int64_t counts[] = {rank.batch.tokens};
         rank.layer.warm_up(counts);
-        const Graph graph(rank.stream.get(), [&] {
+        const CudaGraph graph(rank.stream.get(), [&] {
           rank.layer.forward(rank.x, again, rank.options(Mode::latency));
           rank.layer.forward(rank.x, rank.out, rank.options(Mode::throughput));
         });
@@ -155,8 +162,8 @@ TEST_F(DeviceLayer, ReplaysOfAGraphFollowTheirRows) {
 }
 
 TEST_F(DeviceLayer, ALaterStepTakesNoMemory) {
-  for (const int ep : {1, 2}) {
-    on_layer_ranks({.sizes = {.flavour = Flavour::deepseek}, .ep = ep}, [](LayerRank& rank) {
+  for (const auto& [ep, dense_tp] : {std::pair{1, 1}, {2, 1}, {2, 2}}) {
+    on_layer_ranks({.sizes = {.flavour = Flavour::deepseek}, .ep = ep, .dense_tp = dense_tp}, [](LayerRank& rank) {
       const std::int64_t counts[] = {0, 9};
       rank.layer.warm_up(counts);
       rank.group->world().barrier();
@@ -187,8 +194,8 @@ TEST_F(DeviceLayer, NotesItsPhases) {
 }
 
 // Rank 0 refuses: the other learns why in the same step, and the next step is fine.
-TEST_F(DeviceLayer, ARefusedStepIsToldToPeers) {
-  on_layer_ranks({.ep = 2}, [](LayerRank& rank) {
+void expect_refusal_told(int dense_tp) {
+  on_layer_ranks({.sizes = {.flavour = Flavour::deepseek}, .ep = 2, .dense_tp = dense_tp}, [](LayerRank& rank) {
     const MoeStepOptions options = rank.options(Mode::throughput);
     if (rank.group->world().rank() == 0) {
       TensorView wrong = rank.x;
@@ -198,18 +205,27 @@ TEST_F(DeviceLayer, ARefusedStepIsToldToPeers) {
       try {
         rank.layer.forward(rank.x, rank.out, options);
         cuda_check(cudaStreamSynchronize(rank.stream.get()), "cudaStreamSynchronize");
-        rank.group->exchange()->check();
+        rank.group->check();
         ADD_FAILURE() << "rank 1 was told nothing";
       } catch (const TransportError& error) {
         EXPECT_EQ(error.failure().kind, FailureKind::aborted);
         EXPECT_NE(std::string(error.what()).find("rows and weights are of one dtype"), std::string::npos) << error.what();
       }
     }
+    cuda_check(cudaStreamSynchronize(rank.stream.get()), "cudaStreamSynchronize");
+    try {
+      rank.group->check();  // where the step had begun, its later calls were refused, too
+    } catch (const TransportError& error) {
+      EXPECT_EQ(error.failure().kind, FailureKind::aborted);
+    }
     rank.group->world().barrier();
     rank.layer.forward(rank.x, rank.out, options);
     rank.expect_answer("out of the next step");
   });
 }
+
+TEST_F(DeviceLayer, ARefusedStepIsToldToPeers) { expect_refusal_told(1); }
+TEST_F(DeviceLayer, ARefusedStepOfCutExpertsIsToldToPeers) { expect_refusal_told(2); }
 
 TEST_F(DeviceLayer, SaysWhatGpusDoNotDo) {
   on_layer_ranks({}, [](LayerRank& rank) {
@@ -223,9 +239,8 @@ TEST_F(DeviceLayer, SaysWhatGpusDoNotDo) {
                        {"w13", "ordinary host memory"});
   });
   run_ranks(2, [](World& world) {
-    for (LayerCase c : {LayerCase{.tp = 2}, LayerCase{.ep = 2, .dense_tp = 2}}) {
-      expect_usage_error([&] { ExpertGroup(world, testing::config_of(c), gpu_options(c, use_gpu_of(world.rank()), 2)); }, {"on GPUs"});
-    }
+    const LayerCase c = {.tp = 2};
+    expect_usage_error([&] { ExpertGroup(world, testing::config_of(c), gpu_options(c, use_gpu_of(world.rank()), 2)); }, {"on GPUs"});
   });
 }
 

@@ -20,7 +20,6 @@
 #include "multirank/collective_check.h"
 #include "multirank/exchange_processes.h"
 #include "multirank/world_failures.h"
-#include "tokenyard/topo.h"
 
 namespace tokenyard::device_test {
 namespace {
@@ -36,10 +35,7 @@ class Nccl : public OnGpu {
   void SetUp() override {
     OnGpu::SetUp();
     if (IsSkipped()) return;
-    for (const Backend& backend : backends()) {
-      if (backend.name == "nccl" && backend.availability != Availability::available)
-        GTEST_SKIP() << backend.reason << "; " << backend.remedy;
-    }
+    if (const std::string why = why_not("nccl"); !why.empty()) GTEST_SKIP() << why;
   }
 };
 class NcclOnGpus : public Nccl {

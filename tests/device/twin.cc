@@ -74,11 +74,17 @@ void Twin::expect_same(const Received& on_device, const Received& on_host, const
   expect_same(on_device.row_weights(), on_host.row_weights(), where + ": row_weights");
   expect_same(on_device.source_token(), on_host.source_token(), where + ": source_token");
   expect_same(on_device.source_k(), on_host.source_k(), where + ": source_k");
+  expect_same(on_device.expert_rows(), on_host.expert_rows(), where + ": gather map");
   expect_same_rows(on_device.rows(), on_host, where);
+  if (on_host.scales()) expect_same_rows(on_device.scales(), on_host.scales(), on_host, where + ": scales");
 }
 
 void Twin::expect_same_rows(const ConstTensorView& on_device, const Received& on_host, const std::string& where) const {
-  const TensorView wanted = on_host.rows();
+  expect_same_rows(on_device, on_host.rows(), on_host, where);
+}
+
+void Twin::expect_same_rows(const ConstTensorView& on_device, const ConstTensorView& wanted, const Received& on_host,
+                            const std::string& where) const {
   Bytes copy;
   const ConstTensorView got = batch.fetch(on_device, copy);
   const std::int64_t columns = wanted.shape[wanted.ndim - 1];

@@ -25,7 +25,7 @@ class Twin {
 
   // What the host's exchange makes of the batch as it is now. A collective of all ranks; `cached`: a handle of the host's.
   RoundTrip expected(const DispatchOptions& dispatch, const CombineOptions& combine = {}, const Handle* cached = nullptr);
-  // Received tensors wherever there is a row, metadata everywhere; sums. Waits for batch.stream().
+  // Rows and scales wherever there is a row, metadata everywhere; sums. Waits for batch.stream().
   void expect_same(const RoundTrip& device, const RoundTrip& host, const std::string& where) const;
   void expect_same(const Received& device, const Received& host, const std::string& where) const;
   void expect_same(const Combined& device, const Combined& host, const std::string& where) const;
@@ -34,6 +34,9 @@ class Twin {
 
  private:
   void expect_same(const ConstTensorView& device, const ConstTensorView& host, const std::string& where) const;
+  // `on_device` and `wanted`: something per row of the output, looked at where the host has a row.
+  void expect_same_rows(const ConstTensorView& on_device, const ConstTensorView& wanted, const Received& host,
+                        const std::string& where) const;
 };
 
 }  // namespace tokenyard::device_test

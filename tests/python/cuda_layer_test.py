@@ -60,6 +60,43 @@ def make_layer(world, ep, tp, dtype, **options):
     return ty.MoeLayer(group, found, MODEL.gate)
 
 
+def test_a_dense_layer_cut_over_ranks():
+    """Rows, and the gradient of rows, as torch has them of whole weights; gradients of weights are the shards' of all tokens."""
+    full = full_weights(torch.float32)
+    x = [torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(70 + rank)) for rank, tokens in enumerate(TOKENS[:2])]
+    d_out = [torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(80 + rank)) for rank, tokens in enumerate(TOKENS[:2])]
+    w13, w2, gate = (tensor.clone().requires_grad_() for tensor in (full.shared_w13, full.shared_w2, full.shared_gate))
+    rows = [tensor.clone().requires_grad_() for tensor in x]
+    expected = [feed_forward(mine, w13[0], w2[0]) * torch.sigmoid(mine @ gate.T) for mine in rows]
+    sum((out * d).sum() for out, d in zip(expected, d_out)).backward()
+
+    def body(world):
+        gpu_of(world)
+        config = ty.parallel.solve(device_count=2, ep=2, mlp_tp=1, dp=2, tp=1, attn_tp=1, cp=1)
+        group = ty.ExpertGroup.of_model(world, config, MODEL, max(TOKENS), device="cuda", sm_budget=16, gradients=True, dense_tp=2, timeout_ms=20_000)
+
+        def cut(name, tensor):
+            placed = name, MODEL.shared_shape, ty.Placement.tensor_parallel(1, 1, 2), group.dense_rank
+            return ty.weights.cut(tensor, ty.weights.expert_shard(*placed)).view(ty.weights.local_shape(*placed))
+
+        layer = ty.DenseLayer(group, cut("w13", full.shared_w13).cuda(), cut("w2", full.shared_w2).cuda(), gate=full.shared_gate.cuda())
+        mine, d_mine, saved = x[world.rank].cuda(), d_out[world.rank].cuda(), layer.new_activations()
+        torch.cuda.synchronize()
+        world.barrier()
+        out = layer(mine, saved=saved)
+        d_x, gradients = layer.backward(mine, d_mine, saved)
+        torch.testing.assert_close(out.cpu(), expected[world.rank].detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(d_x.cpu(), rows[world.rank].grad, rtol=1e-4, atol=1e-4)
+        for name, whole in (("w13", w13.grad), ("w2", w2.grad)):
+            torch.testing.assert_close(gradients[name].cpu(), cut(name, whole), rtol=1e-4, atol=1e-4)
+        group.check()
+        world.barrier()
+        return gradients["gate"].cpu()
+
+    torch.testing.assert_close(sum(on_ranks(body, 2)), gate.grad, rtol=1e-4, atol=1e-4)
+
+
+
 def rows(rank, dtype, seed=0):
     return torch.randn(TOKENS[rank], HIDDEN, generator=torch.Generator().manual_seed(10 * seed + rank)).to(dtype)
 

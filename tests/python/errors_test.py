@@ -100,6 +100,8 @@ def test_read_only_memory_is_no_out(exchange):
     (dict(receive_row=3), r"an exchange has no option 'receive_row'; expected one of .*receive_rows"),
     (dict(depth=0), r"depth = 0"),
     (dict(depth="two"), r"depth = 'two' is a str; expected something like 2"),
+    (dict(transport="nccl_window"), r"transport nccl_window is memory of GPUs; use it with device = cuda"),
+    (dict(nccl_communicator=4096), r"nccl_communicator is given, and transport automatic uses none; use transport nccl_window"),
     (dict(dtype=np.float32), r"dtype = <class 'numpy.float32'> is a type; expected a name"),
     (dict(combine_dtype=4), r"combine_dtype = 4 is a int; expected a name"),
     (dict(hidden_size=None), r"hidden_size = None is a NoneType; expected an integer"),

@@ -33,7 +33,8 @@ TEST(OptionNames, EveryEnumerationReadsWhatItWrites) {
                                             {Transport::shm, "shm"},
                                             {Transport::mpi, "mpi"},
                                             {Transport::cuda_peer, "cuda_peer"},
-                                            {Transport::nccl, "nccl"}});
+                                            {Transport::nccl, "nccl"},
+                                            {Transport::nccl_window, "nccl_window"}});
   expect_names<Device>(parse_device, {{Device::cpu, "cpu"}, {Device::cuda, "cuda"}});
   EXPECT_EQ(Transport::automatic, parse_transport("auto"));
 }
@@ -44,7 +45,8 @@ TEST(OptionNames, AnUnknownTextNamesTheKindAndTheChoices) {
   testing::expect_usage_error([] { parse_sizing(""); }, {"sizing \"\"", "exact, capacity"});
   testing::expect_usage_error([] { parse_order("desc"); }, {"order \"desc\"", "rank_ascending, topk"});
   testing::expect_usage_error([] { parse_weighting("no"); }, {"weighting \"no\"", "none, at_input, at_expert, at_source"});
-  testing::expect_usage_error([] { parse_transport("ucx"); }, {"transport \"ucx\"", "automatic", "inproc, shm, mpi, cuda_peer"});
+  testing::expect_usage_error([] { parse_transport("ucx"); },
+                              {"transport \"ucx\"", "automatic", "inproc, shm, mpi, cuda_peer, nccl, nccl_window"});
   testing::expect_usage_error([] { parse_device("gpu"); }, {"device \"gpu\"", "cpu, cuda"});
 }
 

@@ -5,6 +5,7 @@
 #include "memory/cuda_peer.h"
 #include "tokenyard/error.h"
 #include "tokenyard/topo.h"
+#include "unit/expect_usage_error.h"
 
 namespace tokenyard {
 namespace {
@@ -21,10 +22,13 @@ TEST(MemoryCudaPeer, WithoutGpusEveryRankLearnsWhy) {
   });
 }
 
-TEST(MemoryCudaPeer, IsNotMemoryOfCpus) {
-  run_ranks(2, [](World& world) {
-    EXPECT_THROW(static_cast<void>(SymmetricMemory::create(world, 100, Transport::cuda_peer, Deadline::after_ms(1000))), UsageError);
-  });
+TEST(MemoryCudaPeer, IsNotMemoryOfCpusNorAreWindows) {
+  for (const Transport transport : {Transport::cuda_peer, Transport::nccl_window}) {
+    run_ranks(2, [&](World& world) {
+      testing::expect_usage_error([&] { static_cast<void>(SymmetricMemory::create(world, 100, transport, Deadline::after_ms(1000))); },
+                                  {"transport " + std::string(name(transport)) + " is memory of GPUs", "shm or automatic on CPUs"});
+    });
+  }
 }
 
 }  // namespace

@@ -37,6 +37,29 @@ TEST(LaneCut, TakesEveryByteOnceInChunksThatFitASlot) {
   }
 }
 
+// Blocks are started for the most that may have to be sent: less must not need more lanes.
+TEST(LaneCut, LessNeedsNoMoreLanes) {
+  for (const int lanes : {1, 3, 32, 132}) {
+    for (const std::int64_t slot_bytes : {std::int64_t{1024}, std::int64_t{30'000}, std::int64_t{4} << 20}) {
+      std::int64_t most = 0;
+      for (std::int64_t total = 0; total < std::int64_t{40} << 20; total = total * 5 / 4 + 1023) {
+        const std::int64_t used = std::min<std::int64_t>(LaneCut::of(total, lanes, slot_bytes).chunks(), lanes);
+        EXPECT_GE(used, most) << total << " bytes, " << lanes << " lanes, slots of " << slot_bytes;
+        most = used;
+      }
+    }
+  }
+}
+
+TEST(CountedRows, AreBoundedAndLieBehindEachOther) {
+  const std::int32_t counts[] = {3, 0, 9, -1, 5};
+  const std::int64_t rows[] = {3, 0, 5, 0, 5}, before[] = {0, 3, 3, 8, 8};
+  for (int rank = 0; rank < 5; ++rank) {
+    EXPECT_EQ(counted_rows(counts, rank, 5), rows[rank]) << rank;
+    EXPECT_EQ(counted_rows_before(counts, rank, 5), before[rank]) << rank;
+  }
+}
+
 TEST(LaneCut, EveryLaneHasSomethingOfALongTransfer) {
   const LaneCut cut = LaneCut::of(std::int64_t{64} << 20, 32, 128 << 10);
   for (int lane = 0; lane < 32; ++lane) EXPECT_GE(cut.chunks_of(lane), kLaneSlots);

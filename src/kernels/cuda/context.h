@@ -6,7 +6,7 @@
 
 #include "placement/table.h"
 #include "protocol/arena.h"
-#include "protocol/device_mailbox.h"
+#include "protocol/device_words.h"
 
 struct CUstream_st;
 
@@ -14,21 +14,10 @@ namespace tokenyard::cuda {
 
 using Stream = CUstream_st*;  // a cudaStream_t
 
-struct Context {
-  std::byte* const* arenas = nullptr;  // [ranks] in device memory: every rank's arena as this device addresses it
-  protocol::ArenaLayout layout;
+struct Context : protocol::WordsView {
   protocol::ArenaShape shape;
-  int rank = 0;
-  int ranks = 1;
-  std::uint64_t timeout_ns = 0;
-  protocol::DeviceState* state = nullptr;
-  protocol::ErrorRecord* failure = nullptr;  // pinned: sticky failures
-  protocol::ErrorRecord* abort = nullptr;    // pinned: aborted calls
-  const protocol::StopWord* stop = nullptr;  // pinned
-  std::uint64_t* link_bytes = nullptr;       // [ranks] bytes sent to each rank so far, device memory
-  std::uint32_t* tickets = nullptr;          // [kTickets], zero between kernels: the last block of a kernel resets what it used
+  std::uint64_t* link_bytes = nullptr;  // [ranks] bytes sent to each rank so far, device memory
 };
-constexpr int kTickets = 64;
 
 // What a dispatch learned, in device memory that belongs to the handle. Received rows are indexed by i < capacity():
 // throughput mode: i = slot, rows [0, N) in order (source rank, token); latency mode: i = source * M + token, absent rows

@@ -52,6 +52,21 @@ __device__ __forceinline__ RowSequence<Byte> chunk_at(Byte* slot, std::int64_t b
   return {slot - begin, 1, 1};
 }
 
+// All rows of one rank, and its place among those of all.
+__device__ __forceinline__ RowRange counted(const DirectCollectiveArgs& args, int rank, bool among_all) {
+  const std::int64_t first = among_all ? protocol::counted_rows_before(args.counts, rank, args.most_rows) : 0;
+  return {first, protocol::counted_rows(args.counts, rank, args.most_rows)};
+}
+// A gather sends this rank's own rows to everybody and receives those of all; a reduction the other way round.
+__device__ __forceinline__ RowRange send_of(const DirectCollectiveArgs& args, int peer) {
+  if (args.counts == nullptr) return args.send[peer];
+  return args.operation == DirectOperation::all_gather_v ? counted(args, args.context.rank, false) : counted(args, peer, true);
+}
+__device__ __forceinline__ RowRange receive_of(const DirectCollectiveArgs& args, int peer) {
+  if (args.counts == nullptr) return args.receive[peer];
+  return args.operation == DirectOperation::all_gather_v ? counted(args, peer, true) : counted(args, args.context.rank, false);
+}
+
 __device__ LaneCut cut_of(const DirectCollectiveArgs& args, const RowRange& range) {
   return LaneCut::of(range.count * args.row_bytes, args.lanes.lanes, args.lanes.slot_bytes);
 }
@@ -71,8 +86,8 @@ __device__ std::uint64_t after_chunk(std::uint64_t call, std::int64_t n) {
 __device__ CollectiveHeader header_for(const DirectCollectiveArgs& args, int peer, std::uint64_t call) {
   return {.call = call,
           .row_bytes = args.row_bytes,
-          .sends = args.send[peer].count,
-          .expects = args.receive[peer].count,
+          .sends = send_of(args, peer).count,
+          .expects = receive_of(args, peer).count,
           .operation = static_cast<std::uint32_t>(args.operation),
           .dtype = static_cast<std::uint32_t>(args.dtype)};
 }
@@ -91,7 +106,7 @@ __device__ bool agrees_with(const DirectCollectiveArgs& args, int peer, std::uin
   const Context& c = args.context;
   const auto& theirs = *reinterpret_cast<const CollectiveHeader*>(arena(c, c.rank) + args.lanes.header(peer, call));
   if (header_for(args, peer, call).fits(theirs)) return true;
-  fail(c, FailureKind::mismatch, Phase::collective, peer, args.receive[peer].count, theirs.sends);
+  fail(c, FailureKind::mismatch, Phase::collective, peer, receive_of(args, peer).count, theirs.sends);
   return false;
 }
 
@@ -205,8 +220,8 @@ __device__ __forceinline__ void sum_chunk(const DirectCollectiveArgs& args, cons
                     .pitch = args.lanes.slot(1, 0, 0) - args.lanes.slot(0, 0, 0),
                     .rank = c.rank,
                     .ranks = c.ranks};
-  const RowSequence<const std::byte> from = rows_of(args.in, args.send[c.rank], args.row_bytes);
-  const RowSequence<std::byte> to = rows_of(args.out, args.receive[c.rank], args.row_bytes);
+  const RowSequence<const std::byte> from = rows_of(args.in, send_of(args, c.rank), args.row_bytes);
+  const RowSequence<std::byte> to = rows_of(args.out, receive_of(args, c.rank), args.row_bytes);
   for_each_run(from, to, cut.begin(lane, n), cut.bytes(lane, n),
                [&](const std::byte* own, std::byte* out, std::int64_t begin, std::int64_t size) {
                  std::int64_t at = threadIdx.x * sizeof(Word);
@@ -236,14 +251,14 @@ __device__ void push_lane(const DirectCollectiveArgs& args, int lane) {
     left = false;
     for (int i = 1; i < c.ranks; ++i) {
       const int peer = (c.rank + i) % c.ranks;
-      const LaneCut cut = cut_of(args, args.send[peer]);
+      const LaneCut cut = cut_of(args, send_of(args, peer));
       if (n >= cut.chunks_of(lane)) continue;
       left = true;
       if (n >= protocol::kLaneSlots &&
           !wait_in_block(c, args.lanes.consumed(peer, lane), after_chunk(call, n - protocol::kLaneSlots), peer))
         return;
       const std::int64_t begin = cut.begin(lane, n);
-      copy_chunk<Word>(rows_of(args.in, args.send[peer], args.row_bytes), chunk_at(slot_at(args, peer, c.rank, lane, n), begin), begin,
+      copy_chunk<Word>(rows_of(args.in, send_of(args, peer), args.row_bytes), chunk_at(slot_at(args, peer, c.rank, lane, n), begin), begin,
                        cut.bytes(lane, n));
       __syncthreads();
       // release: publishes the chunk, which all threads of the block wrote before the barrier.
@@ -273,14 +288,14 @@ __device__ void take_copies(const DirectCollectiveArgs& args, int lane) {
     for (int i = 0; i < c.ranks; ++i) {
       const int source = (c.rank + c.ranks - i) % c.ranks;
       if (source == c.rank && !args.keeps_own) continue;
-      const LaneCut cut = cut_of(args, args.receive[source]);
+      const LaneCut cut = cut_of(args, receive_of(args, source));
       const std::int64_t chunks = cut.chunks_of(lane);
       if (n >= chunks) continue;
       left = true;
-      const RowSequence<std::byte> to = rows_of(args.out, args.receive[source], args.row_bytes);
+      const RowSequence<std::byte> to = rows_of(args.out, receive_of(args, source), args.row_bytes);
       const std::int64_t begin = cut.begin(lane, n), bytes = cut.bytes(lane, n);
       if (source == c.rank) {
-        copy_chunk<Word>(rows_of(args.in, args.send[c.rank], args.row_bytes), to, begin, bytes);
+        copy_chunk<Word>(rows_of(args.in, send_of(args, c.rank), args.row_bytes), to, begin, bytes);
         continue;
       }
       if (!wait_in_block(c, args.lanes.arrived(source, lane), after_chunk(call, n), source)) return;
@@ -297,7 +312,7 @@ template <class Sum>
 __device__ void take_sums(const DirectCollectiveArgs& args, int lane) {
   const Context& c = args.context;
   const std::uint64_t call = call_number(c);
-  const LaneCut cut = cut_of(args, args.receive[c.rank]);
+  const LaneCut cut = cut_of(args, receive_of(args, c.rank));
   const std::int64_t chunks = cut.chunks_of(lane);
   for (std::int64_t n = 0; n < chunks; ++n) {
     bool good = true;

@@ -35,6 +35,9 @@ struct DirectCollectiveArgs {
   int lanes_used = 1;      // those that have anything to do here
   RowRange send[kMostCollectiveRanks];
   RowRange receive[kMostCollectiveRanks];
+  // Instead of both, of an all_gather_v or a reduce_scatter_v: rows of each rank that the device knows, most_rows of each at the most.
+  const std::int32_t* counts = nullptr;
+  std::int64_t most_rows = 0;
 };
 
 // Two blocks on each multiprocessor of as many as lanes_used.

@@ -55,7 +55,7 @@ __device__ inline const std::uint32_t* checked_shards(const Context& c, const Ro
 }
 
 // Kernels add ids up in tickets, which they leave at zero.
-enum IdTicket { kInvalidTicket = kTickets - 2, kLostTicket };
+enum IdTicket { kInvalidTicket = protocol::kTickets - 2, kLostTicket };
 __device__ inline void add_id_counts(const Context& c, const IdCounts& counts) {
   if (counts.invalid != 0) atomicAdd(&c.tickets[kInvalidTicket], counts.invalid);
   if (counts.lost != 0) atomicAdd(&c.tickets[kLostTicket], counts.lost);

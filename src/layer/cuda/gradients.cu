@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(kThreads) sum_gradients(const __grid_constant_
   const std::int64_t row = blockIdx.x, begin = row * args.columns * cuda::Format<kDtype>::kSize;
   std::byte* out = args.out + row * args.out_stride * cuda::Format<kDtype>::kSize;
   for (std::int64_t at = threadIdx.x; at < args.columns; at += kThreads) {
-    float sum = load_element<kDtype>(args.rows + begin, at) + args.of_gate[row * args.columns + at];
+    float sum = load_element<kDtype>(args.rows + begin, at);
+    if (args.of_gate != nullptr) sum = sum + args.of_gate[row * args.columns + at];
     if (args.of_shared != nullptr) sum = sum + load_element<kDtype>(args.of_shared + begin, at);
     if (args.gate != nullptr) sum = __fmaf_rn(args.d_logits[row], read(args.gate_dtype, args.gate, at), sum);
     store_element<kDtype>(out, at, sum);

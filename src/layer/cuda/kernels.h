@@ -46,6 +46,9 @@ void scale_by_gate(const RowsArgs& args, const std::byte* gate, Dtype gate_dtype
 // out = a + b, rounded once. out may be one of them.
 void add_rows(const RowsArgs& args, Stream stream);
 
+// total = the sum of counts, each at least 0 and `most` at the most.
+void add_counts(const std::int32_t* counts, int ranks, std::int64_t most, std::int32_t* total, Stream stream);
+
 // out [rows, columns] = or += sum over terms of a(row, term) b(term, column); out dense.
 struct FactorsArgs {
   std::int64_t rows = 0, columns = 0, terms = 0;
@@ -93,7 +96,7 @@ struct SumGradientsArgs {
   std::int64_t num_rows = 0, columns = 0;
   Dtype dtype = Dtype::float32, gate_dtype = Dtype::float32;
   const std::byte* rows = nullptr;
-  const float* of_gate = nullptr;
+  const float* of_gate = nullptr;        // optional
   const std::byte* of_shared = nullptr;  // optional
   const float* d_logits = nullptr;       // [num_rows] and [columns]: with a gate of the shared expert
   const std::byte* gate = nullptr;
@@ -101,5 +104,43 @@ struct SumGradientsArgs {
   std::int64_t out_stride = 0;
 };
 void add_gradients(const SumGradientsArgs& args, Stream stream);
+
+// kept = x + bias + residual, rounded; out = kept * weight * inverse, rounded; inverse = 1 / sqrt(mean(kept^2) + epsilon). kept may be x or
+// residual, out may be x.
+struct NormArgs {
+  std::int64_t num_rows = 0, columns = 0;
+  Dtype dtype = Dtype::float32, weight_dtype = Dtype::float32;
+  float epsilon = 0.0F;
+  const std::byte* x = nullptr;
+  std::int64_t x_stride = 0;
+  const std::byte* residual = nullptr;  // optional
+  std::int64_t residual_stride = 0;
+  const std::byte* bias = nullptr;  // [columns] of dtype, optional
+  const std::byte* weight = nullptr;
+  std::byte* kept = nullptr;
+  std::int64_t kept_stride = 0;
+  std::byte* out = nullptr;
+  std::int64_t out_stride = 0;
+  float* inverse = nullptr;  // [num_rows], optional
+};
+void norm_rows(const NormArgs& args, Stream stream);
+
+struct NormGradientArgs {
+  std::int64_t num_rows = 0, columns = 0;
+  Dtype dtype = Dtype::float32, weight_dtype = Dtype::float32;
+  float epsilon = 0.0F;
+  const std::byte* kept = nullptr;
+  std::int64_t kept_stride = 0;
+  const std::byte* d_out = nullptr;
+  std::int64_t d_out_stride = 0;
+  const std::byte* d_residual = nullptr;  // optional
+  std::int64_t d_residual_stride = 0;
+  const std::byte* weight = nullptr;
+  const float* inverse = nullptr;  // [num_rows], with d_weight
+  std::byte* d_x = nullptr;        // may be d_residual or d_out
+  std::int64_t d_x_stride = 0;
+  float* d_weight = nullptr;  // [columns], optional, added to
+};
+void differentiate_norm(const NormGradientArgs& args, Stream stream);
 
 }  // namespace tokenyard::layer_cuda

@@ -1,4 +1,4 @@
-// The shared expert's sigmoid, and its sum with the others where no exchange adds them.
+// The shared expert's sigmoid, its sum with the others where no exchange adds them, and how many rows ranks have.
 
 #include <cuda_runtime.h>
 
@@ -6,6 +6,7 @@
 #include "kernels/cuda/preload.h"
 #include "layer/cuda/block_sum.cuh"
 #include "layer/cuda/kernels.h"
+#include "protocol/lanes.h"
 
 namespace tokenyard::layer_cuda {
 namespace {
@@ -54,7 +55,12 @@ __global__ void __launch_bounds__(kThreads) add(const __grid_constant__ RowsArgs
   }
 }
 
+__global__ void sum_counts(const std::int32_t* counts, int ranks, std::int64_t most, std::int32_t* total) {
+  *total = static_cast<std::int32_t>(protocol::counted_rows_before(counts, ranks, most));
+}
+
 const cuda::Preloaded preloaded({
+    {sum_counts},
     {scale<Dtype::float32, Dtype::float32>},
     {scale<Dtype::float32, Dtype::bfloat16>},
     {scale<Dtype::float32, Dtype::float16>},
@@ -78,6 +84,10 @@ void scale_by_gate(const RowsArgs& args, const std::byte* gate, Dtype gate_dtype
       scale<decltype(rows)::value, decltype(gates)::value><<<static_cast<unsigned>(args.num_rows), kThreads, 0, stream>>>(args, gate);
     });
   });
+}
+
+void add_counts(const std::int32_t* counts, int ranks, std::int64_t most, std::int32_t* total, Stream stream) {
+  sum_counts<<<1, 1, 0, stream>>>(counts, ranks, most, total);
 }
 
 void add_rows(const RowsArgs& args, Stream stream) {

@@ -5,12 +5,12 @@
 
 #include "memory/cuda_handle.h"
 
-namespace tokenyard::device_test {
+namespace tokenyard {
 
-class Graph {
+class CudaGraph {
  public:
   // Captures `calls` on `stream`, where the graph runs later. The capture is this thread's: others go on as they like.
-  Graph(cudaStream_t stream, const std::function<void()>& calls) : stream_(stream) {
+  CudaGraph(cudaStream_t stream, const std::function<void()>& calls) : stream_(stream) {
     cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
     cudaGraph_t graph = nullptr;
     try {
@@ -36,4 +36,4 @@ class Graph {
   CudaHandle<cudaGraphExec_t, cudaGraphExecDestroy> exec_;
 };
 
-}  // namespace tokenyard::device_test
+}  // namespace tokenyard
