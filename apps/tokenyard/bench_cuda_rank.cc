@@ -93,7 +93,9 @@ class CudaBenchRank {
     barrier_.add(Placement::uniform(world.size(), world.size()));
     exchange_.add(placement_);
     if (with_baseline) baseline_.emplace(world, placement_, with_device(exchange_options(settings, placement_), device_));
-    for (int set = 0; set < kInputSets; ++set) batches_.push_back(upload(make_batch(workload_of(settings, set), world.rank()), device_));
+    for (std::vector<DeviceBatch>* inputs : {&batches_, &baseline_batches_}) {
+      for (int set = 0; set < kInputSets; ++set) inputs->push_back(upload(make_batch(workload_of(settings, set), world.rank()), device_));
+    }
     dispatch_options_ = dispatch_options(settings);
     dispatch_options_.stream = stream_.get();
     combine_options_.weighting = weighting_of(layout_);
@@ -156,7 +158,7 @@ class CudaBenchRank {
     const Workload workload = workload_of(settings_, 0);
     const Checker checker(workload, placement_, world_.rank());
     std::vector<std::string> faults;
-    const Received received = baseline_->dispatch(batches_[0].input, stream_.get());
+    const Received received = baseline_->dispatch(baseline_batches_[0].input, stream_.get());
     baseline_->wait(stream_.get());
     const Received here = exchange_internal::to_host(received, stream_.get());
     if (const auto found = checker.dispatched(here))
@@ -273,7 +275,7 @@ class CudaBenchRank {
   // Its dispatch waits for counts on the host in the midst of the call, its combine does not.
   void iterate_baseline(int set) {
     Received received;
-    time("baseline_dispatch", false, [&] { received = baseline_->dispatch(batches_[set].input, stream_.get()); });
+    time("baseline_dispatch", false, [&] { received = baseline_->dispatch(baseline_batches_[set].input, stream_.get()); });
     const ConstTensorView y = view_of(baseline_y_.data(), received);
     time("baseline_combine", is_enqueued_ahead(), [&] { baseline_->combine(y, combine_options_.out, stream_.get()); });
   }
@@ -322,7 +324,7 @@ class CudaBenchRank {
   std::int64_t no_ids_ = 0;
   // No tokens at all.
   const DispatchInput empty_{.rows = {nullptr, Dtype::uint8, {0, 16}}, .topk_ids = {&no_ids_, Dtype::int64, {0, 1}}};
-  std::vector<DeviceBatch> batches_;
+  std::vector<DeviceBatch> batches_, baseline_batches_;
   std::vector<Replay> replays_;
   DispatchOptions dispatch_options_;
   CombineOptions combine_options_;

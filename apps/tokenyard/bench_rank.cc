@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstring>
 #include <map>
@@ -62,7 +63,9 @@ class BenchRank {
     if (with_baseline && PlainExchange::serves(layout_, workload_of(settings, 0).scale_columns())) {
       plain_.emplace(world, placement_, PlainExchange::Shape{settings.tokens, combine_row_bytes(), layout_, settings.timeout_ms}, pool_);
     }
-    for (int set = 0; set < kInputSets; ++set) batches_.push_back(make_batch(workload_of(settings, set), world.rank()));
+    for (std::vector<Batch>& batches : inputs_) {
+      for (int set = 0; set < kInputSets; ++set) batches.push_back(make_batch(workload_of(settings, set), world.rank()));
+    }
     combine_options_.weighting = weighting_of(layout_);
     out_.resize(static_cast<std::size_t>(settings.tokens * combine_row_bytes()));
     combine_options_.out = {out_.data(), workload_of(settings, 0).expert_dtype(), {settings.tokens, settings.hidden_size}};
@@ -89,7 +92,7 @@ class BenchRank {
     const Workload workload = workload_of(settings_, 0);
     const Checker checker(workload, placement_, world_.rank());
     std::vector<std::string> faults;
-    Received received = side.exchange.dispatch(batches_[0].input, side.dispatch_options);
+    Received received = side.exchange.dispatch(inputs_[kDirect][0].input, side.dispatch_options);
     const auto note = [&](const char* call, const std::optional<Difference>& found) {
       if (found) faults.push_back(fmt::format("{} {}: {}", what, call, found->message()));
     };
@@ -117,8 +120,8 @@ class BenchRank {
     const Workload workload = workload_of(settings_, 0);
     const Checker checker(workload, placement_, world_.rank());
     std::vector<std::string> faults;
-    const Received received = direct_.exchange.dispatch(batches_[0].input, direct_.dispatch_options);
-    plain_->dispatch(batches_[0].input);
+    const Received received = direct_.exchange.dispatch(inputs_[kDirect][0].input, direct_.dispatch_options);
+    plain_->dispatch(inputs_[kPlain][0].input);
     if (plain_->num_rows() != received.num_rows()) faults.emplace_back("the plain MPI baseline receives another number of rows");
     const std::vector<std::byte> y = expert_output(workload, received, world_.rank());
     plain_->combine(y.data(), combine_options_.out.dtype, combine_options_.out);
@@ -168,7 +171,7 @@ class BenchRank {
   }
 
   void iterate(int set) {
-    const DispatchInput& input = batches_[set].input;
+    const DispatchInput& input = inputs_[kDirect][set].input;
     Received received;
     time_traced("dispatch", [&] { received = direct_.exchange.dispatch(input, direct_.dispatch_options); });
     const std::int64_t rows = sum(received.sent_counts());
@@ -182,19 +185,20 @@ class BenchRank {
     }
     note_bytes(set, received);
     received.release();
-    if (baseline_) iterate_baseline(input);
+    if (baseline_) iterate_baseline(set);
     time_memcpy("memcpy_dispatch", rows * (workload_of(settings_, 0).row_bytes() + workload_of(settings_, 0).scale_columns() * 4));
     time_memcpy("memcpy_combine", rows * combine_row_bytes());
   }
 
-  void iterate_baseline(const DispatchInput& input) {
+  void iterate_baseline(int set) {
     Received received;
+    const DispatchInput& input = inputs_[kTuned][set].input;
     time("baseline_dispatch", [&] { received = baseline_->exchange.dispatch(input, baseline_->dispatch_options); });
     y_.resize(std::max(y_.size(), static_cast<std::size_t>(received.rows().num_elements() * size_of(combine_options_.out.dtype))));
     copy_rows(y_.data(), received);
     time("baseline_combine", [&] { baseline_->exchange.combine(view_of(y_.data(), received), received.handle(), combine_options_); });
     if (!plain_) return;
-    time("plain_dispatch", [&] { plain_->dispatch(input); });
+    time("plain_dispatch", [&] { plain_->dispatch(inputs_[kPlain][set].input); });
     std::memcpy(y_.data(), plain_->rows(), static_cast<std::size_t>(received.rows().num_elements() * size_of(received.rows().dtype)));
     time("plain_combine", [&] { plain_->combine(y_.data(), combine_options_.out.dtype, combine_options_.out); });
   }
@@ -235,7 +239,7 @@ class BenchRank {
   std::optional<Side> baseline_;
   std::optional<PlainExchange> plain_;
   const Layout layout_;
-  std::vector<Batch> batches_;
+  std::array<std::vector<Batch>, kSystems> inputs_;
   CombineOptions combine_options_;
   std::vector<std::byte> out_, y_, copy_from_, copy_to_;
   Samples samples_;

@@ -153,12 +153,13 @@ std::int64_t expert_rows_of(const Settings& settings, const Placement& placement
   }
 }
 
-// The exchange itself, and what the benchmark holds beside it: input sets, expert rows, the two sides of the memcpy.
+// The exchange itself, and what the benchmark holds beside it: input sets of each system, expert rows, the two sides of the memcpy.
 void check_memory(const Settings& settings) {
   const Placement placement = placement_of(settings);
   const std::int64_t exchange = Exchange::memory_plan(exchange_options(settings, placement), settings.ranks).total();
   const std::int64_t input = settings.tokens * largest_row_bytes(settings);
-  const std::int64_t beside = (kInputSets + 2 * settings.ranks) * input + expert_rows_of(settings, placement) * largest_row_bytes(settings);
+  const std::int64_t beside =
+      (kSystems * kInputSets + 2 * settings.ranks) * input + expert_rows_of(settings, placement) * largest_row_bytes(settings);
   const std::int64_t available = static_cast<std::int64_t>(::sysconf(_SC_PHYS_PAGES)) * ::sysconf(_SC_PAGESIZE);
   if (exchange + beside <= available / settings.ranks) return;
   usage_error(

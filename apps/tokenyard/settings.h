@@ -52,8 +52,10 @@ void add_run_options(CLI::App& app, Settings& settings);
 void complete_shape(CLI::App& app, Settings& settings);
 void complete_run(Settings& settings);
 
-// Batches that a measurement rotates through, so that caches do not lie.
+// Batches that a measurement rotates through, so that caches do not lie. Each system that is measured reads its own copies of
+// them: none finds in its caches what another has just read.
 inline constexpr int kInputSets = 3;
+enum System { kDirect, kTuned, kPlain, kSystems };
 
 nlohmann::json to_json(const Settings& settings);
 Settings settings_from_json(const nlohmann::json& settings);

@@ -127,75 +127,66 @@ cuda::SourceArgs CudaEngine::source_args(const CudaDispatch& job) const {
   return args;
 }
 
-void CudaEngine::enqueue_plan(const CudaDispatch& job, cudaStream_t stream) {
-  const HandleShape& shape = job.handle->shape;
-  const bool pads = shape.layout == Layout::expert_padded && job.layout_options.expert_capacity == 0;
-  const bool bounds = shape.layout == Layout::expert_major && job.options.sizing == Sizing::capacity;
-  const cuda::PlanArgs plan{.context = arena_->context(),
-                            .header = job.header,
-                            .buffer = job.buffer,
-                            .routing = job.move.routing,
-                            .limits = {.expert_capacity = pads ? shape_.receive_rows : job.layout_options.expert_capacity,
-                                       .max_layout_rows = bounds ? options_.max_expert_rows : 0,
-                                       .alignment = job.layout_options.alignment,
-                                       .drop = job.layout_options.drop,
-                                       .expert_layout = shape.is_expert_layout()},
-                            .handle = job.handle->view,
-                            .numbers = row_numbers_,
-                            .counts = counts_,
-                            .host = job.move.host};
-  phase("dispatch plan", stream, [&] { cuda::launch_plan(plan, stream); });
-}
-
-void CudaEngine::enqueue_layout(const CudaDispatch& job, cudaStream_t stream) {
-  const HandleShape& shape = job.handle->shape;
-  const cuda::LayoutArgs layout{.context = arena_->context(),
-                                .handle = job.handle->view,
-                                .layout = shape.layout,
-                                .mode = shape.mode,
-                                .gather_map = shape.gather_map,
-                                .alignment = job.layout_options.alignment,
-                                .expert_capacity = job.layout_options.expert_capacity,
-                                .drop = job.layout_options.drop,
-                                .local_experts = shape.local_experts,
-                                .output_rows = shape.output_rows,
-                                .map_rows = shape.map_rows,
-                                .chunk_counts = layout_chunks_,
-                                .host = job.move.host,
-                                .last = !job.beside};
-  phase("dispatch layout", stream, [&] { cuda::launch_layout(layout, stream); });
-}
-
 void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
   const bool latency = static_cast<Mode>(job.header.mode) == Mode::latency;
   const HandleShape& shape = job.handle->shape;
   const bool lays_out = !job.cached && (shape.is_expert_layout() || shape.is_compacted() || shape.gather_map);
-  job.move = {.context = arena_->context(),
-              .header = job.header,
-              .buffer = job.buffer,
-              .routing = routing_args(job),
-              .source = source_args(job),
-              .handle = job.handle->view,
-              .numbers = row_numbers_,
-              // What only an exact dispatch waits for costs the device a trip to the host's memory.
-              .host = job.options.sizing == Sizing::exact ? job.handle->counts.get() : nullptr,
-              .cached = job.cached,
-              .tells_groups = shape.is_expert_layout(),
-              .beside = job.beside,
-              .last = !lays_out && !job.beside,
-              .blocks = budget_.multiprocessors - (job.beside ? 1 : 0)};  // of which one is for what waits beside the rows
+  // What only an exact dispatch waits for costs the device a trip to the host's memory.
+  cuda::HostCounts* const host = job.options.sizing == Sizing::exact ? job.handle->counts.get() : nullptr;
+  cuda::MoveArgs move{.context = arena_->context(),
+                      .header = job.header,
+                      .buffer = job.buffer,
+                      .routing = routing_args(job),
+                      .source = source_args(job),
+                      .handle = job.handle->view,
+                      .numbers = row_numbers_,
+                      .host = host,
+                      .cached = job.cached,
+                      .last = !lays_out,
+                      .blocks = budget_.multiprocessors};
   if (!job.cached) job.handle->counts->call = 0;
   if (latency) {
-    phase("dispatch slots", stream, [&] { cuda::launch_slots(job.move, stream); });
+    phase("dispatch slots", stream, [&] { cuda::launch_slots(move, stream); });
   } else {
-    if (!job.cached) enqueue_plan(job, stream);
-    const cudaStream_t rows_stream = job.beside ? stream_.get() : stream;
-    order_streams(stream, rows_stream, entered_);
-    phase("dispatch rows", rows_stream, [&] { cuda::launch_move(job.move, rows_stream); });
-    cuda_check(cudaGetLastError(), "enqueueing the rows of a dispatch");  // nothing may wait for what never runs
-    if (job.beside && lays_out) cuda::launch_await_landed(job.move.context, stream);
+    if (!job.cached) {
+      const cuda::PlanArgs plan{
+          .context = arena_->context(),
+          .header = job.header,
+          .buffer = job.buffer,
+          .routing = move.routing,
+          .limits = {.expert_capacity = shape.layout == Layout::expert_padded && job.layout_options.expert_capacity == 0
+                                            ? shape_.receive_rows
+                                            : job.layout_options.expert_capacity,
+                     .max_layout_rows =
+                         shape.layout == Layout::expert_major && job.options.sizing == Sizing::capacity ? options_.max_expert_rows : 0,
+                     .alignment = job.layout_options.alignment,
+                     .drop = job.layout_options.drop,
+                     .expert_layout = shape.is_expert_layout()},
+          .handle = job.handle->view,
+          .numbers = row_numbers_,
+          .counts = counts_,
+          .host = host};
+      phase("dispatch plan", stream, [&] { cuda::launch_plan(plan, stream); });
+    }
+    phase("dispatch rows", stream, [&] { cuda::launch_move(move, stream); });
   }
-  if (lays_out) enqueue_layout(job, stream);
+  if (lays_out) {
+    const cuda::LayoutArgs layout{.context = arena_->context(),
+                                  .handle = job.handle->view,
+                                  .layout = shape.layout,
+                                  .mode = shape.mode,
+                                  .gather_map = shape.gather_map,
+                                  .alignment = job.layout_options.alignment,
+                                  .expert_capacity = job.layout_options.expert_capacity,
+                                  .drop = job.layout_options.drop,
+                                  .local_experts = shape.local_experts,
+                                  .output_rows = shape.output_rows,
+                                  .map_rows = shape.map_rows,
+                                  .chunk_counts = layout_chunks_,
+                                  .host = host,
+                                  .last = true};
+    phase("dispatch layout", stream, [&] { cuda::launch_layout(layout, stream); });
+  }
   cuda_check(cudaGetLastError(), "enqueueing a dispatch");
 }
 
@@ -231,49 +222,26 @@ Received CudaEngine::finish_dispatch(CudaDispatch& job, cudaStream_t stream) {
   state->lease = job.lease;
   if (!job.in_place) {
     place_output(job, stream, *state);
-    spread(job, stream, *state);
+    const cuda::SpreadArgs spread{.context = arena_->context(),
+                                  .handle = job.handle->view,
+                                  .buffer = job.buffer,
+                                  .layout = job.handle->layout,
+                                  .mode = job.handle->mode,
+                                  .row_bytes = source.row_bytes(),
+                                  .scale_bytes = source.scale_bytes(),
+                                  .rows = static_cast<std::byte*>(state->rows.data),
+                                  .scales = static_cast<std::byte*>(state->scales.data),
+                                  .output_rows = job.handle->total_rows(),
+                                  .zero_padding = job.options.zero_padding,
+                                  .blocks = multiprocessors_of(device_)};
+    phase("dispatch spread", stream, [&] { cuda::launch_spread(spread, stream); });
+    cuda_check(cudaGetLastError(), "enqueueing the copy of received rows");
   }
   state->before_free = [stream, device = device_](void* reader) {
     const CudaDeviceScope scope(device);
     if (reader != nullptr) order_streams(static_cast<cudaStream_t>(reader), stream, value_or_throw(make_cuda_event()));
   };
   return Received(std::move(state));
-}
-
-// Where rows still arrive, in parts: each is spread while the next ones are on their way.
-void CudaEngine::spread(const CudaDispatch& job, cudaStream_t stream, const ReceivedState& state) {
-  constexpr int kMostParts = 4;
-  constexpr std::int64_t kPartBytes = 1 << 20;  // of what this rank sends: below, another launch costs more than it hides
-  const RowSource& source = *job.source;
-  const bool in_parts = job.beside && job.move.tells_groups;
-  const std::int64_t parts = in_parts ? job.handle->tokens * source.row_bytes() / kPartBytes : 1;
-  if (job.beside && !in_parts) order_streams(stream_.get(), stream, entered_);
-  cuda::SpreadArgs args{.context = arena_->context(),
-                        .handle = job.handle->view,
-                        .part = {.count = static_cast<int>(std::clamp<std::int64_t>(parts, 1, kMostParts))},
-                        .buffer = job.buffer,
-                        .layout = job.handle->layout,
-                        .mode = job.handle->mode,
-                        .row_bytes = source.row_bytes(),
-                        .scale_bytes = source.scale_bytes(),
-                        .rows = static_cast<std::byte*>(state.rows.data),
-                        .scales = static_cast<std::byte*>(state.scales.data),
-                        .output_rows = job.handle->total_rows(),
-                        .zero_padding = job.options.zero_padding,
-                        .blocks = multiprocessors_of(device_)};
-  for (; args.part.index < args.part.count; ++args.part.index) {
-    if (in_parts) cuda::launch_await_part(args.context, args.handle, args.part, stream);
-    phase("dispatch spread", stream, [&] { cuda::launch_spread(args, stream); });
-  }
-  cuda_check(cudaGetLastError(), "enqueueing the copy of received rows");
-}
-
-// Of a call whose rows move beside.
-void CudaEngine::end_dispatch(const CudaDispatch& job, cudaStream_t stream) {
-  order_streams(stream_.get(), stream, entered_);
-  cuda::launch_end_dispatch(job.move, stream);
-  cuda_check(cudaGetLastError(), "enqueueing the end of a dispatch");
-  order_.leave(stream);
 }
 
 // Chooses the memory of rows that do not stay where they landed: the caller's, memory of the Received, or a lease on expert memory.
@@ -344,25 +312,11 @@ Received CudaEngine::dispatch(const DispatchInput& input, const DispatchOptions&
   const CudaDeviceScope scope(device_);
   const auto stream = static_cast<cudaStream_t>(options.stream);
   CudaDispatch job = admit(stream, [&] { return make_dispatch(input, options, cached); });
-  const HandleShape& shape = job.handle->shape;
-  const bool has_more = shape.is_expert_layout() || (shape.gather_map && !job.cached);
-  job.beside = has_more && shape.mode == Mode::throughput && budget_.multiprocessors > 1;
   order_.enter(stream);
   enter_buffers(job, stream);
   enqueue_dispatch(job, stream);
-  if (!job.beside) {
-    order_.leave(stream);
-    return finish_dispatch(job, stream);
-  }
-  std::optional<Received> received;
-  try {
-    received = finish_dispatch(job, stream);
-  } catch (...) {
-    end_dispatch(job, stream);  // peers count on it
-    throw;
-  }
-  end_dispatch(job, stream);
-  return *std::move(received);
+  order_.leave(stream);
+  return finish_dispatch(job, stream);
 }
 
 Pending<Received> CudaEngine::start_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) {

@@ -93,22 +93,12 @@ CudaEngine::~CudaEngine() {
 }
 
 void CudaEngine::make_scratch() {
-  const std::int64_t tokens = shape_.max_tokens_per_rank;
-  const std::int64_t rows = std::max(shape_.receive_rows, std::int64_t{1});
-  const std::int64_t chunks = (tokens + cuda::kPlanChunk - 1) / cuda::kPlanChunk;
-  const std::int64_t layout_chunks = (rows + cuda::kLayoutChunk - 1) / cuda::kLayoutChunk;
-  std::int64_t words = 0;
-  const auto part = [&](std::int64_t count) { return std::exchange(words, words + protocol::align_up(count, 16)); };
-  const std::int64_t number = part(tokens * shape_.ranks);
-  const std::int64_t before = part(chunks * shape_.ranks);
-  const std::int64_t base = part(shape_.ranks);
-  const std::int64_t counts = part(shape_.count_words());
-  const std::int64_t layout = part(layout_chunks * (shape_.max_local_experts + 1));
-  scratch_ = value_or_throw(make_device_buffer(device_, static_cast<std::size_t>(words) * sizeof(std::int32_t)));
-  auto* const scratch = reinterpret_cast<std::int32_t*>(scratch_.data());
-  row_numbers_ = {.number = scratch + number, .before = scratch + before, .base = scratch + base};
-  counts_ = scratch + counts;
-  layout_chunks_ = scratch + layout;
+  const protocol::DeviceScratch at = protocol::device_scratch(shape_);
+  scratch_ = value_or_throw(make_device_buffer(device_, static_cast<std::size_t>(at.bytes())));
+  auto* const words = reinterpret_cast<std::int32_t*>(scratch_.data());
+  row_numbers_ = {.number = words + at.number, .before = words + at.before, .base = words + at.base};
+  counts_ = words + at.counts;
+  layout_chunks_ = words + at.layout_counts;
   cuda_check(cudaMemsetAsync(scratch_.data(), 0, scratch_.bytes(), stream_.get()), "clearing scratch memory");
   groups_ = {};
   const bool grouped = std::any_of(options_.reduction_groups.begin(), options_.reduction_groups.end(), [](int group) { return group > 0; });

@@ -40,10 +40,6 @@ struct CudaDispatch {
   int expert_buffer = 0;  // unless in place or copied out
   std::shared_ptr<void> expert_lease;
   bool in_place = false;  // rows are used where they land
-  // Throughput mode: the layout is found and rows are spread beside the rows that still arrive. They move on the exchange's stream,
-  // and the call ends with end_dispatch.
-  bool beside = false;
-  cuda::MoveArgs move;
 };
 
 class CudaEngine final : public ExchangeEngine {
@@ -102,11 +98,7 @@ class CudaEngine final : public ExchangeEngine {
   void lease_buffer(CudaDispatch& job);
   // Everything up to the received rows; then, when the host knows as much as it must, what becomes of them.
   void enqueue_dispatch(CudaDispatch& job, cudaStream_t stream);
-  void enqueue_plan(const CudaDispatch& job, cudaStream_t stream);
-  void enqueue_layout(const CudaDispatch& job, cudaStream_t stream);
   Received finish_dispatch(CudaDispatch& job, cudaStream_t stream);
-  void spread(const CudaDispatch& job, cudaStream_t stream, const ReceivedState& state);
-  void end_dispatch(const CudaDispatch& job, cudaStream_t stream);
   void place_output(const CudaDispatch& job, cudaStream_t stream, ReceivedState& state);
   std::byte* expert_memory(int buffer, std::int64_t bytes, cudaStream_t stream);
   // Behind whatever still reads the buffers that the dispatch is about to fill, and before whoever fills them next.

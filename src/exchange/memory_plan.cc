@@ -6,6 +6,7 @@
 #include "core/usage.h"
 #include "exchange/direct_arena.h"
 #include "exchange/handle_shape.h"
+#include "protocol/device_scratch.h"
 
 namespace tokenyard {
 namespace exchange_internal {
@@ -138,6 +139,9 @@ MemoryPlan Exchange::memory_plan(const ExchangeOptions& options, int ranks) {
       fmt::format("depth {} x {} rows x (row {} + scale {}) at most; max_expert_rows limits it", checked.depth, expert_major_rows(checked),
                   checked.max_row_bytes, checked.max_scale_bytes));
   if (on_gpu) {
+    add("scratch", protocol::device_scratch(shape).bytes(),
+        fmt::format("row numbers of max_tokens_per_rank {} x ranks {} x 4, counts, and prefix sums over chunks of {} tokens and of {} rows",
+                    checked.max_tokens_per_rank, ranks, protocol::kPlanChunk, protocol::kLayoutChunk));
     const LayoutOptions options_of_layout{.sizing = Sizing::capacity,
                                           .gather_map = true,
                                           .local_experts = checked.max_local_experts,

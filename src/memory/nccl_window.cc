@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -155,6 +156,8 @@ Expected<void> NcclWindow::open(const nccl::UniqueId& id) {
   }
   auto opened = communicator_->settle("ncclCommWindowRegister", library_.comm_window_register(communicator_->get(), memory_.get(), bytes_,
                                                                                               window_.get(), nccl::kSymmetricWindow));
+  // NCCL 2.28 says that a communicator is done while its thread still registers.
+  if (opened) opened = communicator_->wait_until([this] { return std::atomic_ref(*window_).load(std::memory_order_acquire) != nullptr; });
   if (!opened) {
     // NCCL's thread may still be at it, and only the owner of a communicator ends it.
     if (communicator_->is_given()) static_cast<void>(window_.release());
@@ -201,7 +204,7 @@ Expected<std::byte*> NcclWindow::view_of(int rank, const std::optional<WindowHea
 
 Expected<void> NcclWindow::find_views() {
   // Where it has none, an older NCCL hands out something else.
-  if (*window_ == nullptr || !is_device_memory(*window_)) return unexpected(no_window());
+  if (!is_device_memory(*window_)) return unexpected(no_window());
   if (const nccl::Team team = library_.team_lsa(communicator_->get()); team.ranks != world_.size()) {
     return unexpected(
         memory_failure(fmt::format("only {} of {} ranks are in one load/store team of NCCL; place all ranks where GPUs address each other",

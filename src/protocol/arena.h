@@ -48,7 +48,7 @@ struct ArenaLayout {
   std::int64_t doorbell = 0, beacon = 0;
   std::int64_t mailboxes = 0, mailbox_bytes = 0;          // [R]
   std::int64_t counts = 0, counts_bytes = 0;              // [2][R] tables, by call parity
-  std::int64_t arrivals = 0, arrivals_bytes = 0;          // [R][M] flag words: a token, or a group, of a source is here (GPUs)
+  std::int64_t arrivals = 0, arrivals_bytes = 0;          // [R][M] flag words: a token of a source is here (GPUs, latency mode)
   std::int64_t records = 0, records_bytes = 0;            // [depth] buffers
   std::int64_t scales = 0, scales_bytes = 0;              // [depth] buffers
   std::int64_t rows = 0, rows_bytes = 0;                  // [depth] buffers

@@ -19,15 +19,14 @@ enum class Flag : std::uint8_t {
   begun_odd,
   digest,  // of the header of its call; the header itself follows
   digest_odd,
-  records,   // throughput dispatch: its records and the scales it was given lie in the receive buffer
-  rows,      // throughput dispatch: its rows and all scales lie there
+  records,   // throughput dispatch: its records lie in the receive buffer
+  rows,      // throughput dispatch: its rows and their scales lie there
   weights,   // combine, at_source: its weights lie in weights_in
   partials,  // combine: its partial sums (and row weights) lie in staging
   reads,     // combine by pull: it has read everything it wants from the receiver's expert rows
   left,      // it gave up the call: nothing of it is under way any more
-  landed,    // of a rank to itself, throughput dispatch: what the records say is in the handle
 };
-constexpr int kFlags = 11;
+constexpr int kFlags = 10;
 // What brings something along has a word for even calls and one for odd calls of an exchange: a peer that has all it needs from this
 // rank's first blocks begins the next call, and a block that comes late still finds what the peer said of this one.
 constexpr TY_HOST_DEVICE Flag of_call(Flag even, std::uint64_t call) { return static_cast<Flag>(static_cast<int>(even) + call % 2); }
@@ -36,7 +35,6 @@ constexpr TY_HOST_DEVICE Flag of_call(Flag even, std::uint64_t call) { return st
 constexpr int kFlagBits = 24;
 constexpr TY_HOST_DEVICE std::uint64_t flag_word(std::uint64_t call, std::uint32_t bits = 0) { return call << kFlagBits | bits; }
 constexpr TY_HOST_DEVICE std::uint64_t flag_call(std::uint64_t word) { return word >> kFlagBits; }
-constexpr TY_HOST_DEVICE std::uint32_t flag_bits(std::uint64_t word) { return static_cast<std::uint32_t>(word & ((1U << kFlagBits) - 1)); }
 
 // What begun brings along: the receive buffer that a dispatch offers, and in latency mode how many tokens it sends.
 constexpr int kBufferBits = 7;

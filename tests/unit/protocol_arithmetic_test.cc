@@ -13,7 +13,6 @@
 #include "protocol/call.h"
 #include "protocol/device_mailbox.h"
 #include "protocol/overflow.h"
-#include "protocol/progress.h"
 #include "seeded_random.h"
 #include "tokenyard/dtype.h"
 
@@ -61,35 +60,6 @@ TEST(BlockScale, BlocksAreQuantisedLikeTheCpuKernel) {
       const BlockScale block = block_scale(largest, format);
       ASSERT_EQ(block.stored, scale);
       for (int i = 0; i < elements; ++i) ASSERT_EQ(e4m3_bits(x[i] * block.factor), q[i]) << x[i] << " times " << block.factor;
-    }
-  }
-}
-
-TEST(Progress, GroupsHoldEveryTokenOnce) {
-  for (const std::int32_t tokens : {1, 2, 15, 16, 17, 31, 33, 4096, 4097, 1'000'003}) {
-    const std::int32_t size = group_size(tokens);
-    const std::int32_t groups = (tokens - 1) / size + 1;
-    EXPECT_LE(groups, std::min(tokens, kMostGroups)) << tokens;
-    std::int32_t sum = 0;
-    for (std::int32_t group = 0; group < groups; ++group) {
-      EXPECT_GT(tokens_of_group(tokens, group), 0) << tokens << " tokens, group " << group;
-      sum += tokens_of_group(tokens, group);
-    }
-    EXPECT_EQ(sum, tokens);
-  }
-  EXPECT_EQ(group_size(0), 0);
-}
-
-TEST(Progress, PartsFollowEachOther) {
-  for (const std::int32_t rows : {0, 1, 3, 4, 5, 1000, 2'000'000'000}) {
-    for (const int count : {1, 2, 4, 7}) {
-      std::int32_t end = 0;
-      for (int index = 0; index < count; ++index) {
-        const Part part{index, count};
-        EXPECT_EQ(part.begin(rows), end);
-        end = part.end(rows);
-      }
-      EXPECT_EQ(end, rows);
     }
   }
 }

@@ -44,11 +44,8 @@ template <int kPending>
 __device__ __forceinline__ void wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-// Until the stores of all but the last kPending groups are complete and visible to this thread.
-template <int kPending>
-__device__ __forceinline__ void wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
-}
+// Until every store is complete and visible to this thread.
+__device__ __forceinline__ void drain() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Orders ordinary writes to shared memory before bulk stores that read it.
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Orders completed bulk stores before the flags that publish them.

@@ -37,9 +37,9 @@ __device__ inline std::int32_t* count_row(const Context& c, int owner, int write
   return reinterpret_cast<std::int32_t*>(arena(c, owner) + c.layout.counts +
                                          static_cast<std::int64_t>((call % 2) * c.shape.ranks + writer) * c.layout.counts_bytes);
 }
-// A flag word: `source`, which sets it, has stored its token (latency mode) or a group of its tokens (throughput mode) for `owner`.
-__device__ inline std::uint64_t* arrival(const Context& c, int owner, int source, std::int64_t index) {
-  return reinterpret_cast<std::uint64_t*>(arena(c, owner) + c.layout.arrivals) + source * c.shape.max_tokens_per_rank + index;
+// A flag word: `source`, which sets it, has stored its token for `owner`.
+__device__ inline std::uint64_t* arrival(const Context& c, int owner, int source, std::int64_t token) {
+  return reinterpret_cast<std::uint64_t*>(arena(c, owner) + c.layout.arrivals) + source * c.shape.max_tokens_per_rank + token;
 }
 __device__ inline protocol::DeviceBeacon& beacon(const Context& c, int owner) {
   return *reinterpret_cast<protocol::DeviceBeacon*>(arena(c, owner) + c.layout.beacon);
@@ -258,7 +258,7 @@ __device__ inline bool agrees(const Context& c, protocol::CallHeader header, int
   record.peer = peer;
   record.expected = static_cast<std::int64_t>(call);
   record.mine = header;
-  record.theirs = header_of(c, peer, call, protocol::flag_bits(theirs));
+  record.theirs = header_of(c, peer, call, static_cast<std::uint32_t>(theirs & ((1U << protocol::kFlagBits) - 1)));
   record.seen = static_cast<std::int64_t>(record.theirs.call);
   record_failure(c, record);
   return false;

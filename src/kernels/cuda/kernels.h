@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/context.h"
-#include "protocol/progress.h"
+#include "protocol/device_scratch.h"
 #include "tokenyard/options.h"
 
 namespace tokenyard::cuda {
@@ -55,7 +55,8 @@ struct HostCounts {
   std::int32_t map_rows = 0;  // length of the gather map
 };
 
-constexpr int kPlanChunk = 128;  // tokens
+using protocol::kLayoutChunk;
+using protocol::kPlanChunk;
 
 // A plan's slots in parts, as they are found: the slot of a row is base + before + number. Scratch, valid until the next plan.
 struct RowNumbers {
@@ -101,8 +102,6 @@ struct MoveArgs {
   RowNumbers numbers;          // of the plan; throughput mode, unless cached
   HostCounts* host = nullptr;  // latency mode, pinned
   bool cached = false;         // slots are the handle's, no records travel
-  bool tells_groups = false;   // throughput mode: peers may take rows in parts. The same on all ranks
-  bool beside = false;         // throughput mode: what it brings is used while it runs; launch_end_dispatch ends the call
   bool last = false;           // ends the call
   int blocks = 1;              // of the grid: at most what may be resident at once beside everything else on the device
 };
@@ -124,13 +123,11 @@ struct LayoutArgs {
   HostCounts* host = nullptr;            // pinned: layout_rows, where only the layout knows them (latency mode)
   bool last = false;
 };
-constexpr int kLayoutChunk = 128;
 
 // Copies rows and scales from where they landed to their places in the output (handle.output_row; identity without it).
 struct SpreadArgs {
   Context context;
   HandleView handle;
-  protocol::Part part;  // of the rows of each source
   std::int32_t buffer = 0;
   Layout layout = Layout::token_major;
   Mode mode = Mode::throughput;
@@ -189,13 +186,7 @@ void launch_plan(const PlanArgs& args, Stream stream);
 void launch_move(const MoveArgs& args, Stream stream);
 void launch_slots(const MoveArgs& args, Stream stream);     // latency mode: moves, waits and lands in slots that need no plan
 void launch_layout(const LayoutArgs& args, Stream stream);  // several kernels
-void launch_spread(const SpreadArgs& args, Stream stream);  // local, behind its call or its part
-
-// Beside a move, on another stream; one block each, so that little is taken from the move, which needs its blocks at once.
-void launch_await_landed(const Context& context, Stream stream);  // until the handle knows the received rows
-// Until the rows of this part of each source are here.
-void launch_await_part(const Context& context, const HandleView& handle, protocol::Part part, Stream stream);
-void launch_end_dispatch(const MoveArgs& args, Stream stream);  // behind the move and everything that ran beside it
+void launch_spread(const SpreadArgs& args, Stream stream);  // local, behind its call
 
 void launch_combine_weights(const CombineArgs& args, Stream stream);  // at_source: this rank's weights go to where its rows went
 void launch_combine_push(const CombineArgs& args, Stream stream);     // fold or copy, into the owners' staging

@@ -3,13 +3,10 @@
 
 #include "kernels/cuda/move_job.h"
 #include "kernels/cuda/received.cuh"
-#include "protocol/progress.h"
 
 namespace tokenyard::cuda {
 
-enum MoveTicket { kRowsTicket, kRecordsTicket, kLandedTicket, kMoveEnd, kGroupTickets };
-constexpr int kMoveTickets = kGroupTickets + protocol::kMostGroups;
-static_assert(kMoveTickets <= protocol::kTickets / 2);  // the rest is for what runs beside
+enum MoveTicket { kRowsTicket, kRecordsTicket, kMoveEnd };
 
 // The source of received row i: the first that ends behind it.
 __device__ inline int source_of(const std::int32_t* source_begin, int ranks, std::int32_t i) {
@@ -55,35 +52,14 @@ __device__ inline void land_pairs(const MoveArgs& args, const WarpShare& share) 
   }
 }
 
-// True in the last of `warps` that comes here: it sees what the others have done.
-__device__ inline bool is_last_warp(const Context& c, MoveTicket ticket, std::int64_t warps) {
-  __syncwarp();
-  bool last = false;
-  if (lane_index() == 0) last = ptx::add_acquire_release(&c.tickets[ticket], 1U) == warps - 1;
-  return __any_sync(kAllLanes, last) != 0;
-}
-
 // By a warp that has sent the records of its share: the last of `warps` tells every rank.
 __device__ inline void publish_records(const Context& c, std::int64_t warps) {
-  if (!is_last_warp(c, kRecordsTicket, warps)) return;
+  __syncwarp();
+  bool last = false;
+  if (lane_index() == 0) last = ptx::add_acquire_release(&c.tickets[kRecordsTicket], 1U) == warps - 1;
+  if (!__any_sync(kAllLanes, last)) return;
   const std::uint64_t call = call_number(c);
   for (int i = lane_index(); i < c.ranks; i += kLanes) set_flag(c, Flag::records, (c.rank + 1 + i) % c.ranks, call);
-}
-
-// By a warp that has landed its share: the last of `warps` tells the kernels beside this one.
-__device__ inline void publish_landed(const Context& c, std::int64_t warps) {
-  if (is_last_warp(c, kLandedTicket, warps) && lane_index() == 0) set_flag(c, Flag::landed, c.rank, call_number(c));
-}
-
-// By one thread, to which a token's stores to all its ranks are complete: the last one of a group tells every rank.
-__device__ inline void publish_group(const Context& c, std::int32_t tokens, std::int32_t token) {
-  const std::int32_t size = protocol::group_size(tokens);
-  const std::int32_t group = token / size;
-  const auto before = static_cast<std::int32_t>(ptx::add_acquire_release(&c.tickets[kGroupTickets + group], 1U));
-  if (before != protocol::tokens_of_group(tokens, group) - 1) return;
-  const std::uint64_t word = protocol::flag_word(call_number(c), static_cast<std::uint32_t>(size));
-  __threadfence_system();  // once, not a release for each rank
-  for (int i = 0; i < c.ranks; ++i) ptx::store_relaxed(arrival(c, (c.rank + 1 + i) % c.ranks, c.rank, group), word);
 }
 
 // False: the call has failed.
@@ -116,7 +92,7 @@ __device__ inline void finish_move(const MoveJob& job) {
   const MoveArgs& args = job.args;
   const Context& c = args.context;
   if (!is_last_block(c, kMoveEnd)) return;
-  if (threadIdx.x < kMoveTickets && threadIdx.x != kMoveEnd) c.tickets[threadIdx.x] = 0;
+  if (threadIdx.x == 0) c.tickets[kRowsTicket] = c.tickets[kRecordsTicket] = 0;
   const std::uint64_t call = call_number(c);
   bool good = !block_has_failed(c);
   if (good) {
@@ -124,7 +100,7 @@ __device__ inline void finish_move(const MoveJob& job) {
     if (warp_index() == 0) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
     good = wait_for_all(c, Flag::rows, Phase::dispatch_rows, call);
   }
-  if (!good && !args.cached && !args.beside) clear_handle(args);
+  if (!good && !args.cached) clear_handle(args);
   if (args.last) end_call(c, !good, call);
 }
 

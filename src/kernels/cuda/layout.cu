@@ -19,7 +19,7 @@ constexpr std::int64_t kSmallPairs = 32768;
 constexpr std::int64_t kSharedWords = 11 * 1024;  // of dynamic shared memory without asking for more
 constexpr int kFillBlocks = 128;
 
-enum Ticket { kScanTicket = protocol::kTickets / 2, kPlaceTicket, kSmallTicket };  // beside those of a move
+enum Ticket { kScanTicket, kPlaceTicket, kSmallTicket };
 
 // Rows that can hold anything: in throughput mode what arrived, in latency mode all slots.
 __device__ std::int32_t used_rows(const LayoutArgs& args) {

@@ -137,11 +137,9 @@ __device__ inline void send_beside(const MoveJob& job, const WarpShare& share) {
 // What a clerk does: everything that is not a row, while others move rows.
 __device__ inline void work_beside_rows(const MoveJob& job, const WarpShare& share) {
   send_beside(job, share);
-  publish_records(job.args.context, share.count);
   if (job.args.cached) return;
-  if (!wait_for_records(job.args.context)) return;
-  land_pairs(job.args, share);
-  if (job.args.beside) publish_landed(job.args.context, share.count);
+  publish_records(job.args.context, share.count);
+  if (wait_for_records(job.args.context)) land_pairs(job.args, share);
 }
 
 }  // namespace tokenyard::cuda

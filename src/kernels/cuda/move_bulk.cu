@@ -81,19 +81,10 @@ __device__ void store_scales(const MoveJob& job, std::int32_t token, const std::
   }
 }
 
-// By lane 0: until all rows of this mover but the last kPending ones lie where they go; then `token`, the newest of those, is told.
-template <int kPending>
-__device__ void complete_rows(const MoveJob& job, std::int32_t tokens, std::int32_t token) {
-  bulk::wait<kPending>();
-  bulk::fence_all();
-  if (job.args.tells_groups && token >= 0) publish_group(job.args.context, tokens, token);
-}
-
 template <bool kQuantise>
 __device__ void move_rows(const MoveJob& job, std::int32_t tokens, const MoverMemory& memory) {
   const MoveArgs& args = job.args;
   Pieces next(&args.context.tickets[kRowsTicket], mover_share());
-  std::int32_t under_way = -1;  // the token whose row was stored last
   int stage = 0;
   std::uint32_t parity = 0;
   for (; next.current() < tokens; next.advance()) {
@@ -109,14 +100,14 @@ __device__ void move_rows(const MoveJob& job, std::int32_t tokens, const MoverMe
       bulk::wait_read<kStages - 1>();  // the other stage's stores have read it; this one's may go on
       prefetch(job, static_cast<std::int32_t>(ahead), memory, stage ^ 1);
     }
-    if (args.tells_groups && lane_index() == 0) complete_rows<1>(job, tokens, under_way);
-    under_way = token;
     __syncwarp();
     stage ^= 1;
     if (stage == 0) parity ^= 1;
   }
+  if (lane_index() != 0) return;
   // This thread's bulk stores are complete, and ordered before the flag that is_last_block leads to.
-  if (lane_index() == 0) complete_rows<0>(job, tokens, under_way);
+  bulk::drain();
+  bulk::fence_all();
 }
 
 template <bool kQuantise>

@@ -78,8 +78,6 @@ __device__ void move_rows(const MoveJob& job) {
     for (int first = 0; first < c.ranks; first += kLanes) {
       move_row<kQuantise>(job, token, targets_of(job, token, first), kQuantise ? &stages[warp_index()] : nullptr);
     }
-    __syncwarp();
-    if (job.args.tells_groups && lane_index() == 0) publish_group(c, tokens, token);
   }
 }
 

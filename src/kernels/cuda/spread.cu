@@ -79,14 +79,6 @@ __device__ void spread_row(const SpreadJob& job, std::int64_t i, std::int32_t ta
   }
 }
 
-// Row i to wherever its `width` pairs go.
-__device__ void spread_pairs(const SpreadJob& job, std::int64_t i, int width) {
-  for (int begin = 0; begin < width; begin += kLanes) {
-    const int k = begin + lane_index();
-    spread_row(job, i, k < width ? target_of(job.args, i, k) : -1);
-  }
-}
-
 __device__ void zero_row(const SpreadJob& job, std::int64_t row) {
   const SpreadArgs& args = job.args;
   for (std::int64_t at = lane_index() * 16; at < args.row_bytes; at += kLanes * 16) {
@@ -104,17 +96,15 @@ __global__ void __launch_bounds__(kSpreadThreads, 1) spread_rows(const __grid_co
   if (block_has_failed(c)) return;
   const std::int64_t first = static_cast<std::int64_t>(warp_index()) * gridDim.x + blockIdx.x;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * warps_of_block();
+  const std::int64_t rows = args.mode == Mode::latency ? received_capacity(c, args.mode) : handle.header->num_rows;
   const int width = has_experts(args) ? handle.top_k : 1;
-  std::int64_t next = first;  // of this warp, behind the first row of the source
-  for (int source = 0; source < c.ranks; ++source) {
-    const std::int32_t source_begin = handle.source_begin[source];
-    const std::int32_t source_rows = handle.source_begin[source + 1] - source_begin;
-    const std::int64_t begin = source_begin + args.part.begin(source_rows), end = source_begin + args.part.end(source_rows);
-    for (; begin + next < end; next += step) spread_pairs(job, begin + next, width);
-    next -= end - begin;
+  for (std::int64_t i = first; i < rows; i += step) {
+    for (int begin = 0; begin < width; begin += kLanes) {
+      const int k = begin + lane_index();
+      spread_row(job, i, k < width ? target_of(args, i, k) : -1);
+    }
   }
-  const bool is_last_part = args.part.index + 1 == args.part.count;
-  if (!args.zero_padding || !has_experts(args) || !is_last_part) return;
+  if (!args.zero_padding || !has_experts(args)) return;
   for (std::int64_t row = first; row < args.output_rows; row += step) {
     if (handle.out_source_rank[row] < 0) zero_row(job, row);
   }

@@ -1,4 +1,4 @@
-// Large batches in layouts that are made of what has landed: rows are spread in parts, beside those that still arrive.
+// Large batches in layouts that are made of what has landed.
 
 #include <gtest/gtest.h>
 
@@ -16,7 +16,7 @@ struct Large {
   bool copy_out = false;
   bool quantise = false;
   bool gather_map = false;
-  bool in_phases = false;  // on rank 0 alone, which then waits for all rows while its peers take them in parts
+  bool in_phases = false;  // on rank 0 alone
 };
 
 const Large kLarge[] = {
@@ -32,7 +32,7 @@ const Large kLarge[] = {
     {.name = "GatherMapCopied", .layout = Layout::token_major, .copy_out = true, .gather_map = true},
 };
 
-// Enough for as many parts as there are, on every rank but the last one.
+// Several chunks of tokens and of received rows, and as good as none on the last rank.
 constexpr BatchShape kShape{.max_tokens = 640, .hidden_size = 2048};
 constexpr std::int64_t kFewer = 311;  // tokens, on each higher rank
 
@@ -70,21 +70,21 @@ void run_rank(World& world, const Large& large) {
   }
 }
 
-class ExchangeParts : public testing::TestWithParam<Large> {
+class ExchangeLarge : public testing::TestWithParam<Large> {
  protected:
   void SetUp() override {
     if (gpu_count() == 0) GTEST_SKIP() << "no GPU here";
   }
 };
 
-TEST_P(ExchangeParts, AreWhatTheHostReceives) {
+TEST_P(ExchangeLarge, AreWhatTheHostReceives) {
   for (const int ranks : {1, 2, 3, 4}) {
     run_ranks(
         ranks, [&](World& world) { run_rank(world, GetParam()); }, 20'000);
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Large, ExchangeParts, testing::ValuesIn(kLarge), [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(Large, ExchangeLarge, testing::ValuesIn(kLarge), [](const auto& info) { return info.param.name; });
 
 }  // namespace
 }  // namespace tokenyard::device_test

@@ -1,0 +1,38 @@
+#pragma once
+// What the kernels of a rank count, from one launch of a call to the next: its own memory, which no peer reads.
+
+#include <utility>
+
+#include "protocol/arena.h"
+
+namespace tokenyard::protocol {
+
+constexpr int kPlanChunk = 128;    // tokens
+constexpr int kLayoutChunk = 128;  // received rows
+
+// Offsets in int32 words; every part starts on a cache line.
+struct DeviceScratch {
+  std::int64_t number = 0;         // [M][R]: a token's row among those of its chunk for a rank
+  std::int64_t before = 0;         // [ceil(M / kPlanChunk)][R]: rows of earlier chunks
+  std::int64_t base = 0;           // [R]: rows of lower ranks
+  std::int64_t counts = 0;         // [count_words()]
+  std::int64_t layout_counts = 0;  // [ceil(receive_rows / kLayoutChunk)][L + 1]
+  std::int64_t words = 0;
+  constexpr std::int64_t bytes() const { return words * 4; }
+};
+
+constexpr DeviceScratch device_scratch(const ArenaShape& shape) {
+  DeviceScratch scratch;
+  const auto part = [&scratch](std::int64_t count) {
+    return std::exchange(scratch.words, scratch.words + align_up(count, kCacheLine / 4));
+  };
+  const auto chunks = [](std::int64_t items, std::int64_t chunk) { return (items + chunk - 1) / chunk; };
+  scratch.number = part(shape.max_tokens_per_rank * shape.ranks);
+  scratch.before = part(chunks(shape.max_tokens_per_rank, kPlanChunk) * shape.ranks);
+  scratch.base = part(shape.ranks);
+  scratch.counts = part(shape.count_words());
+  scratch.layout_counts = part(chunks(shape.receive_rows, kLayoutChunk) * (shape.max_local_experts + 1));
+  return scratch;
+}
+
+}  // namespace tokenyard::protocol
