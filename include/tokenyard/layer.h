@@ -95,7 +95,7 @@ class ExpertGroup {
   // Registers a layer's placement over the exchange's ranks once, and returns its number.
   int add(const Placement& placement);
   // Of layers, since the last call: "route", "dispatch", "shared", "experts", "combine". Empty without options.trace.
-  // On cuda "gate" is a phase of its own, and this waits for the phases that are enqueued.
+  // On cuda "gate" is a phase of its own, as are "gather" and "reduce" of shards; this waits for the phases that are enqueued.
   std::vector<PhaseSpan> take_spans();
   // Throws what is known of steps that were only enqueued on a GPU; waits for nothing.
   void check();
