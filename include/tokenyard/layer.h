@@ -58,11 +58,11 @@ struct ExpertGroupOptions {
   int num_threads = 1;            // as in ExchangeOptions
   bool trace = false;             // keep spans, see take_spans()
   Transport transport = Transport::automatic;
-  int timeout_ms = 0;                // deadline of every wait; 0: the world's
-  Device device = Device::cpu;       // where rows and weights are
-  int device_index = -1;             // cuda: as in ExchangeOptions
-  int sm_budget = 0;                 // cuda: as in ExchangeOptions
-  bool gradients = false;            // cuda: layers go backward, too, and hold memory for it
+  int timeout_ms = 0;           // deadline of every wait; 0: the world's
+  Device device = Device::cpu;  // where rows and weights are
+  int device_index = -1;        // cuda: as in ExchangeOptions
+  int sm_budget = 0;            // cuda: as in ExchangeOptions
+  bool gradients = false;       // cuda: layers go backward, too, and hold memory for it
   // cuda, with an exchange: most rows of a rank's experts in a step; 0: receive_rows x min(top_k, max_local_experts). gathered with
   // mlp_tp > 1: 0, or at least mlp_tp x receive_rows x top_k.
   std::int64_t max_expert_rows = 0;
