@@ -58,12 +58,14 @@ struct ExpertGroupOptions {
   int num_threads = 1;            // as in ExchangeOptions
   bool trace = false;             // keep spans, see take_spans()
   Transport transport = Transport::automatic;
-  int timeout_ms = 0;                // deadline of every wait; 0: the world's
-  Device device = Device::cpu;       // where rows and weights are
-  int device_index = -1;             // cuda: as in ExchangeOptions
-  int sm_budget = 0;                 // cuda: as in ExchangeOptions
-  bool gradients = false;            // cuda: layers go backward, too, and hold memory for it
-  std::int64_t max_expert_rows = 0;  // cuda: most rows of a rank's experts in a step; 0: receive_rows x min(top_k, max_local_experts)
+  int timeout_ms = 0;           // deadline of every wait; 0: the world's
+  Device device = Device::cpu;  // where rows and weights are
+  int device_index = -1;        // cuda: as in ExchangeOptions
+  int sm_budget = 0;            // cuda: as in ExchangeOptions
+  bool gradients = false;       // cuda: layers go backward, too, and hold memory for it
+  // cuda, with an exchange: most rows of a rank's experts in a step; 0: receive_rows x min(top_k, max_local_experts). gathered with
+  // mlp_tp > 1: 0, or at least mlp_tp x receive_rows x top_k.
+  std::int64_t max_expert_rows = 0;
 };
 
 // The ranks that hold all experts together (ep * mlp_tp; one of outer_dp such groups), and what they meet with. One serves all layers.
@@ -81,8 +83,10 @@ class ExpertGroup {
   int dense_rank() const { return world_->rank() % options_.dense_tp; }
   // nullptr with ep = 1: a model without expert parallelism has none.
   Exchange* exchange() { return exchange_.get(); }
-  // Over the shards of this rank's window of experts; nullptr where nothing is gathered (virtual experts with ep > 1, mlp_tp = 1).
+  // Over the shards of this rank's window of experts; nullptr where nothing is gathered (virtual experts with ep > 1, mlp_tp = 1). On
+  // CPUs, and on GPUs.
   Collectives* tp() { return tp_.get(); }
+  DeviceCollectives* tp_on_gpus() { return tp_on_gpus_.get(); }
   // Over the ranks that share dense weights; nullptr with dense_tp = 1. On CPUs, and on GPUs.
   Collectives* dense() { return dense_.get(); }
   DeviceCollectives* dense_on_gpus() { return dense_on_gpus_.get(); }
@@ -91,7 +95,7 @@ class ExpertGroup {
   // Registers a layer's placement over the exchange's ranks once, and returns its number.
   int add(const Placement& placement);
   // Of layers, since the last call: "route", "dispatch", "shared", "experts", "combine". Empty without options.trace.
-  // On cuda "gate" is a phase of its own, and this waits for the phases that are enqueued.
+  // On cuda "gate" is a phase of its own, as are "gather" and "reduce" of shards; this waits for the phases that are enqueued.
   std::vector<PhaseSpan> take_spans();
   // Throws what is known of steps that were only enqueued on a GPU; waits for nothing.
   void check();
@@ -105,7 +109,7 @@ class ExpertGroup {
   ParallelConfig config_;
   std::optional<World> world_;
   std::unique_ptr<Collectives> tp_, dense_;
-  std::unique_ptr<DeviceCollectives> dense_on_gpus_;
+  std::unique_ptr<DeviceCollectives> tp_on_gpus_, dense_on_gpus_;
   std::unique_ptr<Exchange> exchange_;
   std::shared_ptr<layer_internal::DeviceWorkspace> workspace_;
   std::vector<std::uint64_t> added_;  // hashes of placements, by number

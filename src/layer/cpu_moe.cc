@@ -71,11 +71,11 @@ CpuMoe::CpuMoe(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, co
   if (group_->exchange() != nullptr) placement_ = group_->add(placement_of(*group_, options, gate_.num_experts()));
 }
 
-CpuMoe::Slice CpuMoe::slice_of(std::int64_t tokens) const {
+Slice CpuMoe::slice_of(std::int64_t tokens) const {
   if (!is_sliced()) return {0, tokens};
   ShardCounts counts;
   counts.slice(group_->config().mlp_tp, tokens);
-  return {counts.begin(group_->tp_rank()), counts.of(group_->tp_rank())};
+  return counts.slice_of(group_->tp_rank());
 }
 
 void CpuMoe::check(const ConstTensorView& x, const ConstTensorView& out, const MoeStepOptions& options) const {

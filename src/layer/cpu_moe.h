@@ -16,10 +16,6 @@ class CpuMoe final : public MoeEngine {
 
  private:
   // Tokens of this step whose gate, shared expert and sum are this rank's: all of them, or with same_tokens a slice.
-  struct Slice {
-    std::int64_t begin = 0;
-    std::int64_t count = 0;
-  };
   Slice slice_of(std::int64_t tokens) const;
   bool is_sliced() const { return group_->options().same_tokens && group_->tp() != nullptr; }
   void check(const ConstTensorView& x, const ConstTensorView& out, const MoeStepOptions& options) const;

@@ -3,8 +3,8 @@
 #include "experts/row_block.h"
 #include "layer/cuda/kernels.h"
 #include "layer/cuda_calls.h"
-#include "layer/local_experts.h"
 #include "layer/steps.h"
+#include "tokenyard/norm.h"
 
 namespace tokenyard::layer_internal {
 namespace {
@@ -17,12 +17,25 @@ TensorView matrix(const DeviceBuffer& buffer, Dtype dtype, std::int64_t rows, st
   return {buffer.data(), dtype, {rows, columns}};
 }
 
+// What concerns these tokens of all; d_out may be theirs alone already.
+MoeBackwardInput part_of(const MoeBackwardInput& input, const Slice& slice) {
+  const auto part = [&](const ConstTensorView& of_all) { return rows_of(of_all, slice.begin, slice.count); };
+  MoeBackwardInput mine = input;
+  mine.x = part(input.x);
+  mine.d_logits = part(input.d_logits);
+  if (!input.options.sliced_out) mine.d_out = part(input.d_out);
+  mine.options.mask = part(input.options.mask);
+  mine.options.given_ids = part(input.options.given_ids);
+  return mine;
+}
+
 }  // namespace
 
 void CudaMoe::backward(const MoeBackwardInput& input, const MoeActivations& saved, const TensorView& d_x, const MoeGradients& gradients) {
   const CudaDeviceScope scope(workspace().device());
   guarded(input.options.stream, [&](int& owed) {
     if (shared_) shared_->begin_backward();
+    if (shards_) shards_->begin(shard_calls_backward(input.options));
     check_gradients(input, saved.step().on_gpu.get(), d_x, gradients);
     backward_steps(input, saved.step(), d_x, gradients, owed);
   });
@@ -56,66 +69,52 @@ void CudaMoe::backward_steps(const MoeBackwardInput& input, MoeStep& saved, cons
   const CudaStep& step = *saved.on_gpu;
   const cudaStream_t stream = stream_of(input.options.stream);
   const DeviceWorkspace::Gradients& memory = workspace().gradients();
+  const Slice slice = slice_of(step.num_tokens);
+  const MoeBackwardInput mine = part_of(input, slice);
+  const TensorView d_shared = workspace().shared(input.x.dtype, slice.count, input.x.shape[1]);
   CallOrder& order = workspace().order();
   order.enter(stream);
   if (shared_) {
     const Phase phase(workspace().trace(), "shared", 0, stream);
-    shared_->backward({input.x, input.d_out, &step.shared, &gradients.shared, stream},
-                      workspace().shared(input.x.dtype, step.num_tokens, input.x.shape[1]));
+    shared_->backward({mine.x, mine.d_out, &step.shared, &gradients.shared, stream}, d_shared);
   }
   const ConstTensorView d_weights = group_->exchange() != nullptr ? experts_backward(input, saved, gradients.experts, owed)
                                                                   : experts_backward_here(input, step, gradients.experts);
-  gate_backward(input, step, d_weights, gradients);
+  gate_backward(mine, step, d_weights, gradients);
   const ConstTensorView& gate = weights_.shared.gate;
-  layer_cuda::add_gradients(
-      {.num_rows = step.num_tokens,
-       .columns = input.x.shape[1],
-       .dtype = input.x.dtype,
-       .gate_dtype = gate.dtype,
-       .rows = memory.rows.data(),
-       .of_gate = memory.of_gate.as<float>(),
-       .of_shared = has_shared() ? data_of(workspace().shared(input.x.dtype, step.num_tokens, input.x.shape[1])) : nullptr,
-       .d_logits = memory.shared_logits.as<float>(),
-       .gate = data_of(gate),
-       .out = static_cast<std::byte*>(d_x.data),
-       .out_stride = stride_of(d_x)},
-      stream);
+  const TensorView d_mine = rows_of(d_x, slice.begin, slice.count);
+  layer_cuda::add_gradients({.num_rows = slice.count,
+                             .columns = input.x.shape[1],
+                             .dtype = input.x.dtype,
+                             .gate_dtype = gate.dtype,
+                             .rows = memory.rows.data(),
+                             .of_gate = memory.of_gate.as<float>(),
+                             .of_shared = has_shared() ? data_of(d_shared) : nullptr,
+                             .d_logits = memory.shared_logits.as<float>(),
+                             .gate = data_of(gate),
+                             .out = data_of(d_mine),
+                             .out_stride = stride_of(d_mine)},
+                            stream);
   check_launch("launch of a sum of gradients");
+  if (is_sliced() && step.num_tokens > 0) shards_->gather(d_mine, slice_counts(step.num_tokens, shards_->size()), d_x, stream);
   order.leave(stream);
 }
 
 ConstTensorView CudaMoe::experts_backward(const MoeBackwardInput& input, MoeStep& saved, const ExpertGradients& gradients, int& owed) {
   const cudaStream_t stream = stream_of(input.options.stream);
   const Phase phase(workspace().trace(), "experts", 0, stream);
-  const std::int64_t tokens = input.x.shape[0], hidden_size = input.x.shape[1];
-  const CudaStep& step = *saved.on_gpu;
+  const std::int64_t tokens = input.x.shape[0];
   const DeviceWorkspace::Gradients& memory = workspace().gradients();
   Exchange& exchange = *group_->exchange();
   const Handle handle = saved.received.handle();
-  const DeviceRowGroups groups = DeviceRowGroups::of(saved.received);
   Received g = made(owed, [&] { return exchange.dispatch({.rows = input.d_out}, handle, {.stream = stream}); });
-  const TensorView d_places = matrix(memory.places, input.x.dtype, groups.places, hidden_size);
-  if (num_local_experts_ > 0) {
-    layer_cuda::differentiate_weights({.num_places = groups.begins.as<std::int32_t>() + num_local_experts_,
-                                       .max_places = groups.places,
-                                       .columns = hidden_size,
-                                       .dtype = input.x.dtype,
-                                       .g = static_cast<std::byte*>(g.rows().data),
-                                       .y = data_of(step.y),
-                                       .weights = saved.received.row_weights().as<float>(),
-                                       .d_weights = memory.place_weights.as<float>()},
-                                      workspace().multiprocessors(), stream);
-    check_launch("launch of the gradient of routing weights");
-    workspace().experts().experts_backward(
-        {.x = saved.received.rows(), .gate_up = step.gate_up, .dy = g.rows(), .dx = d_places, .gradients = gradients}, groups,
-        weights_.experts, activation_, stream);
-  }
+  const ExpertRowsGradient d =
+      is_gathered() ? shards_backward(*saved.on_gpu, g.rows(), gradients, stream) : places_backward(saved, g.rows(), gradients, stream);
   g.release(stream);
   const Combined back = made(owed, [&] {
-    return exchange.combine(d_places, handle,
-                            {.row_weights = {memory.place_weights.data(), Dtype::float32, {groups.places}},
-                             .out = matrix(memory.rows, input.x.dtype, tokens, hidden_size),
-                             .stream = stream});
+    return exchange.combine(
+        d.rows, handle,
+        {.row_weights = d.row_weights, .out = matrix(memory.rows, input.x.dtype, tokens, input.x.shape[1]), .stream = stream});
   });
   const TensorView d_weights = matrix(memory.weights, Dtype::float32, tokens, gate_.gate().top_k);
   cuda_check(cudaMemcpyAsync(d_weights.data, back.combined_weights.data, static_cast<std::size_t>(d_weights.num_elements()) * sizeof(float),
@@ -124,22 +123,43 @@ ConstTensorView CudaMoe::experts_backward(const MoeBackwardInput& input, MoeStep
   return d_weights;
 }
 
+ExpertRowsGradient CudaMoe::places_backward(const MoeStep& saved, const TensorView& g, const ExpertGradients& gradients, void* stream) {
+  const CudaStep& step = *saved.on_gpu;
+  const DeviceWorkspace::Gradients& memory = workspace().gradients();
+  const DeviceRowGroups groups = DeviceRowGroups::of(saved.received);
+  const ExpertRowsGradient d = {matrix(memory.places, g.dtype, groups.places, g.shape[1]),
+                                {memory.place_weights.data(), Dtype::float32, {groups.places}}};
+  if (num_local_experts_ == 0) return d;
+  layer_cuda::differentiate_weights({.num_places = groups.begins.as<std::int32_t>() + num_local_experts_,
+                                     .max_places = groups.places,
+                                     .columns = g.shape[1],
+                                     .dtype = g.dtype,
+                                     .g = data_of(g),
+                                     .y = data_of(step.y),
+                                     .weights = saved.received.row_weights().as<float>(),
+                                     .d_weights = memory.place_weights.as<float>()},
+                                    workspace().multiprocessors(), stream_of(stream));
+  check_launch("launch of the gradient of routing weights");
+  workspace().experts().experts_backward(
+      {.x = saved.received.rows(), .gate_up = step.gate_up, .dy = g, .dx = d.rows, .gradients = gradients}, groups, weights_.experts,
+      activation_, stream);
+  return d;
+}
+
 ConstTensorView CudaMoe::experts_backward_here(const MoeBackwardInput& input, const CudaStep& step, const ExpertGradients& gradients) {
   void* const stream = input.options.stream;
   const Phase phase(workspace().trace(), "experts", 0, stream_of(stream));
-  const std::int64_t tokens = input.x.shape[0], hidden_size = input.x.shape[1];
+  const std::int64_t tokens = input.x.shape[0], mine = slice_of(tokens).count;
   const DeviceWorkspace::Gradients& memory = workspace().gradients();
-  const TensorView d_weights = matrix(memory.weights, Dtype::float32, tokens, gate_.gate().top_k);
-  if (tokens == 0) return d_weights;
-  DeviceExperts& experts = workspace().experts();
-  const ConstTensorView ids = step.routing.topk_ids;
-  const DeviceRowGroups groups = experts.gather(ids, num_local_experts_, stream);
-  const TensorView d_y = workspace().places(input.x.dtype, groups.places, hidden_size);
-  const TensorView d_places = matrix(memory.places, input.x.dtype, groups.places, hidden_size);
-  experts.unpermute_backward({step.y, ids, step.routing.topk_weights}, groups, input.d_out, d_y, d_weights, stream);
-  experts.experts_backward({.x = input.x, .gate_up = step.gate_up, .dy = d_y, .dx = d_places, .gradients = gradients}, groups,
-                           weights_.experts, activation_, stream);
-  experts.unpermute({d_places, ids, {}}, groups, matrix(memory.rows, input.x.dtype, tokens, hidden_size), stream);
+  const TensorView d_weights = matrix(memory.weights, Dtype::float32, mine, gate_.gate().top_k);
+  if (tokens == 0 && !is_gathered()) return d_weights;
+  const ExpertRowsGradient d = {matrix(memory.rows, input.x.dtype, mine, input.x.shape[1]), d_weights};
+  if (is_gathered())
+    gathered_backward(step, input.d_out, d, gradients, stream);
+  else if (is_sliced())
+    slice_backward(input, step, d, gradients);
+  else
+    fold_backward(step, {input.x, step.routing.topk_ids, step.routing.topk_weights}, input.d_out, d, gradients, stream);
   return d_weights;
 }
 
@@ -156,9 +176,12 @@ void CudaMoe::gate_backward(const MoeBackwardInput& input, const CudaStep& step,
                             : cudaMemsetAsync(d_logits.data, 0, bytes, stream),
              "preparing the gradient of logits");
   const GateWeights& weights = weights_.gate;
+  const Slice slice = slice_of(step.num_tokens);
+  const auto part = [&](const TensorView& of_all) { return rows_of(of_all, slice.begin, slice.count); };
   const RoutingInput routed = {
-      .logits = step.logits, .bias = weights.selection_bias, .mask = input.options.mask, .given_ids = input.options.given_ids};
-  add_weights_gradient(routed, gate_.gate(), step.routing, d_weights, d_logits, stream);
+      .logits = part(step.logits), .bias = weights.selection_bias, .mask = input.options.mask, .given_ids = input.options.given_ids};
+  const DeviceRouting routing = {part(step.routing.topk_ids), part(step.routing.topk_weights), step.routing.load};
+  add_weights_gradient(routed, gate_.gate(), routing, d_weights, d_logits, stream);
   if (gradients.gate_bias) layer_cuda::add_column_sums(d_logits.as<float>(), tokens, experts, gradients.gate_bias.as<float>(), stream);
   if (gradients.gate_weight) {
     layer_cuda::product_of_factors({.rows = experts,
@@ -199,7 +222,7 @@ void CudaMoe::rehearse_backward(void* stream) {
   const TensorView d_weights = matrix(memory.weights, Dtype::float32, 1, top_k);
   add_weights_gradient({.logits = workspace().logits(1, gate_.num_experts()), .bias = weights_.gate.selection_bias}, gate_.gate(), routing,
                        d_weights, matrix(memory.logits, Dtype::float32, 1, gate_.num_experts()), stream);
-  if (group_->exchange() == nullptr) {
+  if ((group_->exchange() == nullptr || is_gathered()) && num_local_experts_ > 0) {
     DeviceExperts& experts = workspace().experts();
     const DeviceRowGroups groups = experts.gather(routing.topk_ids, num_local_experts_, stream);
     experts.unpermute_backward({workspace().places(dtype(), top_k, hidden_size), routing.topk_ids, routing.topk_weights}, groups, x,
@@ -207,7 +230,7 @@ void CudaMoe::rehearse_backward(void* stream) {
   }
   const std::int64_t width = num_local_experts_ > 0 ? weights_.experts.w13.shape[2] : 0;
   workspace().blocks().reserve(places * (2 * width + hidden_size) * size_of(dtype()) + static_cast<std::int64_t>(memory.logits.bytes()) +
-                               (shared_ ? shared_->step_bytes() : 0));
+                               (shared_ ? shared_->step_bytes() : 0) + gathered_bytes());
 }
 
 }  // namespace tokenyard::layer_internal

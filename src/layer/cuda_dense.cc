@@ -49,12 +49,9 @@ void rehearse_products(DeviceWorkspace& workspace, const ExpertWeights& of, cons
 }
 
 CudaDense::CudaDense(ExpertGroup& group, const DenseWeights& weights, const Activation& activation)
-    : workspace_(*group.workspace()),
-      ranks_(group.dense_on_gpus()),
-      most_tokens_(group.options().max_tokens_per_rank),
-      weights_(weights),
-      activation_(activation) {
+    : workspace_(*group.workspace()), most_tokens_(group.options().max_tokens_per_rank), weights_(weights), activation_(activation) {
   check_dense_on_gpu(weights, workspace_.device());
+  if (group.dense_on_gpus() != nullptr) ranks_.emplace(*group.dense_on_gpus(), most_tokens_);
 }
 
 void CudaDense::check_gradients(const DenseGradients& gradients) const {
@@ -64,11 +61,7 @@ void CudaDense::check_gradients(const DenseGradients& gradients) const {
                      workspace_.device());
 }
 
-std::int64_t CudaDense::most_rows() const { return is_cut() ? ranks_->world().size() * most_tokens_ : most_tokens_; }
-
-DeviceCounts CudaDense::counts_of(const CudaDenseStep* step) const {
-  return {.counts = step != nullptr ? step->counts : workspace_.dense().counts(), .most = most_tokens_};
-}
+std::int64_t CudaDense::most_rows() const { return is_cut() ? ranks_->most_of_all() : most_tokens_; }
 
 void CudaDense::place(CudaDenseStep& step, StepMemory& memory, std::int64_t tokens, Dtype dtype) const {
   const std::int64_t places = is_cut() ? most_rows() : tokens, width = weights_.weights.w13.shape[2];
@@ -76,22 +69,19 @@ void CudaDense::place(CudaDenseStep& step, StepMemory& memory, std::int64_t toke
   memory.place(step.y, dtype, {gate() ? tokens : 0, hidden_size()});
   if (!is_cut()) return;
   memory.place(step.rows, dtype, {places, hidden_size()});
-  memory.place(step.counts, Dtype::int32, {ranks_->world().size()});
+  memory.place(step.counts, Dtype::int32, {ranks_->size()});
   memory.place(step.total, Dtype::int32, {1});
 }
 
 // The rows of all ranks, and how many they are.
 DeviceRowGroups CudaDense::gather(const ConstTensorView& x, const CudaDenseStep* step, TensorView& all, void* stream) {
   const DeviceWorkspace::Dense& scratch = workspace_.dense();
-  const TensorView counts = step != nullptr ? step->counts : scratch.counts(), total = step != nullptr ? step->total : scratch.total();
+  const TensorView counts = counts_of(step), total = step != nullptr ? step->total : scratch.total();
   all = step != nullptr ? step->rows : scratch.gathered(x.dtype, most_rows(), x.shape[1]);
-  const int ranks = ranks_->world().size();
-  const std::vector<std::int64_t>& one_each = scratch.ones;
-  const TensorView as_rows(counts.data, Dtype::int32, {ranks, 1});
-  made(owed_, [&] { ranks_->all_gather_v(workspace_.number(x.shape[0]), one_each, as_rows, stream); });
-  layer_cuda::add_counts(counts.as<std::int32_t>(), ranks, most_tokens_, total.as<std::int32_t>(), stream_of(stream));
+  ranks_->gather_counts(workspace_.number(x.shape[0]), counts, stream);
+  layer_cuda::add_counts(counts.as<std::int32_t>(), ranks_->size(), most_tokens_, total.as<std::int32_t>(), stream_of(stream));
   check_launch("launch of a sum of counts");
-  made(owed_, [&] { ranks_->all_gather_v(x, counts_of(step), all, stream); });
+  ranks_->gather(x, counts, all, stream);
   return workspace_.first_rows(total, most_rows());
 }
 
@@ -107,7 +97,7 @@ void CudaDense::forward(const ConstTensorView& x, const TensorView& out, const C
     const DeviceRowGroups rows = gather(x, step, all, stream);
     const TensorView partial = workspace_.dense().partial(x.dtype, most_rows(), x.shape[1]);
     experts.experts_forward({.x = all, .gate_up = gate_up}, rows, weights_.weights, activation_, partial, stream);
-    made(owed_, [&] { ranks_->reduce_scatter_v(partial, counts_of(step), y, stream); });
+    ranks_->reduce(partial, counts_of(step), y, stream);
   }
   if (!gate()) return;
   layer_cuda::scale_by_gate(rows_args(x, y, out), data_of(gate()), gate().dtype, stream_of(stream));
@@ -164,10 +154,10 @@ void CudaDense::backward(const Backward& call, const TensorView& dx) {
   const DeviceWorkspace::Dense& scratch = workspace_.dense();
   const TensorView d_all = scratch.gathered(call.x.dtype, most_rows(), hidden_size());
   const TensorView dx_all = scratch.partial(call.x.dtype, most_rows(), hidden_size());
-  made(owed_, [&] { ranks_->all_gather_v(d_y, counts_of(&step), d_all, call.stream); });
+  ranks_->gather(d_y, step.counts, d_all, call.stream);
   experts.experts_backward({.x = step.rows, .gate_up = step.gate_up, .dy = d_all, .dx = dx_all, .gradients = call.gradients->weights},
                            workspace_.first_rows(step.total, most_rows()), weights_.weights, activation_, call.stream);
-  made(owed_, [&] { ranks_->reduce_scatter_v(dx_all, counts_of(&step), dx, call.stream); });
+  ranks_->reduce(dx_all, step.counts, dx, call.stream);
 }
 
 void CudaDense::rehearse(void* stream) {
@@ -178,7 +168,7 @@ void CudaDense::rehearse(void* stream) {
   if (gate()) layer_cuda::scale_by_gate(rows_args(out, out, out), data_of(gate()), gate().dtype, stream_of(stream));
   if (is_cut()) {
     const TensorView counts = workspace_.dense().counts();
-    layer_cuda::add_counts(counts.as<std::int32_t>(), ranks_->world().size(), most_tokens_, workspace_.dense().total().as<std::int32_t>(),
+    layer_cuda::add_counts(counts.as<std::int32_t>(), ranks_->size(), most_tokens_, workspace_.dense().total().as<std::int32_t>(),
                            stream_of(stream));
   }
   check_launch("rehearsing a feed-forward");
@@ -187,16 +177,5 @@ void CudaDense::rehearse(void* stream) {
 void CudaDense::rehearse_backward(void* stream) { rehearse_products(workspace_, weights_.weights, activation_, most_rows(), stream); }
 
 std::int64_t CudaDense::step_bytes() const { return most_rows() * 2 * (weights_.weights.w13.shape[2] + hidden_size()) * size_of(dtype()); }
-
-void CudaDense::leave(const std::string& reason, void* stream) {
-  while (owed_ > 0) {
-    try {
-      ranks_->abandon(reason, stream);
-      --owed_;
-    } catch (const TransportError& error) {  // of an earlier call, told once
-      if (error.failure().kind != FailureKind::aborted) return;
-    }
-  }
-}
 
 }  // namespace tokenyard::layer_internal

@@ -2,6 +2,9 @@
 // A feed-forward of all tokens on a GPU: whole, or cut over the ranks of dense_tp. Then rows are gathered before and partial sums reduced
 // after, by counts that stay on the device.
 
+#include <optional>
+
+#include "layer/cuda_shards.h"
 #include "layer/cuda_step.h"
 #include "layer/device_calls.h"
 #include "layer/device_workspace.h"
@@ -16,7 +19,7 @@ class CudaDense {
   Dtype dtype() const { return weights_.weights.w13.dtype; }
   std::int64_t hidden_size() const { return weights_.weights.w13.shape[3]; }
   const ConstTensorView& gate() const { return weights_.gate; }
-  bool is_cut() const { return ranks_ != nullptr; }
+  bool is_cut() const { return ranks_.has_value(); }
   std::int64_t most_rows() const;  // of a step
   void check_gradients(const DenseGradients& gradients) const;
 
@@ -40,21 +43,26 @@ class CudaDense {
   std::int64_t step_bytes() const;  // at the most, of what a step keeps, but for its numbers
 
   // From here on, peers in the step wait for calls of this rank: until they are made, or leave() tells them why they will not be.
-  void begin_forward() { owed_ = is_cut() ? 3 : 0; }
-  void begin_backward() { owed_ = is_cut() ? 2 : 0; }
-  void leave(const std::string& reason, void* stream);
+  void begin_forward() {
+    if (ranks_) ranks_->begin(3);
+  }
+  void begin_backward() {
+    if (ranks_) ranks_->begin(2);
+  }
+  void leave(const std::string& reason, void* stream) {
+    if (ranks_) ranks_->leave(reason, stream);
+  }
 
  private:
   DeviceRowGroups gather(const ConstTensorView& x, const CudaDenseStep* step, TensorView& all, void* stream);
   ConstTensorView gate_backward(const Backward& call);
-  DeviceCounts counts_of(const CudaDenseStep* step) const;
+  TensorView counts_of(const CudaDenseStep* step) const { return step != nullptr ? step->counts : workspace_.dense().counts(); }
 
   DeviceWorkspace& workspace_;
-  DeviceCollectives* ranks_;
+  std::optional<CudaShards> ranks_;
   std::int64_t most_tokens_;
   DenseWeights weights_;
   Activation activation_;
-  int owed_ = 0;
 };
 
 // Scratch memory of a backward of so many places: its sizes hang on them and on the number of experts alone, so products are narrow.

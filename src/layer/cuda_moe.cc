@@ -5,6 +5,7 @@
 #include "layer/cuda_calls.h"
 #include "layer/moe_checks.h"
 #include "layer/steps.h"
+#include "tokenyard/norm.h"
 
 namespace tokenyard::layer_internal {
 namespace {
@@ -26,9 +27,20 @@ CudaMoe::CudaMoe(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, 
     shared_.emplace(*group_, weights.shared, options.activation);
   }
   check_weights();
+  if (DeviceCollectives* const ranks = group_->tp_on_gpus(); ranks != nullptr) {
+    Exchange* const exchange = group_->exchange();
+    shards_.emplace(*ranks, exchange != nullptr ? exchange->options().receive_rows : group_->options().max_tokens_per_rank);
+  }
   if (group_->exchange() != nullptr) placement_ = group_->add(placement_of(*group_, options, gate_.num_experts()));
   rehearse();
   group_->world().barrier();
+}
+
+Slice CudaMoe::slice_of(std::int64_t tokens) const {
+  if (!is_sliced()) return {0, tokens};
+  ShardCounts counts;
+  counts.slice(shards_->size(), tokens);
+  return counts.slice_of(shards_->rank());
 }
 
 Dtype CudaMoe::dtype() const {
@@ -57,8 +69,8 @@ void CudaMoe::check_weights() const {
 void CudaMoe::check(const ConstTensorView& x, const ConstTensorView& out, const MoeStepOptions& options) const {
   const ExpertGroupOptions& most = group_->options();
   check_rows("x", x, x.ndim == 2 ? x.shape[0] : 0, gate_.hidden_size());
-  check_rows("out", out, x.shape[0], x.shape[1]);
-  if (options.sliced_out) usage_error("sliced_out without same_tokens; every rank has its own tokens: out is all of them");
+  if (options.sliced_out && !is_sliced()) usage_error("sliced_out without same_tokens; every rank has its own tokens: out is all of them");
+  check_rows("out", out, options.sliced_out ? slice_of(x.shape[0]).count : x.shape[0], x.shape[1]);
   if (out.dtype != x.dtype) usage_error("x is {} and out {}; use one dtype", describe(x), describe(out));
   if (has_weights() && x.dtype != dtype()) {
     usage_error("x is {} and this layer's weights are {}; on GPUs rows and weights are of one dtype", describe(x), name(dtype()));
@@ -78,6 +90,7 @@ void CudaMoe::forward(const ConstTensorView& x, const TensorView& out, const Moe
   const CudaDeviceScope scope(workspace().device());
   guarded(options.stream, [&](int& owed) {
     if (shared_) shared_->begin_forward();
+    if (shards_) shards_->begin(shard_calls_forward(options));
     check(x, out, options);
     MoeStep* const step = saved != nullptr ? &saved->step() : nullptr;
     CudaStep* const mine = step != nullptr ? &prepare(*step, x, options) : nullptr;
@@ -88,6 +101,7 @@ void CudaMoe::forward(const ConstTensorView& x, const TensorView& out, const Moe
 // Whoever leaves a step makes its calls all the same, as rejections: all ranks count alike, and the next step is fine.
 void CudaMoe::leave(int owed, const std::string& reason, void* stream) {
   if (shared_) shared_->leave(reason, stream);
+  if (shards_) shards_->leave(reason, stream);
   while (owed > 0) {
     try {
       group_->exchange()->abandon(reason);
@@ -96,6 +110,12 @@ void CudaMoe::leave(int owed, const std::string& reason, void* stream) {
       if (error.failure().kind != FailureKind::aborted) return;
     }
   }
+}
+
+// Numbers, rows, ids and weights, and the sums back; or the sums, and all of them again.
+int CudaMoe::shard_calls_forward(const MoeStepOptions& options) const {
+  if (is_gathered()) return 5;
+  return options.sliced_out ? 1 : 2;
 }
 
 // Room for what a backward needs, in memory that the activations keep.
@@ -107,7 +127,7 @@ CudaStep& CudaMoe::prepare(MoeStep& saved, const ConstTensorView& x, const MoeSt
   CudaStep& step = *saved.on_gpu;
   StepMemory& memory = step.memory;
   const std::int64_t tokens = x.shape[0], hidden_size = x.shape[1], experts = gate_.num_experts(), top_k = gate_.gate().top_k;
-  const std::int64_t places = group_->exchange() != nullptr ? workspace().max_places() : tokens * top_k;
+  const std::int64_t places = group_->exchange() != nullptr || is_gathered() ? workspace().max_places() : tokens * top_k;
   const std::int64_t width = num_local_experts_ > 0 ? weights_.experts.w13.shape[2] : 0;
   memory.clear();
   memory.place(step.logits, Dtype::float32, {tokens, experts});
@@ -116,7 +136,8 @@ CudaStep& CudaMoe::prepare(MoeStep& saved, const ConstTensorView& x, const MoeSt
   memory.place(step.routing.load, Dtype::int64, {experts});
   memory.place(step.gate_up, x.dtype, {places, 2 * width});
   memory.place(step.y, x.dtype, {places, hidden_size});
-  if (shared_) shared_->place(step.shared, memory, tokens, x.dtype);
+  if (shared_) shared_->place(step.shared, memory, slice_of(tokens).count, x.dtype);
+  if (is_gathered()) place(step.gathered, memory, x.dtype);
   memory.take(workspace().blocks(), stream_of(options.stream));
   step.num_tokens = tokens;
   saved.logits = step.logits;
@@ -136,16 +157,16 @@ void CudaMoe::forward_steps(const Forward& of, const TensorView& out, MoeStep* s
   }
   ConstTensorView shared;
   Received received = dispatch(of, routing, shared, owed);
-  const TensorView y = run_experts(of, received);
   const Handle handle = received.handle();
+  const TensorView y = is_gathered() ? run_shards(of, received) : run_experts(of, received);
   if (saved != nullptr) {
     saved->received = std::move(received);
   } else {
     received.release(stream);
   }
   const Phase phase(workspace().trace(), "combine", 0, stream);
-  made(owed,
-       [&] { return exchange->combine(y, handle, {.weighting = Weighting::at_expert, .bias0 = shared, .out = out, .stream = stream}); });
+  const Weighting weighting = is_gathered() ? Weighting::none : Weighting::at_expert;  // folded already
+  made(owed, [&] { return exchange->combine(y, handle, {.weighting = weighting, .bias0 = shared, .out = out, .stream = stream}); });
   order.leave(stream);
 }
 
@@ -187,7 +208,7 @@ DeviceRouting CudaMoe::run_gate(const Forward& of) {
 Received CudaMoe::dispatch(const Forward& of, const DeviceRouting& routing, ConstTensorView& shared, int& owed) {
   const DispatchInput input = {.rows = of.x, .topk_ids = routing.topk_ids, .topk_weights = routing.topk_weights};
   const DispatchOptions how = {.placement = placement_,
-                               .layout = Layout::expert_major,
+                               .layout = is_gathered() ? Layout::token_major : Layout::expert_major,
                                .sizing = Sizing::capacity,
                                .mode = of.options.mode,
                                .copy_out = of.step != nullptr,
@@ -202,8 +223,9 @@ Received CudaMoe::dispatch(const Forward& of, const DeviceRouting& routing, Cons
 
 ConstTensorView CudaMoe::run_shared(const Forward& of) {
   const Phase phase(workspace().trace(), "shared", 0, stream_of(of.options.stream));
-  const TensorView out = workspace().shared(of.x.dtype, of.x.shape[0], of.x.shape[1]);
-  shared_->forward(of.x, out, of.step != nullptr ? &of.step->shared : nullptr, of.options.stream);
+  const Slice slice = slice_of(of.x.shape[0]);
+  const TensorView out = workspace().shared(of.x.dtype, slice.count, of.x.shape[1]);
+  shared_->forward(rows_of(of.x, slice.begin, slice.count), out, of.step != nullptr ? &of.step->shared : nullptr, of.options.stream);
   return out;
 }
 
@@ -219,29 +241,41 @@ TensorView CudaMoe::run_experts(const Forward& of, const Received& received) {
   return y;
 }
 
-// Without an exchange: every expert is here.
+// Without an exchange: every expert is here, or a shard of it.
 void CudaMoe::run_here(const Forward& of, const DeviceRouting& routing, const TensorView& out) {
   const ConstTensorView& x = of.x;
+  const cudaStream_t stream = stream_of(of.options.stream);
   const ConstTensorView shared = has_shared() ? run_shared(of) : ConstTensorView();
-  if (x.shape[0] == 0) return;
-  const TensorView sums = shared ? workspace().sums(x.dtype, x.shape[0], x.shape[1]) : out;
-  run_experts_here(of, routing, sums);
-  if (!shared) return;
-  layer_cuda::add_rows(rows_args(sums, shared, out), stream_of(of.options.stream));
-  check_launch("launch of a sum of rows");
+  if (x.shape[0] == 0 && !is_gathered()) return;
+  const bool completes = is_sliced() && !of.options.sliced_out;
+  const Slice slice = slice_of(x.shape[0]);
+  const TensorView mine = completes ? rows_of(out, slice.begin, slice.count) : out;
+  const TensorView sums = shared ? workspace().sums(x.dtype, mine.shape[0], x.shape[1]) : mine;
+  const ExpertRows input = {x, routing.topk_ids, routing.topk_weights};
+  if (is_gathered())
+    fold_gathered(of, input, workspace().number(x.shape[0]), sums);
+  else if (is_sliced())
+    fold_slice(of, input, sums);
+  else
+    fold_experts(of, input, sums);
+  if (shared) {
+    layer_cuda::add_rows(rows_args(sums, shared, mine), stream);
+    check_launch("launch of a sum of rows");
+  }
+  if (completes) shards_->gather(mine, slice_counts(x.shape[0], shards_->size()), out, stream);
 }
 
-void CudaMoe::run_experts_here(const Forward& of, const DeviceRouting& routing, const TensorView& sums) {
-  const ConstTensorView& x = of.x;
+void CudaMoe::fold_experts(const Forward& of, const ExpertRows& input, const TensorView& sums) {
   const cudaStream_t stream = stream_of(of.options.stream);
   const Phase phase(workspace().trace(), "experts", 0, stream);
+  if (num_local_experts_ == 0) return fill(sums, 0, stream);
   DeviceExperts& experts = workspace().experts();
-  const DeviceRowGroups groups = experts.gather(routing.topk_ids, num_local_experts_, stream);
+  const DeviceRowGroups groups = experts.gather(input.local_ids, num_local_experts_, stream);
   const bool is_saved = of.step != nullptr;
-  const TensorView y = is_saved ? of.step->y : workspace().places(x.dtype, groups.places, x.shape[1]);
-  experts.experts_forward({.x = x, .gate_up = is_saved ? of.step->gate_up : TensorView()}, groups, weights_.experts, activation_, y,
-                          stream);
-  experts.unpermute({y, routing.topk_ids, routing.topk_weights}, groups, sums, stream);
+  const TensorView y = is_saved ? of.step->y : workspace().places(sums.dtype, groups.places, sums.shape[1]);
+  experts.experts_forward({.x = input.rows, .gate_up = is_saved ? of.step->gate_up : TensorView()}, groups, weights_.experts, activation_,
+                          y, stream);
+  experts.unpermute({y, input.local_ids, input.row_weights}, groups, sums, stream);
 }
 
 void CudaMoe::rehearse() {
@@ -255,10 +289,12 @@ void CudaMoe::rehearse() {
     const TensorView x = workspace().shared(dtype(), tokens, hidden_size);
     const MoeStepOptions options = {.stream = stream.get()};
     const DeviceRouting routing = run_gate({x, options});
-    if (group_->exchange() == nullptr) run_experts_here({x, options}, routing, workspace().sums(dtype(), tokens, hidden_size));
+    if (group_->exchange() == nullptr && !is_gathered())
+      fold_experts({x, options}, {x, routing.topk_ids, routing.topk_weights}, workspace().sums(dtype(), tokens, hidden_size));
   }
+  if (is_gathered()) rehearse_shards(stream.get());
   if (has_shared()) shared_->rehearse(stream.get());
-  if (group_->exchange() != nullptr && num_local_experts_ > 0) {
+  if (group_->exchange() != nullptr && !is_gathered() && num_local_experts_ > 0) {
     const std::int64_t places = workspace().max_places();
     const TensorView y = workspace().places(dtype(), places, hidden_size);
     experts.experts_forward({.x = y}, workspace().no_rows(places, num_local_experts_), weights_.experts, activation_, y, stream.get());
@@ -282,7 +318,7 @@ void CudaMoe::warm_up(std::span<const std::int64_t> token_counts) {
   };
   const DeviceBuffer x = make(most * hidden_size * size_of(rows)), ids = make(most * top_k * size_of(Dtype::int64));
   std::vector<std::int64_t> balanced(static_cast<std::size_t>(most * top_k));
-  const std::int64_t first = group_->world().rank() * most * top_k;
+  const std::int64_t first = group_->options().same_tokens ? 0 : group_->world().rank() * most * top_k;
   for (std::int64_t i = 0; i < std::ssize(balanced); ++i) balanced[i] = (first + i) % gate_.num_experts();
   cuda_check(cudaMemcpy(ids.data(), balanced.data(), balanced.size() * sizeof(std::int64_t), cudaMemcpyHostToDevice),
              "preparing a warm-up");

@@ -53,6 +53,14 @@ struct CudaDenseMemory {
   CudaDenseStep dense;
 };
 
+// Rows of all ranks that share weights: room for A.
+struct CudaGathered {
+  TensorView rows{};     // [A,H]
+  TensorView ids{};      // [A,K] int32: -1 behind the last row
+  TensorView weights{};  // [A,K] float32
+  TensorView counts{};   // [R] int32
+};
+
 struct CudaStep {
   StepMemory memory;  // of all that follows
   std::int64_t num_tokens = -1;
@@ -60,6 +68,7 @@ struct CudaStep {
   DeviceRouting routing{};
   TensorView gate_up{};  // [P, 2I]
   TensorView y{};        // [P,H]: of the experts, before the fold
+  CudaGathered gathered;
   CudaDenseStep shared;
 };
 

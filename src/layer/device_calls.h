@@ -28,6 +28,12 @@ inline layer_cuda::RowsArgs rows_args(const ConstTensorView& a, const ConstTenso
           .out = data_of(out),
           .out_stride = stride_of(out)};
 }
+// Every byte of a dense tensor.
+inline void fill(const TensorView& view, int byte, cudaStream_t stream) {
+  const auto bytes = static_cast<std::size_t>(view.num_elements() * size_of(view.dtype));
+  if (bytes > 0) cuda_check(cudaMemsetAsync(view.data, byte, bytes, stream), "filling a tensor");
+}
+constexpr int kNoExpert = 0xff;  // in every byte of an id: -1
 inline void check_launch(const char* what) { cuda_check(cudaGetLastError(), what); }
 
 // A call that tells its ranks by itself when it refuses. TransportErrors are of earlier calls: this one was not made.

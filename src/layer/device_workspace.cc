@@ -20,8 +20,16 @@ int device_of(const ExpertGroupOptions& options, const Exchange* exchange) {
   return device;
 }
 
-std::int64_t places_of(const ExpertGroupOptions& options, const Exchange* exchange) {
-  return exchange != nullptr ? exchange->options().max_expert_rows : options.max_tokens_per_rank * options.top_k;
+// Rows that a rank has for the experts of its own and other shards.
+std::int64_t rows_of(const ExpertGroupOptions& options, const Exchange* exchange) {
+  return exchange != nullptr ? exchange->options().receive_rows : options.max_tokens_per_rank;
+}
+
+// Nobody counts the places of gathered rows before they are computed: there is room for all that may be.
+std::int64_t places_of(const ExpertGroupOptions& options, const Exchange* exchange, int shards) {
+  const bool gathers = shards > 1 && !options.same_tokens;
+  if (exchange != nullptr && !gathers) return exchange->options().max_expert_rows;
+  return (gathers ? shards : 1) * rows_of(options, exchange) * options.top_k;
 }
 
 DeviceBuffer elements(int device, std::int64_t count, std::size_t size) {
@@ -30,10 +38,10 @@ DeviceBuffer elements(int device, std::int64_t count, std::size_t size) {
 
 }  // namespace
 
-DeviceWorkspace::DeviceWorkspace(const ExpertGroupOptions& options, const Exchange* exchange)
+DeviceWorkspace::DeviceWorkspace(const ExpertGroupOptions& options, const Exchange* exchange, int shards)
     : device_(device_of(options, exchange)),
       multiprocessors_(multiprocessors_of(device_)),
-      places_count_(places_of(options, exchange)),
+      places_count_(places_of(options, exchange, shards)),
       experts_({.device = device_}),
       trace_(options.trace) {
   const CudaDeviceScope scope(device_);
@@ -47,13 +55,14 @@ DeviceWorkspace::DeviceWorkspace(const ExpertGroupOptions& options, const Exchan
   gate_parts_ = elements(device_, layer_cuda::gate_parts_bytes(multiprocessors_), 1);
   places_ = elements(device_, places_count_, row_bytes);
   shared_ = elements(device_, tokens, row_bytes);
-  if (exchange == nullptr) sums_ = elements(device_, tokens, row_bytes);
+  if (exchange == nullptr || shards > 1) sums_ = elements(device_, rows_of(options, exchange), row_bytes);
+  if (shards > 1) make_shards(options, rows_of(options, exchange), shards);
   if (options.dense_tp > 1) {
     const std::int64_t rows = options.dense_tp * tokens;
     dense_ = {.gathered_rows = elements(device_, rows, row_bytes),
               .partial_rows = elements(device_, rows, row_bytes),
               .numbers = elements(device_, options.dense_tp + 1, sizeof(std::int32_t)),
-              .ones = std::vector<std::int64_t>(static_cast<std::size_t>(options.dense_tp), 1)};
+              .ranks = options.dense_tp};
   }
   if (options.gradients) {
     blocks_ = std::make_shared<exchange_internal::BlockPool>(device_);
@@ -78,6 +87,30 @@ DeviceWorkspace::DeviceWorkspace(const ExpertGroupOptions& options, const Exchan
   cuda_check(cudaDeviceSynchronize(), what);
 }
 
+void DeviceWorkspace::make_shards(const ExpertGroupOptions& options, std::int64_t most, int count) {
+  const std::size_t row_bytes = static_cast<std::size_t>(options.hidden_size) * static_cast<std::size_t>(size_of(options.dtype));
+  const std::int64_t all = options.same_tokens ? most : count * most, terms = all * options.top_k;
+  shards_.count = count;
+  shards_.most_of_all = all;
+  shards_.partial = elements(device_, all, row_bytes);
+  if (options.gradients || !options.same_tokens) {
+    shards_.rows = elements(device_, all, row_bytes);
+    shards_.weights = elements(device_, terms, sizeof(float));
+  }
+  if (options.gradients) shards_.own_weights = elements(device_, most * options.top_k, sizeof(float));
+  if (options.same_tokens) return;
+  shards_.ids = elements(device_, terms, sizeof(std::int32_t));
+  shards_.counts = elements(device_, count, sizeof(std::int32_t));
+}
+
+CudaGathered DeviceWorkspace::gathered(Dtype dtype, std::int64_t columns, std::int64_t top_k) const {
+  const std::int64_t all = shards_.most_of_all;
+  return {.rows = {shards_.rows.data(), dtype, {all, columns}},
+          .ids = {shards_.ids.data(), Dtype::int32, {all, top_k}},
+          .weights = {shards_.weights.data(), Dtype::float32, {all, top_k}},
+          .counts = {shards_.counts.data(), Dtype::int32, {shards_.count}}};
+}
+
 DeviceRouting DeviceWorkspace::routing(std::int64_t tokens, std::int64_t experts, std::int64_t top_k) const {
   return {.topk_ids = {ids_.data(), Dtype::int32, {tokens, top_k}},
           .topk_weights = {weights_.data(), Dtype::float32, {tokens, top_k}},
@@ -98,8 +131,8 @@ DeviceRowGroups DeviceWorkspace::no_rows(std::int64_t places, int num_groups) co
   return {.places = places, .counts = zeros, .begins = zeros};
 }
 
-std::shared_ptr<DeviceWorkspace> make_device_workspace(const ExpertGroupOptions& options, const Exchange* exchange) {
-  return std::make_shared<DeviceWorkspace>(options, exchange);
+std::shared_ptr<DeviceWorkspace> make_device_workspace(const ExpertGroupOptions& options, const Exchange* exchange, int shards) {
+  return std::make_shared<DeviceWorkspace>(options, exchange, shards);
 }
 
 int device_of(const DeviceWorkspace& workspace) { return workspace.device(); }

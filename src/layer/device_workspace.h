@@ -4,6 +4,7 @@
 
 #include "exchange/cuda_trace.h"
 #include "exchange/device_handle.h"
+#include "layer/cuda_step.h"
 #include "layer/moe_engine.h"
 #include "memory/cuda_buffer.h"
 #include "memory/cuda_stream.h"
@@ -15,8 +16,8 @@ namespace tokenyard::layer_internal {
 
 class DeviceWorkspace {
  public:
-  // `exchange` may be nullptr.
-  DeviceWorkspace(const ExpertGroupOptions& options, const Exchange* exchange);
+  // `exchange` may be nullptr. shards: ranks that experts are cut over and rows gathered, or 1.
+  DeviceWorkspace(const ExpertGroupOptions& options, const Exchange* exchange, int shards);
 
   int device() const { return device_; }
   int multiprocessors() const { return multiprocessors_; }
@@ -40,15 +41,31 @@ class DeviceWorkspace {
   struct Dense {
     DeviceBuffer gathered_rows, partial_rows;  // [P,H]
     DeviceBuffer numbers;                      // int32: [R] and [1]
-    std::vector<std::int64_t> ones;            // [R]
+    std::int64_t ranks = 0;
     TensorView gathered(Dtype dtype, std::int64_t rows, std::int64_t columns) const {
       return {gathered_rows.data(), dtype, {rows, columns}};
     }
     TensorView partial(Dtype dtype, std::int64_t rows, std::int64_t columns) const { return {partial_rows.data(), dtype, {rows, columns}}; }
-    TensorView counts() const { return {numbers.data(), Dtype::int32, {std::ssize(ones)}}; }
-    TensorView total() const { return {numbers.as<std::int32_t>() + ones.size(), Dtype::int32, {1}}; }
+    TensorView counts() const { return {numbers.data(), Dtype::int32, {ranks}}; }
+    TensorView total() const { return {numbers.as<std::int32_t>() + ranks, Dtype::int32, {1}}; }
   };
   const Dense& dense() const { return dense_; }
+
+  // Where shards of experts meet: rows of all of them, and partial sums. With same_tokens all have the same rows, and only gradients are
+  // gathered.
+  struct Shards {
+    std::int64_t count = 1;
+    std::int64_t most_of_all = 0;  // A
+    DeviceBuffer rows, partial;    // [A,H]
+    DeviceBuffer ids, weights;     // [A,K]
+    DeviceBuffer counts;           // [count] int32
+    DeviceBuffer own_weights;      // [rows of one, K] float32, with gradients
+  };
+  const Shards& shards() const { return shards_; }
+  CudaGathered gathered(Dtype dtype, std::int64_t columns, std::int64_t top_k) const;
+  TensorView partial(Dtype dtype, std::int64_t rows, std::int64_t columns) const {
+    return {shards_.partial.data(), dtype, {rows, columns}};
+  }
 
   // For backward, where the group was made with gradients.
   struct Gradients {
@@ -74,6 +91,8 @@ class DeviceWorkspace {
   DeviceRowGroups no_rows(std::int64_t places, int num_groups) const;
 
  private:
+  void make_shards(const ExpertGroupOptions& options, std::int64_t most, int count);
+
   int device_;
   int multiprocessors_;
   std::int64_t places_count_;
@@ -83,6 +102,7 @@ class DeviceWorkspace {
   bool is_quiet_ = false;
   DeviceBuffer logits_, ids_, weights_, load_, gate_parts_, places_, shared_, sums_;
   Dense dense_;
+  Shards shards_;
   Gradients gradients_;
   std::shared_ptr<exchange_internal::BlockPool> blocks_;
   DeviceBuffer numbers_;  // int32: 0, 1, .. max_tokens, so that a step's count is there already

@@ -31,14 +31,6 @@ void check_sizes(const ParallelConfig& config, const ExpertGroupOptions& options
 
 World split(const World& world, const SplitArguments& at) { return *world.split(at.color, at.key); }
 
-void check_on_gpus(const ParallelConfig& config, const ExpertGroupOptions& options) {
-  const bool is_gathered = config.mlp_tp > 1 && (config.ep == 1 || options.expert_tp == ExpertTp::gathered);
-  if (is_gathered) {
-    usage_error("ep = {}, mlp_tp = {} and expert_tp = {} on GPUs; there shards of experts are virtual: use expert_tp = virtual and ep > 1",
-                config.ep, config.mlp_tp, name(options.expert_tp));
-  }
-}
-
 ExchangeOptions exchange_options(const ExpertGroupOptions& options, int max_fanout) {
   return {.max_tokens_per_rank = options.max_tokens_per_rank,
           .max_row_bytes = options.hidden_size * size_of(options.dtype),
@@ -55,6 +47,21 @@ ExchangeOptions exchange_options(const ExpertGroupOptions& options, int max_fano
           .num_threads = options.num_threads,
           .trace = options.trace,
           .timeout_ms = options.timeout_ms};
+}
+
+// With an exchange, on GPUs. Gathered rows are computed without anybody counting them before: they must fit.
+void set_max_expert_rows(const ParallelConfig& config, bool is_gathered, ExpertGroupOptions& options) {
+  const std::int64_t ranks = is_gathered ? config.ep : std::int64_t{config.ep} * config.mlp_tp;
+  const std::int64_t bound = ranks * options.max_tokens_per_rank;
+  const std::int64_t rows = options.receive_rows != 0 ? std::min(options.receive_rows, bound) : bound;
+  const std::int64_t all = is_gathered ? config.mlp_tp * rows * options.top_k : rows * std::min(options.top_k, options.max_local_experts);
+  if (is_gathered && options.max_expert_rows != 0 && options.max_expert_rows < all) {
+    usage_error(
+        "max_expert_rows = {} with gathered experts on GPUs; expected 0 or at least {} (mlp_tp x receive_rows x top_k): lower "
+        "receive_rows instead",
+        options.max_expert_rows, all);
+  }
+  if (options.max_expert_rows == 0) options.max_expert_rows = all;
 }
 
 // Counts stay on the device: over peer memory alone.
@@ -81,12 +88,16 @@ ExpertGroup::ExpertGroup(const World& world, const ParallelConfig& config, const
   if (options_.timeout_ms == 0) options_.timeout_ms = world.timeout_ms();
   if (options_.max_local_experts == 0) options_.max_local_experts = (options.num_experts + config.ep - 1) / config.ep;
   const bool is_on_gpu = options.device == Device::cuda;
-  if (is_on_gpu) check_on_gpus(config, options);
   world_ = split(world, config.split_arguments(SubWorld::ep_tp, world.rank()));
   const CollectiveOptions collective = {.transport = options.transport, .timeout_ms = options_.timeout_ms};
   const bool is_gathered = config.ep == 1 || options.expert_tp == ExpertTp::gathered;
   if (config.mlp_tp > 1 && is_gathered) {
-    tp_ = Collectives::create(split(world, config.split_arguments(SubWorld::tp, world.rank())), collective);
+    const World ranks = split(world, config.split_arguments(SubWorld::tp, world.rank()));
+    if (is_on_gpu) {
+      tp_on_gpus_ = DeviceCollectives::create(ranks, device_options(options_));
+    } else {
+      tp_ = Collectives::create(ranks, collective);
+    }
   }
   if (options.dense_tp > 1) {
     const int rank = world_->rank();
@@ -101,10 +112,7 @@ ExpertGroup::ExpertGroup(const World& world, const ParallelConfig& config, const
     make_workspace();
     return;
   }
-  if (is_on_gpu && options_.max_expert_rows == 0) {
-    const std::int64_t rows = options_.receive_rows != 0 ? options_.receive_rows : world_->size() * options_.max_tokens_per_rank;
-    options_.max_expert_rows = rows * std::min(options_.top_k, options_.max_local_experts);
-  }
+  if (is_on_gpu) set_max_expert_rows(config, tp_on_gpus_ != nullptr, options_);
   if (is_gathered) {
     exchange_ = std::make_unique<Exchange>(split(world, config.split_arguments(SubWorld::ep, world.rank())), exchange_options(options_, 1));
   } else {
@@ -115,7 +123,8 @@ ExpertGroup::ExpertGroup(const World& world, const ParallelConfig& config, const
 
 void ExpertGroup::make_workspace() {
   if (options_.device != Device::cuda) return;
-  workspace_ = layer_internal::make_device_workspace(options_, exchange_.get());
+  const int shards = tp_on_gpus_ ? config_.mlp_tp : 1;
+  workspace_ = layer_internal::make_device_workspace(options_, exchange_.get(), shards);
   options_.device_index = layer_internal::device_of(*workspace_);
   world_->barrier();  // nobody waits in a kernel while another rank still allocates
 }
@@ -144,6 +153,7 @@ void ExpertGroup::check() {
     }
   };
   look(exchange_.get());
+  look(tp_on_gpus_.get());
   look(dense_on_gpus_.get());
   if (first) std::rethrow_exception(first);
 }

@@ -38,8 +38,9 @@ std::shared_ptr<DenseEngine> make_cuda_dense(std::shared_ptr<ExpertGroup> group,
 std::unique_ptr<MoeEngine> make_cuda_moe(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, const MoeLayerOptions& options);
 std::unique_ptr<MoeEngine> make_cpu_moe(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, const MoeLayerOptions& options);
 
-// What a group on GPUs holds for its layers. `exchange` may be nullptr. UsageError without TY_CUDA.
-std::shared_ptr<DeviceWorkspace> make_device_workspace(const ExpertGroupOptions& options, const Exchange* exchange);
+// What a group on GPUs holds for its layers. `exchange` may be nullptr; shards: ranks that experts are cut over and meet beside it, or 1.
+// UsageError without TY_CUDA.
+std::shared_ptr<DeviceWorkspace> make_device_workspace(const ExpertGroupOptions& options, const Exchange* exchange, int shards);
 int device_of(const DeviceWorkspace& workspace);
 std::vector<PhaseSpan> take_spans(DeviceWorkspace& workspace);
 

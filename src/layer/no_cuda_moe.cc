@@ -15,7 +15,10 @@ namespace {
 
 }  // namespace
 
-std::shared_ptr<DeviceWorkspace> make_device_workspace(const ExpertGroupOptions& /*options*/, const Exchange* /*exchange*/) { refuse(); }
+std::shared_ptr<DeviceWorkspace> make_device_workspace(const ExpertGroupOptions& /*options*/, const Exchange* /*exchange*/,
+                                                       int /*shards*/) {
+  refuse();
+}
 int device_of(const DeviceWorkspace& /*workspace*/) { refuse(); }
 std::vector<PhaseSpan> take_spans(DeviceWorkspace& /*workspace*/) { refuse(); }
 // NOLINTNEXTLINE(performance-unnecessary-value-param): the function it stands in for keeps the group

@@ -9,6 +9,12 @@
 
 namespace tokenyard::layer_internal {
 
+// Rows [begin, begin + count) of those that all ranks have.
+struct Slice {
+  std::int64_t begin = 0;
+  std::int64_t count = 0;
+};
+
 // Who has how many rows in one step. The ranks have each their own rows, or all the same ones, of which each owns a slice.
 class ShardCounts {
  public:
@@ -22,6 +28,7 @@ class ShardCounts {
   // The first row of a rank.
   std::int64_t begin(int rank) const;
   std::int64_t of(int rank) const { return counts_[static_cast<std::size_t>(rank)]; }
+  Slice slice_of(int rank) const { return {begin(rank), of(rank)}; }
 
  private:
   std::vector<std::int64_t> counts_;

@@ -63,13 +63,28 @@ void expect_sums(const World& world, const Parameters& mine, const Parameters& e
   expect("d shared gate", mine.shared_gate, expected.shared_gate);
 }
 
+// What the model in one process has after two micro-batches of the same rows of all ranks.
+void expect_model(const LayerRank& rank, Values& expected_d_x, Parameters& expected) {
+  const std::int64_t hidden = rank.c.sizes.hidden;
+  for (int r = 0; r < (rank.c.same_tokens ? 1 : rank.group->world().size()); ++r) {
+    const Batch batch = batch_of(rank.c, r);
+    const bool is_mine = rank.c.same_tokens || r == rank.group->world().rank();
+    for (std::int64_t t = 0; t < 2 * batch.tokens; ++t) {
+      Values d_row(static_cast<std::size_t>(hidden));
+      const std::int64_t at = t % std::max<std::int64_t>(batch.tokens, 1) * hidden;
+      rank.model.backward(&batch.x[at], &batch.d_out[at], d_row.data(), expected);
+      if (is_mine && t < batch.tokens) expected_d_x.insert(expected_d_x.end(), d_row.begin(), d_row.end());
+    }
+  }
+}
+
 // Two micro-batches of the same rows, the second in latency mode: both under way, then backward in the other order. Gradients add up.
 void expect_gradients(const LayerCase& of) {
   LayerCase c = of;
   c.tolerance = c.dtype == Dtype::float32 ? 2e-5 : 2e-2;
   const auto steps = [](LayerRank& rank) {
     const std::int64_t hidden = rank.c.sizes.hidden, tokens = rank.batch.tokens;
-    const TensorView d_out = rank.device.copy(Tensor(rank.c.dtype, rank.batch.d_out, {tokens, hidden}).view());
+    const TensorView d_out = rank.device.copy(Tensor(rank.c.dtype, rank.own_part(rank.batch.d_out), {rank.own.count, hidden}).view());
     const TensorView d_x = rank.device.copy(Tensor::zeros(rank.c.dtype, {tokens, hidden}).view());
     const GradientsOnDevice gradients(rank.device, rank.weights);
     MoeActivations first, second;
@@ -79,21 +94,13 @@ void expect_gradients(const LayerCase& of) {
     rank.expect_answer("out");
     Values expected_d_x;
     Parameters expected = rank.model.zeros(), found = rank.model.zeros();
-    const World& world = rank.group->world();
-    for (int r = 0; r < world.size(); ++r) {
-      const Batch batch = batch_of(rank.c, r);
-      for (std::int64_t t = 0; t < 2 * batch.tokens; ++t) {
-        Values d_row(static_cast<std::size_t>(hidden));
-        const std::int64_t at = t % std::max<std::int64_t>(batch.tokens, 1) * hidden;
-        rank.model.backward(&batch.x[at], &batch.d_out[at], d_row.data(), expected);
-        if (r == world.rank() && t < batch.tokens) expected_d_x.insert(expected_d_x.end(), d_row.begin(), d_row.end());
-      }
-    }
+    expect_model(rank, expected_d_x, expected);
     for (const auto& [saved, mode] : {std::pair{&second, Mode::latency}, {&first, Mode::throughput}}) {
       rank.layer.backward({.x = rank.x, .d_out = d_out, .options = rank.options(mode)}, *saved, d_x, gradients.views());
       testing::expect_close("d x", rank.fetch(d_x), expected_d_x, rank.c.tolerance);
     }
     gradients.add_to(found, rank.weights, *rank.group);
+    const World& world = rank.group->world();
     expect_sums(world, found, expected, rank.c.tolerance);
     cuda_check(cudaStreamSynchronize(rank.stream.get()), "cudaStreamSynchronize");
     world.barrier();
@@ -121,6 +128,34 @@ TEST_F(DeviceLayerBackward, VirtualShardsAndReplicas) {
   const Placement placement =
       Placement::custom(4, {{{{0}, 1}, {{2}, 2}}, {{{1}, 1}}, {{{0}, 1}, {{1}, 1}}, {{{2}, 1}}, {{{2}, 1}}, {{{0}, 1}}});
   expect_gradients({.sizes = {.flavour = Flavour::deepseek}, .ep = 4, .placement = placement});
+}
+
+TEST_F(DeviceLayerBackward, GatheredShards) {
+  for (const auto& [ep, tp] : {std::pair{2, 2}, {1, 2}, {1, 4}, {4, 1}}) {
+    for (const Flavour flavour : {Flavour::deepseek, Flavour::gpt_oss, Flavour::qwen2})
+      expect_gradients({.sizes = {.flavour = flavour}, .ep = ep, .tp = tp, .expert_tp = ExpertTp::gathered});
+  }
+  for (const int ep : {1, 2}) {
+    expect_gradients({.sizes = {.flavour = Flavour::qwen2},
+                      .ep = ep,
+                      .tp = 2,
+                      .expert_tp = ExpertTp::gathered,
+                      .dtype = Dtype::bfloat16,
+                      .dense_tp = 2});
+  }
+  const Placement one = Placement::custom(2, {{{{1}, 1}}, {{{1}, 1}}, {{{1}, 1}}, {{{1}, 1}}, {{{1}, 1}}, {{{1}, 1}}});
+  expect_gradients({.ep = 2, .tp = 2, .expert_tp = ExpertTp::gathered, .placement = one});
+  expect_gradients({.tp = 2, .outer_dp = 2});
+}
+
+TEST_F(DeviceLayerBackward, ShardsOfTheSameTokens) {
+  for (const bool sliced_out : {false, true}) {
+    for (const int tp : {2, 4}) {
+      for (const Flavour flavour : {Flavour::deepseek, Flavour::gpt_oss})
+        expect_gradients({.sizes = {.flavour = flavour}, .tp = tp, .same_tokens = true, .sliced_out = sliced_out});
+    }
+    expect_gradients({.sizes = {.flavour = Flavour::qwen2}, .tp = 4, .dense_tp = 2, .same_tokens = true, .sliced_out = sliced_out});
+  }
 }
 
 TEST_F(DeviceLayerBackward, ASharedExpertCutOverRanks) {

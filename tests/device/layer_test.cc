@@ -58,6 +58,50 @@ TEST_F(DeviceLayer, VirtualShards) {
   expect_single_process_answer({.sizes = {.experts = 12, .top_k = 9}, .ep = 2, .tp = 4});
 }
 
+TEST_F(DeviceLayer, GatheredShards) {
+  for (const auto& [ep, tp] : {std::pair{2, 2}, {1, 2}, {1, 4}, {4, 1}}) {
+    for (const Flavour flavour : {Flavour::deepseek, Flavour::gpt_oss, Flavour::qwen2})
+      expect_single_process_answer({.sizes = {.flavour = flavour}, .ep = ep, .tp = tp, .expert_tp = ExpertTp::gathered});
+    expect_single_process_answer({.sizes = {.flavour = Flavour::deepseek, .hidden = 256, .width = 64, .shared_width = 64},
+                                  .ep = ep,
+                                  .tp = tp,
+                                  .expert_tp = ExpertTp::gathered,
+                                  .dtype = Dtype::bfloat16});
+  }
+  expect_single_process_answer({.sizes = {.experts = 12, .top_k = 9}, .ep = 2, .tp = 2, .expert_tp = ExpertTp::gathered});
+}
+
+// A window with most experts, and one with none.
+TEST_F(DeviceLayer, GatheredShardsOfUnevenWindows) {
+  const Placement uneven = Placement::custom(2, {{{{1}, 1}}, {{{0}, 1}}, {{{0}, 1}}, {{{0}, 1}}, {{{1}, 1}}, {{{0}, 1}}});
+  const Placement one = Placement::custom(2, {{{{1}, 1}}, {{{1}, 1}}, {{{1}, 1}}, {{{1}, 1}}, {{{1}, 1}}, {{{1}, 1}}});
+  for (const Placement& placement : {uneven, one})
+    expect_single_process_answer({.ep = 2, .tp = 2, .expert_tp = ExpertTp::gathered, .placement = placement});
+}
+
+TEST_F(DeviceLayer, GatheredShardsBesideACutSharedExpert) {
+  for (const auto& [ep, tp] : {std::pair{2, 2}, {1, 4}}) {
+    expect_single_process_answer(
+        {.sizes = {.flavour = Flavour::qwen2}, .ep = ep, .tp = tp, .expert_tp = ExpertTp::gathered, .dense_tp = 2});
+  }
+}
+
+TEST_F(DeviceLayer, ShardsOfTheSameTokens) {
+  for (const bool sliced_out : {false, true}) {
+    for (const int tp : {2, 4}) {
+      for (const Flavour flavour : {Flavour::qwen, Flavour::qwen2})
+        expect_single_process_answer({.sizes = {.flavour = flavour}, .tp = tp, .same_tokens = true, .sliced_out = sliced_out});
+    }
+    expect_single_process_answer(
+        {.sizes = {.flavour = Flavour::qwen2}, .tp = 4, .dense_tp = 2, .same_tokens = true, .sliced_out = sliced_out});
+  }
+}
+
+TEST_F(DeviceLayer, OuterReplicasAreIndependent) {
+  expect_single_process_answer({.sizes = {.flavour = Flavour::deepseek}, .tp = 2, .outer_dp = 2});
+  expect_single_process_answer({.sizes = {.flavour = Flavour::deepseek}, .ep = 2, .outer_dp = 2});
+}
+
 TEST_F(DeviceLayer, ASharedExpertCutOverRanks) {
   for (const Flavour flavour : {Flavour::deepseek, Flavour::qwen2}) {
     for (const int dense_tp : {2, 4}) expect_single_process_answer({.sizes = {.flavour = flavour}, .ep = 4, .dense_tp = dense_tp});
@@ -75,8 +119,10 @@ TEST_F(DeviceLayer, ReplicasAndUnevenRanks) {
 }
 
 TEST_F(DeviceLayer, WritesOverItsInputWhenAskedTo) {
-  for (const int ep : {1, 2}) {
-    on_layer_ranks({.sizes = {.flavour = Flavour::qwen2}, .ep = ep}, [](LayerRank& rank) {
+  const ModelSizes sizes = {.flavour = Flavour::qwen2};
+  for (const LayerCase& c : {LayerCase{.sizes = sizes}, LayerCase{.sizes = sizes, .ep = 2}, LayerCase{.sizes = sizes, .tp = 2},
+                             LayerCase{.sizes = sizes, .tp = 2, .same_tokens = true}}) {
+    on_layer_ranks(c, [](LayerRank& rank) {
       rank.layer.forward(rank.x, rank.x, rank.options(Mode::throughput));
       testing::expect_close("out", rank.fetch(rank.x), rank.expected(), 2e-5);
     });
@@ -136,8 +182,12 @@ TEST_F(DeviceLayer, OneExchangeServesAllLayers) {
 // A graph of two layers' worth of steps, one in each mode, replayed with other rows between eager steps.
 TEST_F(DeviceLayer, ReplaysOfAGraphFollowTheirRows) {
   for (const Flavour flavour : {Flavour::qwen, Flavour::qwen2}) {
-    for (const auto& [ep, dense_tp] : {std::pair{1, 1}, {2, 1}, {4, 1}, {4, 2}}) {
-      on_layer_ranks({.sizes = {.flavour = flavour}, .ep = ep, .dense_tp = dense_tp}, [](LayerRank& rank) {
+    const ModelSizes sizes = {.flavour = flavour};
+    for (const LayerCase& c : {LayerCase{.sizes = sizes}, LayerCase{.sizes = sizes, .ep = 2}, LayerCase{.sizes = sizes, .ep = 4},
+                               LayerCase{.sizes = sizes, .ep = 4, .dense_tp = 2}, LayerCase{.sizes = sizes, .tp = 2},
+                               LayerCase{.sizes = sizes, .tp = 2, .same_tokens = true},
+                               LayerCase{.sizes = sizes, .ep = 2, .tp = 2, .expert_tp = ExpertTp::gathered}}) {
+      on_layer_ranks(c, [](LayerRank& rank) {
         const TensorView again = rank.device.copy(Tensor::zeros(Dtype::float32, {rank.batch.tokens, rank.c.sizes.hidden}).view());
         const std::int64_t counts[] = {rank.batch.tokens};
         rank.layer.warm_up(counts);
@@ -162,8 +212,12 @@ TEST_F(DeviceLayer, ReplaysOfAGraphFollowTheirRows) {
 }
 
 TEST_F(DeviceLayer, ALaterStepTakesNoMemory) {
-  for (const auto& [ep, dense_tp] : {std::pair{1, 1}, {2, 1}, {2, 2}}) {
-    on_layer_ranks({.sizes = {.flavour = Flavour::deepseek}, .ep = ep, .dense_tp = dense_tp}, [](LayerRank& rank) {
+  const ModelSizes sizes = {.flavour = Flavour::deepseek};
+  for (const LayerCase& c :
+       {LayerCase{.sizes = sizes}, LayerCase{.sizes = sizes, .ep = 2}, LayerCase{.sizes = sizes, .ep = 2, .dense_tp = 2},
+        LayerCase{.sizes = sizes, .tp = 2}, LayerCase{.sizes = sizes, .tp = 2, .same_tokens = true},
+        LayerCase{.sizes = sizes, .ep = 2, .tp = 2, .expert_tp = ExpertTp::gathered}}) {
+    on_layer_ranks(c, [](LayerRank& rank) {
       const std::int64_t counts[] = {0, 9};
       rank.layer.warm_up(counts);
       rank.group->world().barrier();
@@ -180,22 +234,27 @@ TEST_F(DeviceLayer, ALaterStepTakesNoMemory) {
 }
 
 TEST_F(DeviceLayer, NotesItsPhases) {
-  const auto traced = [](ExpertGroupOptions& options) { options.trace = true; };
-  const auto steps = [](LayerRank& rank) {
-    rank.layer.forward(rank.x, rank.out, rank.options(Mode::throughput));
-    std::vector<std::string> phases;
-    for (const PhaseSpan& span : rank.group->take_spans()) {
-      phases.push_back(span.phase);
-      EXPECT_LE(span.begin_ns, span.end_ns);
-    }
-    EXPECT_EQ(phases, (std::vector<std::string>{"gate", "route", "dispatch", "shared", "experts", "combine"}));
+  const auto expect_phases = [](const LayerCase& c, const std::vector<std::string>& expected) {
+    const auto steps = [&](LayerRank& rank) {
+      rank.layer.forward(rank.x, rank.out, rank.options(Mode::throughput));
+      std::vector<std::string> phases;
+      for (const PhaseSpan& span : rank.group->take_spans()) {
+        phases.push_back(span.phase);
+        EXPECT_LE(span.begin_ns, span.end_ns);
+      }
+      EXPECT_EQ(phases, expected);
+    };
+    on_layer_ranks(c, steps, [](ExpertGroupOptions& options) { options.trace = true; });
   };
-  on_layer_ranks({.sizes = {.flavour = Flavour::deepseek}, .ep = 2}, steps, traced);
+  const ModelSizes sizes = {.flavour = Flavour::deepseek};
+  expect_phases({.sizes = sizes, .ep = 2}, {"gate", "route", "dispatch", "shared", "experts", "combine"});
+  expect_phases({.sizes = sizes, .ep = 2, .tp = 2, .expert_tp = ExpertTp::gathered},
+                {"gate", "route", "dispatch", "shared", "gather", "experts", "reduce", "combine"});
 }
 
 // Rank 0 refuses: the other learns why in the same step, and the next step is fine.
-void expect_refusal_told(int dense_tp) {
-  on_layer_ranks({.sizes = {.flavour = Flavour::deepseek}, .ep = 2, .dense_tp = dense_tp}, [](LayerRank& rank) {
+void expect_refusal_told(const LayerCase& c) {
+  on_layer_ranks(c, [](LayerRank& rank) {
     const MoeStepOptions options = rank.options(Mode::throughput);
     if (rank.group->world().rank() == 0) {
       TensorView wrong = rank.x;
@@ -224,8 +283,13 @@ void expect_refusal_told(int dense_tp) {
   });
 }
 
-TEST_F(DeviceLayer, ARefusedStepIsToldToPeers) { expect_refusal_told(1); }
-TEST_F(DeviceLayer, ARefusedStepOfCutExpertsIsToldToPeers) { expect_refusal_told(2); }
+const ModelSizes kWithShared = {.flavour = Flavour::deepseek};
+TEST_F(DeviceLayer, ARefusedStepIsToldToPeers) { expect_refusal_told({.sizes = kWithShared, .ep = 2}); }
+TEST_F(DeviceLayer, ARefusedStepOfACutSharedExpertIsToldToPeers) { expect_refusal_told({.sizes = kWithShared, .ep = 2, .dense_tp = 2}); }
+TEST_F(DeviceLayer, ARefusedStepOfGatheredShardsIsToldToPeers) {
+  expect_refusal_told({.sizes = kWithShared, .tp = 2});
+  expect_refusal_told({.sizes = kWithShared, .tp = 2, .same_tokens = true});
+}
 
 TEST_F(DeviceLayer, SaysWhatGpusDoNotDo) {
   on_layer_ranks({}, [](LayerRank& rank) {
@@ -238,9 +302,11 @@ TEST_F(DeviceLayer, SaysWhatGpusDoNotDo) {
     expect_usage_error([&] { MoeLayer(rank.group, rank.weights.views(), testing::layer_options(rank.c)); },
                        {"w13", "ordinary host memory"});
   });
-  run_ranks(2, [](World& world) {
-    const LayerCase c = {.tp = 2};
-    expect_usage_error([&] { ExpertGroup(world, testing::config_of(c), gpu_options(c, use_gpu_of(world.rank()), 2)); }, {"on GPUs"});
+  run_ranks(4, [](World& world) {
+    const LayerCase c = {.ep = 2, .tp = 2, .expert_tp = ExpertTp::gathered};
+    ExpertGroupOptions options = gpu_options(c, use_gpu_of(world.rank()), 4);
+    options.max_expert_rows = 1;
+    expect_usage_error([&] { ExpertGroup(world, testing::config_of(c), options); }, {"max_expert_rows = 1", "lower receive_rows"});
   });
 }
 

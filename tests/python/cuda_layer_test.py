@@ -122,10 +122,11 @@ def on_gpus(rank_main, ranks):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ep, tp", [(1, 1), (2, 1), (4, 1), (2, 2)])
-def test_the_answer_of_one_process(ep, tp, dtype):
+@pytest.mark.parametrize("ep, tp, expert_tp", [(1, 1, "virtual"), (2, 1, "virtual"), (4, 1, "virtual"), (2, 2, "virtual"), (2, 2, "gathered"),
+                                               (1, 2, "gathered"), (1, 4, "gathered")])
+def test_the_answer_of_one_process(ep, tp, expert_tp, dtype):
     def rank_main(world):
-        layer = make_layer(world, ep, tp, dtype)
+        layer = make_layer(world, ep, tp, dtype, expert_tp=expert_tp)
         x = rows(world.rank, dtype).cuda()
         out, logits = torch.empty_like(x), torch.empty(len(x), EXPERTS, device="cuda")
         world.barrier()  # nobody allocates any more
