@@ -54,7 +54,7 @@ void complete_run(Settings& settings);
 
 // Batches that a measurement rotates through, so that caches do not lie. Each system that is measured reads its own copies of
 // them: none finds in its caches what another has just read.
-inline constexpr int kInputSets = 3;
+inline constexpr int kInputSets = 2;
 enum System { kDirect, kTuned, kPlain, kSystems };
 
 nlohmann::json to_json(const Settings& settings);

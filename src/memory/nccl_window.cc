@@ -60,6 +60,7 @@ class NcclWindow final : public SymmetricMemory {
   Expected<void> verify(const Expected<void>& opened);
 
  private:
+  bool all_alive() const;
   Expected<void> allocate();
   std::string given_objection() const;
   Expected<void> find_views();
@@ -82,9 +83,17 @@ class NcclWindow final : public SymmetricMemory {
 
 NcclWindow::~NcclWindow() {
   const CudaDeviceScope scope(options_.device);
-  if (communicator_ && communicator_->get() != nullptr && window_ && *window_ != nullptr)
+  // With a rank lost, aborting the communicator takes the window along: nothing more is asked of it.
+  if (communicator_ && communicator_->get() != nullptr && window_ && *window_ != nullptr && (communicator_->is_given() || all_alive()))
     library_.comm_window_deregister(communicator_->get(), *window_);
   communicator_.reset();  // maps the memory until then
+}
+
+bool NcclWindow::all_alive() const {
+  for (int rank = 0; rank < world_.size(); ++rank) {
+    if (!world_.alive(rank)) return false;
+  }
+  return true;
 }
 
 Expected<std::vector<Offer>> NcclWindow::agree(const Expected<void>& mine, std::string extra) const {
@@ -145,6 +154,10 @@ Expected<void> NcclWindow::prepare() {
 }
 
 Expected<void> NcclWindow::open(const nccl::UniqueId& id) {
+  if (world_.size() == 1) {  // NCCL gives a rank alone no window, and nobody else looks at its memory
+    views_ = {memory_.get()};
+    return {};
+  }
   const Communicator::Options how{.device = options_.device, .phase = Phase::memory, .timeout_ms = options_.timeout_ms};
   try {
     if (options_.communicator != nullptr)

@@ -16,6 +16,7 @@ TEST_F(ExchangeBytes, LinkBytesAreTheHosts) {
     Twin twin(world);
     for (const Mode mode : {Mode::throughput, Mode::latency}) {
       for (const Layout layout : {Layout::token_major, Layout::expert_major, Layout::expert_padded, Layout::rank_slots}) {
+        if (layout == Layout::rank_slots && mode == Mode::throughput) continue;  // there is no such thing
         const std::string where = fmt::format("{} {}", name(mode), name(layout));
         twin.batch.draw(static_cast<unsigned>(layout));
         DispatchOptions options{.layout = layout, .sizing = Sizing::capacity, .mode = mode, .stream = twin.batch.stream()};

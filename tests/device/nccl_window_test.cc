@@ -163,7 +163,8 @@ const RegisterBody kLost("nccl_window.lost", [](World& world, const std::string&
   EXPECT_EQ(failure.kind, FailureKind::peer_lost) << failure.message();
   EXPECT_EQ(failure.peer, victim) << failure.message();
   std::vector<bool> lives(rank.batch.shape().experts, true);
-  for (const int expert : rank.batch.placement().local_experts(victim)) lives[expert] = false;
+  const Placement placement = rank.batch.placement();
+  for (const int expert : placement.local_experts(victim)) lives[expert] = false;
   EXPECT_EQ(rank.exchange.recover().size(), static_cast<std::size_t>(victim));
   EXPECT_EQ(rank.exchange.transport(), Transport::nccl_window);
   for (unsigned seed = 2; seed < 5; ++seed) ASSERT_NO_FATAL_FAILURE(rank.expect_sums(seed, lives));
