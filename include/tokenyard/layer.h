@@ -7,8 +7,9 @@
 // With ExpertGroupOptions::device = cuda, MoeLayer is on GPUs: all tensors are in device memory, rows and the weights of experts
 // of one type; a step is enqueued on a stream and never waits for the device, and can be captured in a graph.
 // All calls are collective: the ranks of the group make them in the same order. UsageError names the tensor that does not fit, and peers in
-// the same step fail with TransportError(aborted) and that reason; the next step is fine. Other TransportErrors as in exchange.h and
-// collective.h.
+// the same step fail with TransportError(aborted) and that reason; the next step is fine. (On GPUs, with gathered experts and ep > 1, a
+// rank that shares neither exchange nor shards with the one that refused is not told, and what it gets of that step is worthless.) Other
+// TransportErrors as in exchange.h and collective.h.
 
 #include <cstdint>
 #include <memory>
