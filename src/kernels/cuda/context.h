@@ -17,6 +17,7 @@ using Stream = CUstream_st*;  // a cudaStream_t
 struct Context : protocol::WordsView {
   protocol::ArenaShape shape;
   std::uint64_t* link_bytes = nullptr;  // [ranks] bytes sent to each rank so far, device memory
+  std::uint64_t* waits = nullptr;       // [ranks] device memory of the caller: what this call waits for each rank is added; null: not asked
 };
 
 // What a dispatch learned, in device memory that belongs to the handle. Received rows are indexed by i < capacity():
