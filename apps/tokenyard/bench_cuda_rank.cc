@@ -93,9 +93,8 @@ class CudaBenchRank {
     barrier_.add(Placement::uniform(world.size(), world.size()));
     exchange_.add(placement_);
     if (with_baseline) baseline_.emplace(world, placement_, with_device(exchange_options(settings, placement_), device_));
-    for (std::vector<DeviceBatch>* inputs : {&batches_, &baseline_batches_}) {
-      for (int set = 0; set < kInputSets; ++set) inputs->push_back(upload(make_batch(workload_of(settings, set), world.rank()), device_));
-    }
+    make_inputs(batches_);
+    if (baseline_) make_inputs(baseline_batches_);
     dispatch_options_ = dispatch_options(settings);
     dispatch_options_.stream = stream_.get();
     combine_options_.weighting = weighting_of(layout_);
@@ -118,6 +117,10 @@ class CudaBenchRank {
   }
 
  private:
+  void make_inputs(std::vector<DeviceBatch>& batches) const {
+    for (int set = 0; set < kInputSets; ++set) batches.push_back(upload(make_batch(workload_of(settings_, set), world_.rank()), device_));
+  }
+
   static ExchangeOptions with_device(ExchangeOptions options, int device) {
     options.device = Device::cuda;
     options.device_index = device;

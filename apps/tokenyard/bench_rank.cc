@@ -63,9 +63,9 @@ class BenchRank {
     if (with_baseline && PlainExchange::serves(layout_, workload_of(settings, 0).scale_columns())) {
       plain_.emplace(world, placement_, PlainExchange::Shape{settings.tokens, combine_row_bytes(), layout_, settings.timeout_ms}, pool_);
     }
-    for (std::vector<Batch>& batches : inputs_) {
-      for (int set = 0; set < kInputSets; ++set) batches.push_back(make_batch(workload_of(settings, set), world.rank()));
-    }
+    make_inputs(kDirect);
+    if (baseline_) make_inputs(kTuned);
+    if (plain_) make_inputs(kPlain);
     combine_options_.weighting = weighting_of(layout_);
     out_.resize(static_cast<std::size_t>(settings.tokens * combine_row_bytes()));
     combine_options_.out = {out_.data(), workload_of(settings, 0).expert_dtype(), {settings.tokens, settings.hidden_size}};
@@ -85,6 +85,10 @@ class BenchRank {
   }
 
  private:
+  void make_inputs(System system) {
+    for (int set = 0; set < kInputSets; ++set) inputs_[system].push_back(make_batch(workload_of(settings_, set), world_.rank()));
+  }
+
   std::int64_t combine_row_bytes() const { return settings_.hidden_size * size_of(workload_of(settings_, 0).expert_dtype()); }
 
   // Dispatch and combine of the first input set against what the seed says; all ranks fail together.

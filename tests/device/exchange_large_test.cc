@@ -32,7 +32,7 @@ const Large kLarge[] = {
     {.name = "GatherMapCopied", .layout = Layout::token_major, .copy_out = true, .gather_map = true},
 };
 
-// Several chunks of tokens and of received rows, and as good as none on the last rank.
+// Several chunks of tokens and of received rows; the fourth rank has none.
 constexpr BatchShape kShape{.max_tokens = 640, .hidden_size = 2048};
 constexpr std::int64_t kFewer = 311;  // tokens, on each higher rank
 
