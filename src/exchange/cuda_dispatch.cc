@@ -1,4 +1,4 @@
-// The dispatch of the CUDA engine: plan, move, layout, spread; or in latency mode slots, layout, spread.
+// The dispatch of the CUDA engine: plan, move, layout, spread; or in latency mode slots, and then layout and spread unless it pads.
 
 #include <algorithm>
 #include <chrono>
@@ -27,7 +27,7 @@ LayoutOptions CudaEngine::layout_options(const DispatchOptions& options, int pla
           .max_expert_rows = options_.max_expert_rows};
 }
 
-CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) {
+CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached, Halves halves) {
   if (placements_.empty()) usage_error("dispatch without a placement; register one with Exchange::add");
   CudaDispatch job;
   job.input = input;
@@ -70,6 +70,12 @@ CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const Dispatc
     job.handle->placement_hash = header.placement_hash;
   }
   lease_buffer(job);
+  const HandleShape& made = job.handle->shape;
+  // Memory that only `finish` makes is not there yet when the first half runs.
+  const bool has_output = halves == Halves::together || !options.copy_out || options.out_rows;
+  job.pads = !job.cached && has_output && made.layout == Layout::expert_padded && made.mode == Mode::latency && made.local_experts > 0 &&
+             cuda::can_pad(shape_, made.top_k);
+  if (job.pads) job.output = place_output(job, stream);
   return job;
 }
 
@@ -130,7 +136,7 @@ cuda::SourceArgs CudaEngine::source_args(const CudaDispatch& job) const {
 void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
   const bool latency = static_cast<Mode>(job.header.mode) == Mode::latency;
   const HandleShape& shape = job.handle->shape;
-  const bool lays_out = !job.cached && (shape.is_expert_layout() || shape.is_compacted() || shape.gather_map);
+  const bool lays_out = !job.cached && !job.pads && (shape.is_expert_layout() || shape.is_compacted() || shape.gather_map);
   // What only an exact dispatch waits for costs the device a trip to the host's memory.
   cuda::HostCounts* const host = job.options.sizing == Sizing::exact ? job.handle->counts.get() : nullptr;
   cuda::MoveArgs move{.context = arena_->context(),
@@ -146,7 +152,9 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
                       .blocks = budget_.multiprocessors};
   if (!job.cached) job.handle->counts->call = 0;
   if (latency) {
-    phase("dispatch slots", stream, [&] { cuda::launch_slots(move, stream); });
+    cuda::PadArgs pad;
+    if (job.pads) pad = {.spread = spread_args(job), .capacity = shape.expert_width, .drop = job.layout_options.drop};
+    phase("dispatch slots", stream, [&] { cuda::launch_slots(move, pad, stream); });
   } else {
     if (!job.cached) {
       const cuda::PlanArgs plan{
@@ -221,21 +229,14 @@ Received CudaEngine::finish_dispatch(CudaDispatch& job, cudaStream_t stream) {
   if (source.scale_bytes() > 0) state->scales = shaped(arena_->scales(job.buffer), source.scale_dtype(), rows, source.scale_columns());
   state->lease = job.lease;
   if (!job.in_place) {
-    place_output(job, stream, *state);
-    const cuda::SpreadArgs spread{.context = arena_->context(),
-                                  .handle = job.handle->view,
-                                  .buffer = job.buffer,
-                                  .layout = job.handle->layout,
-                                  .mode = job.handle->mode,
-                                  .row_bytes = source.row_bytes(),
-                                  .scale_bytes = source.scale_bytes(),
-                                  .rows = static_cast<std::byte*>(state->rows.data),
-                                  .scales = static_cast<std::byte*>(state->scales.data),
-                                  .output_rows = job.handle->total_rows(),
-                                  .zero_padding = job.options.zero_padding,
-                                  .blocks = multiprocessors_of(device_)};
-    phase("dispatch spread", stream, [&] { cuda::launch_spread(spread, stream); });
-    cuda_check(cudaGetLastError(), "enqueueing the copy of received rows");
+    if (!job.pads) {
+      job.output = place_output(job, stream);
+      phase("dispatch spread", stream, [&] { cuda::launch_spread(spread_args(job), stream); });
+      cuda_check(cudaGetLastError(), "enqueueing the copy of received rows");
+    }
+    state->rows.data = job.output->rows;
+    if (state->scales) state->scales.data = job.output->scales;
+    state->lease = std::move(job.output->lease);
   }
   state->before_free = [stream, device = device_](void* reader) {
     const CudaDeviceScope scope(device);
@@ -244,40 +245,51 @@ Received CudaEngine::finish_dispatch(CudaDispatch& job, cudaStream_t stream) {
   return Received(std::move(state));
 }
 
+cuda::SpreadArgs CudaEngine::spread_args(const CudaDispatch& job) const {
+  return {.context = arena_->context(),
+          .handle = job.handle->view,
+          .buffer = job.buffer,
+          .layout = job.handle->layout,
+          .mode = job.handle->mode,
+          .row_bytes = job.source->row_bytes(),
+          .scale_bytes = job.source->scale_bytes(),
+          .rows = job.output->rows,
+          .scales = job.output->scales,
+          .output_rows = job.handle->total_rows(),
+          .zero_padding = job.options.zero_padding,
+          .blocks = multiprocessors_of(device_)};
+}
+
 // Chooses the memory of rows that do not stay where they landed: the caller's, memory of the Received, or a lease on expert memory.
-void CudaEngine::place_output(const CudaDispatch& job, cudaStream_t stream, ReceivedState& state) {
+OutputRows CudaEngine::place_output(const CudaDispatch& job, cudaStream_t stream) {
   const RowSource& source = *job.source;
   const std::int64_t rows = job.handle->total_rows();
-  const std::int64_t row_part = protocol::align_up(rows * source.row_bytes(), 64);
+  const bool has_scales = source.scale_bytes() > 0;
   if (job.options.copy_out && job.options.allocate_out) {
     const OutMemory given = job.options.allocate_out(rows, source.row_bytes(), source.scale_bytes());
-    state.rows.data = given.rows;
-    if (state.scales) state.scales.data = given.scales;
-    state.lease.reset();
-    return;
+    return {.rows = static_cast<std::byte*>(given.rows), .scales = static_cast<std::byte*>(given.scales), .lease = nullptr};
   }
   if (job.options.copy_out && job.options.out_rows) {
-    if (job.options.out_rows.shape[0] < rows || (state.scales && job.options.out_scales.shape[0] < rows)) {
-      usage_error("out_rows has {} rows and out_scales {}; this dispatch may fill {}: give as many", job.options.out_rows.shape[0],
-                  job.options.out_scales ? job.options.out_scales.shape[0] : 0, rows);
+    const TensorView &out_rows = job.options.out_rows, &out_scales = job.options.out_scales;
+    if (out_rows.shape[0] < rows || (has_scales && out_scales.shape[0] < rows)) {
+      usage_error("out_rows has {} rows and out_scales {}; this dispatch may fill {}: give as many", out_rows.shape[0],
+                  out_scales ? out_scales.shape[0] : 0, rows);
     }
-    state.rows.data = job.options.out_rows.data;
-    state.scales.data = job.options.out_scales.data;
-    state.lease.reset();
-    return;
+    return {.rows = static_cast<std::byte*>(out_rows.data), .scales = static_cast<std::byte*>(out_scales.data), .lease = nullptr};
   }
+  const std::int64_t row_part = protocol::align_up(rows * source.row_bytes(), 64);
   const std::int64_t bytes = row_part + rows * source.scale_bytes();
-  std::byte* data = nullptr;
+  OutputRows output;
   if (job.options.copy_out) {
     auto block = blocks_->take(bytes, stream);
-    data = block.get();
-    state.lease = std::move(block);
+    output.rows = block.get();
+    output.lease = std::move(block);
   } else {
-    data = expert_memory(job.expert_buffer, bytes, stream);
-    state.lease = job.expert_lease;
+    output.rows = expert_memory(job.expert_buffer, bytes, stream);
+    output.lease = job.expert_lease;
   }
-  state.rows.data = data;
-  if (state.scales) state.scales.data = data + row_part;
+  if (has_scales) output.scales = output.rows + row_part;
+  return output;
 }
 
 // All free buffers grow at once: calls that are captured later must find theirs.
@@ -311,7 +323,7 @@ void CudaEngine::leave_buffers(const CudaDispatch& job, cudaStream_t stream) {
 Received CudaEngine::dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) {
   const CudaDeviceScope scope(device_);
   const auto stream = static_cast<cudaStream_t>(options.stream);
-  CudaDispatch job = admit(stream, [&] { return make_dispatch(input, options, cached); });
+  CudaDispatch job = admit(stream, [&] { return make_dispatch(input, options, cached, Halves::together); });
   order_.enter(stream);
   enter_buffers(job, stream);
   enqueue_dispatch(job, stream);
@@ -322,7 +334,7 @@ Received CudaEngine::dispatch(const DispatchInput& input, const DispatchOptions&
 Pending<Received> CudaEngine::start_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) {
   const CudaDeviceScope scope(device_);
   const auto caller = static_cast<cudaStream_t>(options.stream);
-  auto job = std::make_shared<CudaDispatch>(admit(caller, [&] { return make_dispatch(input, options, cached); }));
+  auto job = std::make_shared<CudaDispatch>(admit(caller, [&] { return make_dispatch(input, options, cached, Halves::apart); }));
   order_streams(caller, stream_.get(), entered_);
   order_.enter(stream_.get());
   enter_buffers(*job, stream_.get());

@@ -26,6 +26,13 @@ struct DeviceTable {
   const std::int32_t* shard_ordinals = nullptr;  // [L]
 };
 
+// Memory of rows that do not stay where they landed.
+struct OutputRows {
+  std::byte* rows = nullptr;
+  std::byte* scales = nullptr;
+  std::shared_ptr<void> lease;  // null: the caller's
+};
+
 // A dispatch that is checked, with everything it needs, and then enqueued.
 struct CudaDispatch {
   DispatchInput input;
@@ -40,7 +47,10 @@ struct CudaDispatch {
   int expert_buffer = 0;  // unless in place or copied out
   std::shared_ptr<void> expert_lease;
   bool in_place = false;  // rows are used where they land
+  bool pads = false;      // the kernel that lands rows also lays them out and copies them
+  std::optional<OutputRows> output;
 };
+enum class Halves : std::uint8_t { together, apart };  // start and finish
 
 class CudaEngine final : public ExchangeEngine {
  public:
@@ -73,14 +83,14 @@ class CudaEngine final : public ExchangeEngine {
   void wait_idle() override;
   void placements_changed() override;
   void make_scratch();
-  // Runs `make`; a call that is rejected with UsageError is told to the peers.
+  // Runs `make`; a call that it rejects is told to the peers.
   template <class Make>
   auto admit(cudaStream_t stream, Make&& make) {
     check();
     ++last_call_;
     try {
       return make();
-    } catch (const UsageError& error) {
+    } catch (const std::exception& error) {
       reject(stream, error.what());
       throw;
     }
@@ -93,13 +103,14 @@ class CudaEngine final : public ExchangeEngine {
     launch();
   }
 
-  CudaDispatch make_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached);
+  CudaDispatch make_dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached, Halves halves);
   void check_dispatch_memory(const CudaDispatch& job) const;
   void lease_buffer(CudaDispatch& job);
   // Everything up to the received rows; then, when the host knows as much as it must, what becomes of them.
   void enqueue_dispatch(CudaDispatch& job, cudaStream_t stream);
   Received finish_dispatch(CudaDispatch& job, cudaStream_t stream);
-  void place_output(const CudaDispatch& job, cudaStream_t stream, ReceivedState& state);
+  OutputRows place_output(const CudaDispatch& job, cudaStream_t stream);
+  cuda::SpreadArgs spread_args(const CudaDispatch& job) const;
   std::byte* expert_memory(int buffer, std::int64_t bytes, cudaStream_t stream);
   // Behind whatever still reads the buffers that the dispatch is about to fill, and before whoever fills them next.
   void enter_buffers(const CudaDispatch& job, cudaStream_t stream);

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <stdexcept>
 
 #include "device/gpus.h"
 #include "device/twin.h"
@@ -154,6 +155,36 @@ TEST_F(DeviceErrors, TooLittleMemoryForCopiesIsRefused) {
     options.out_rows = TensorView(twin.batch.reserve(64 * 4), Dtype::float32, {1, 64});
     expect_usage_error("out_rows has 1 rows", [&] { twin.device.dispatch(twin.batch.input(), options); });
     options.out_rows = {};
+    twin.expect_same(twin.device.dispatch(twin.batch.input(), options), twin.expected(options).received, "next");
+  });
+}
+
+// Where the kernel that lands rows also copies them, memory is chosen before the call: whatever goes wrong there is told to the peers.
+TEST_F(DeviceErrors, NoMemoryForPaddedCopiesIsTold) {
+  run_ranks(kRanks, [](World& world) {
+    Twin twin(world);
+    const DispatchOptions options{.layout = Layout::expert_padded,
+                                  .sizing = Sizing::capacity,
+                                  .mode = Mode::latency,
+                                  .copy_out = true,
+                                  .stream = twin.batch.stream()};
+    const auto good = [&] {
+      twin.device.dispatch(twin.batch.input(), options);
+      cudaStreamSynchronize(twin.batch.stream());
+      twin.device.check();
+    };
+    DispatchOptions small = options;
+    small.out_rows = TensorView(twin.batch.reserve(64 * 4), Dtype::float32, {1, 64});
+    expect_rejection(world, kCulprit, "out_rows has 1 rows", good, [&] { twin.device.dispatch(twin.batch.input(), small); });
+    DispatchOptions failing = options;
+    failing.allocate_out = [](std::int64_t, std::int64_t, std::int64_t) -> OutMemory {
+      throw std::runtime_error("the allocator has none");
+    };
+    if (world.rank() == kCulprit) {
+      EXPECT_THROW(twin.device.dispatch(twin.batch.input(), failing), std::runtime_error);
+    } else {
+      exchange_test::expect_aborted(world, kCulprit, "the allocator has none", good);
+    }
     twin.expect_same(twin.device.dispatch(twin.batch.input(), options), twin.expected(options).received, "next");
   });
 }

@@ -279,6 +279,41 @@ TEST_F(DeviceFailures, OverflowByOneIsStickyEverywhereUntilCleared) {
   }
 }
 
+// In latency mode only the rank that receives too many rows knows it; the others learn of it in the next call at the latest.
+TEST_F(DeviceFailures, OverflowOfAPaddedGroupInLatencyMode) {
+  run_ranks(3, [&](World& world) {
+    Batch batch(world);
+    Exchange exchange(world, batch.options());
+    const std::vector<Replica> on_the_last{{.shard_ranks = {2}}};
+    exchange.add(Placement::custom(3, std::vector<std::vector<Replica>>(batch.shape().experts, on_the_last)));
+    const auto dispatch = [&](std::int64_t tokens) {
+      batch.draw(5, tokens);
+      for (std::int64_t token = 0; token < tokens; ++token) {
+        for (int k = 0; k < batch.shape().top_k; ++k) batch.set_id(token, k, 2 * k);
+      }
+      const Received received = exchange.dispatch(batch.input(), {.layout = Layout::expert_padded,
+                                                                  .sizing = Sizing::capacity,
+                                                                  .mode = Mode::latency,
+                                                                  .expert_capacity = 30,
+                                                                  .stream = batch.stream()});
+      Bytes copy;
+      const std::int32_t rows = *batch.fetch(received.num_rows_device(), copy).as<std::int32_t>();
+      exchange.check();
+      return rows;
+    };
+    EXPECT_EQ(dispatch(10), world.rank() == 2 ? 30 * batch.shape().top_k : 0);
+    const std::int64_t tokens = world.rank() == 0 ? 11 : 10;
+    const Failure failure = failure_of([&] {
+      dispatch(tokens);
+      if (world.rank() != 2) dispatch(tokens);
+    });
+    expect_failure(failure, FailureKind::overflow, world.rank(), 2, Phase::dispatch_rows);
+    if (world.rank() != 2) return;
+    EXPECT_EQ(failure.expected, 30) << failure.message();
+    EXPECT_EQ(failure.seen, 31) << failure.message();
+  });
+}
+
 // A call of rank 0, and what the others do instead: both are named on every rank.
 struct Mismatch {
   std::string first, second;

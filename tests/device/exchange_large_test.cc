@@ -12,6 +12,7 @@ struct Large {
   const char* name;
   Layout layout = Layout::expert_major;
   Sizing sizing = Sizing::capacity;
+  Mode mode = Mode::throughput;
   bool cached = false;
   bool copy_out = false;
   bool quantise = false;
@@ -28,6 +29,15 @@ const Large kLarge[] = {
     {.name = "ExpertMajorCopied", .sizing = Sizing::exact, .copy_out = true},
     {.name = "ExpertMajorInPhasesOnOneRank", .in_phases = true},
     {.name = "ExpertPadded", .layout = Layout::expert_padded},
+    {.name = "ExpertPaddedLatency", .layout = Layout::expert_padded, .mode = Mode::latency},
+    {.name = "ExpertPaddedLatencyCopied", .layout = Layout::expert_padded, .mode = Mode::latency, .copy_out = true},
+    {.name = "ExpertPaddedLatencyQuantised", .layout = Layout::expert_padded, .mode = Mode::latency, .quantise = true},
+    {.name = "ExpertPaddedLatencyInPhasesOnOneRank", .layout = Layout::expert_padded, .mode = Mode::latency, .in_phases = true},
+    {.name = "ExpertPaddedLatencyCopiedInPhasesOnOneRank",
+     .layout = Layout::expert_padded,
+     .mode = Mode::latency,
+     .copy_out = true,
+     .in_phases = true},
     {.name = "GatherMap", .layout = Layout::token_major, .gather_map = true},
     {.name = "GatherMapCopied", .layout = Layout::token_major, .copy_out = true, .gather_map = true},
 };
@@ -47,7 +57,7 @@ void run_rank(World& world, const Large& large) {
   DispatchOptions options;
   options.layout = large.layout;
   options.sizing = large.sizing;
-  options.mode = Mode::throughput;
+  options.mode = large.mode;
   options.copy_out = large.copy_out;
   options.gather_map = large.gather_map;
   if (large.quantise) options.quantise = ScaleFormat::float32;

@@ -318,6 +318,18 @@ __device__ inline bool is_last_block(const Context& c, int ticket, bool ordered 
   return last;
 }
 
+// Every block waits until all have come here, whose work is visible to it then. The grid is resident at once; the last block of the
+// kernel resets the ticket.
+__device__ inline void wait_for_blocks(const Context& c, int ticket) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::add_acquire_release(&c.tickets[ticket], 1U);
+    while (ptx::load_acquire_local(&c.tickets[ticket]) < gridDim.x) {
+    }
+  }
+  __syncthreads();
+}
+
 // Ends the call, in the last block of its last kernel. A call that has failed is left: peers may go on to the next one.
 __device__ inline void end_call(const Context& c, bool failed, std::uint64_t call) {
   if (failed) {

@@ -140,6 +140,18 @@ struct SpreadArgs {
   int blocks = 1;
 };
 
+// expert_padded in latency mode, laid out and copied by the kernel that lands the rows.
+struct PadArgs {
+  SpreadArgs spread;
+  std::int64_t capacity = 0;  // C; 0: another layout, or left to launch_layout and launch_spread
+  bool drop = false;
+};
+constexpr std::int64_t kMostPadRanks = 64;
+constexpr std::int64_t kMostPadPairs = 32768;  // every block looks at all of them
+inline bool can_pad(const protocol::ArenaShape& shape, int top_k) {
+  return shape.ranks <= kMostPadRanks && shape.ranks * shape.max_tokens_per_rank * top_k <= kMostPadPairs;
+}
+
 // ---- combine ----
 
 struct CombineArgs {
@@ -184,7 +196,8 @@ void launch_plan(const PlanArgs& args, Stream stream);
 // Throughput: every row once to each of its ranks, into its slot, which the handle learns; then waits for every source, and turns its
 // records into the handle's received rows [0, receive_rows).
 void launch_move(const MoveArgs& args, Stream stream);
-void launch_slots(const MoveArgs& args, Stream stream);     // latency mode: moves, waits and lands in slots that need no plan
+// Latency mode: moves, waits and lands in slots that need no plan; then pads, where asked.
+void launch_slots(const MoveArgs& args, const PadArgs& pad, Stream stream);
 void launch_layout(const LayoutArgs& args, Stream stream);  // several kernels
 void launch_spread(const SpreadArgs& args, Stream stream);  // local, behind its call
 

@@ -207,13 +207,6 @@ __device__ inline void place_rows(const LayoutArgs& args, const Groups& groups, 
   }
 }
 
-__device__ inline void clear_output(const HandleView& handle, std::int64_t row) {
-  handle.out_weights[row] = 0.0F;
-  handle.out_source_rank[row] = -1;
-  handle.out_source_token[row] = -1;
-  handle.out_source_k[row] = -1;
-}
-
 // What no row goes to, by all threads of the grid: the defaults of Received. Rows that are placed are left alone, so that
 // blocks need not wait for each other.
 __device__ inline void fill_rest(const LayoutArgs& args, const Groups& groups) {

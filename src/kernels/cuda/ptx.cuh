@@ -23,6 +23,11 @@ __device__ __forceinline__ std::uint32_t add_acquire_release(std::uint32_t* word
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
   return before;
 }
+__device__ __forceinline__ std::uint32_t load_acquire_local(const std::uint32_t* word) {  // within the GPU
+  std::uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
 __device__ __forceinline__ std::uint32_t load_relaxed(const std::uint32_t* word) {
   std::uint32_t value;
   asm volatile("ld.relaxed.sys.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");

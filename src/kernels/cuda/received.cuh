@@ -73,6 +73,14 @@ __device__ inline void clear_received(const HandleView& handle, std::int64_t cap
   }
 }
 
+// A row of an expert layout that nothing goes to.
+__device__ inline void clear_output(const HandleView& handle, std::int64_t row) {
+  handle.out_weights[row] = 0.0F;
+  handle.out_source_rank[row] = -1;
+  handle.out_source_token[row] = -1;
+  handle.out_source_k[row] = -1;
+}
+
 // Tells the host what it shapes outputs by. By one thread; release: publishes the numbers before `call`.
 __device__ inline void tell_host(HostCounts* host, std::uint64_t call, const HandleView::Header& header, std::int32_t map_rows) {
   if (host == nullptr) return;

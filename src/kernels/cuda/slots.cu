@@ -1,9 +1,11 @@
-// Latency mode: one kernel announces the call, moves rows into slots that need no counts, flags every token by itself, and lands
-// what others send as it arrives. Its blocks wait for each other and for peers, so all of them are resident at once.
+// Latency mode: one kernel announces the call, moves rows into slots that need no counts, flags every token by itself, lands what
+// others send as it arrives, and pads groups of experts where that is the layout. Its blocks wait for each other and for peers, so all
+// of them are resident at once.
 
 #include <algorithm>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/pad.cuh"
 #include "kernels/cuda/preload.h"
 #include "kernels/cuda/received.cuh"
 #include "kernels/cuda/routing.cuh"
@@ -19,7 +21,7 @@ constexpr int kPieceBlocks = kPieceBytes / kQuantiseBlock;
 constexpr int kKnownPeers = 64;   // whose addresses are kept in shared memory
 constexpr int kMaxGroups = 2048;  // of 32 ranks
 
-enum Ticket { kLandedTicket };
+enum Ticket { kLandedTicket, kEndTicket };
 
 struct Peer {
   std::byte* arena;
@@ -29,6 +31,11 @@ struct Peer {
 struct SlotsMemory {
   Peer peers[kKnownPeers];
   std::uint32_t present[kMaxGroups];  // bit per rank: the current token goes there
+};
+struct SlotsJob {
+  MoveJob move;
+  PadJob pad;
+  __device__ bool pads() const { return pad.capacity != 0; }
 };
 struct alignas(16) SlotsStage {  // where rows are quantised
   std::byte elements[kPieceBytes];
@@ -288,12 +295,17 @@ __device__ bool send_tokens(const MoveJob& job, const protocol::CallHeader& head
 }
 
 // A (token, k) of a source: of what it does not send, no more than that it is absent.
-__device__ void land_pair(const MoveArgs& args, int source, std::int64_t row, int k, const std::byte* record) {
+__device__ void land_pair(const MoveArgs& args, int source, std::int64_t row, int k, const std::byte* record, bool pads) {
   const HandleView& handle = args.handle;
   ReceivedPair pair;
   if (record != nullptr) pair = read_pair(record, k, handle.top_k);
   write_pair(handle, row, k, source, pair);
-  if (pair.local_id >= 0 && pair.local_id < args.routing.local_experts) atomicAdd(&handle.expert_counts[pair.local_id], 1);
+  const bool has_expert = pair.local_id >= 0 && pair.local_id < args.routing.local_experts;
+  if (pads) {  // the others are found, counted and placed by the block of their expert
+    if (!has_expert) handle.output_row[row * handle.top_k + k] = -1;
+  } else if (has_expert) {
+    atomicAdd(&handle.expert_counts[pair.local_id], 1);
+  }
   if (k != 0) return;
   if (pair.source_token >= 0) atomicAdd(&handle.rank_counts[source], 1);
   if (handle.present != nullptr) handle.present[row] = pair.source_token >= 0 ? 1 : 0;
@@ -301,7 +313,8 @@ __device__ void land_pair(const MoveArgs& args, int source, std::int64_t row, in
 
 // Every thread waits for what it lands, and first for block 0 to have begun, so that what it adds to is zero. Blocks take part from
 // the last one on: the first ones have more to send.
-__device__ void land_slots(const MoveArgs& args, std::uint64_t call, const SlotsMemory& memory) {
+__device__ void land_slots(const SlotsJob& job, std::uint64_t call, const SlotsMemory& memory) {
+  const MoveArgs& args = job.move.args;
   const Context& c = args.context;
   const auto top_k = args.cached ? 1U : static_cast<unsigned>(args.handle.top_k);
   const auto max_tokens = static_cast<unsigned>(c.shape.max_tokens_per_rank);
@@ -318,7 +331,7 @@ __device__ void land_slots(const MoveArgs& args, std::uint64_t call, const Slots
     const std::uint64_t* const word = arrival(c, c.rank, source, token);
     if (is_sent && !wait_for_word(c, word, protocol::flag_word(call), {source, Phase::dispatch_rows, call})) return;
     if (args.cached) continue;
-    land_pair(args, source, row, static_cast<int>(at % top_k), is_sent ? records + row * record_bytes : nullptr);
+    land_pair(args, source, row, static_cast<int>(at % top_k), is_sent ? records + row * record_bytes : nullptr, job.pads());
   }
 }
 
@@ -342,13 +355,15 @@ __device__ bool begin_slots(const MoveArgs& args, const protocol::CallHeader& he
 }
 
 // By one warp.
-__device__ void fill_header(const MoveArgs& args, std::uint64_t call) {
+__device__ void fill_header(const MoveArgs& args, std::uint64_t call, bool pads) {
   const Context& c = args.context;
   HandleView::Header header{.call = call, .num_tokens = args.routing.num_tokens};
   if (lane_index() == 0) take_id_counts(c, header);
-  std::int32_t rows = 0;
+  std::int32_t rows = 0, padded = 0;
   for (int rank = lane_index(); rank < c.ranks; rank += kLanes) rows += args.handle.rank_counts[rank];
+  for (int local = lane_index(); pads && local < args.routing.local_experts; local += kLanes) padded += args.handle.expert_counts[local];
   header.num_rows = header.layout_rows = __reduce_add_sync(kAllLanes, rows);
+  if (pads) header.layout_rows = __reduce_add_sync(kAllLanes, padded);
   if (lane_index() == 0) *args.handle.header = header;
 }
 
@@ -365,47 +380,57 @@ __device__ void clear_handle(const MoveArgs& args) {
 }
 
 // By the last block of all. What the call needs to know is loaded by three warps at once.
-__device__ void finish_slots(const MoveJob& job, std::uint64_t call) {
-  const MoveArgs& args = job.args;
+__device__ void finish_slots(const SlotsJob& job, std::uint64_t call) {
+  const MoveArgs& args = job.move.args;
   const Context& c = args.context;
-  if (warp_index() == 1) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
-  if (warp_index() == 2 && !args.cached) fill_header(args, call);
+  if (threadIdx.x == 0) c.tickets[kLandedTicket] = 0;
+  if (warp_index() == 1) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.move.scales.row_bytes);
+  if (warp_index() == 2 && !args.cached) fill_header(args, call, job.pads());
   const bool failed = block_has_failed(c);
   if (failed && !args.cached) clear_handle(args);
   if (threadIdx.x == 0 && !args.cached) {
     reset_id_counts(c);
-    if (args.last) tell_host(args.host, call, *args.handle.header, 0);
+    if (args.last) tell_host(args.host, call, *args.handle.header, job.pads() ? args.handle.header->layout_rows : 0);
   }
   if (args.last) end_call(c, failed, call);
 }
 
 template <bool kQuantise>
-__global__ void __launch_bounds__(kSlotThreads, 1) dispatch_slots(const __grid_constant__ MoveJob job) {
+__global__ void __launch_bounds__(kSlotThreads, 1) dispatch_slots(const __grid_constant__ SlotsJob job) {
   extern __shared__ SlotsStage stage[];
   __shared__ SlotsMemory memory;
-  const MoveArgs& args = job.args;
+  __shared__ PadMemory pad_memory;
+  const MoveArgs& args = job.move.args;
   const Context& c = args.context;
   const CallState state = state_of_call(c);
   const protocol::CallHeader header = complete_header(args.header, args.handle);
   bool good = !state.failed;
   if (good && blockIdx.x == 0) good = begin_slots(args, header, state);
-  if (good && send_tokens<kQuantise>(job, header, state.call, memory, stage)) {
-    land_slots(args, state.call, memory);
+  if (good && send_tokens<kQuantise>(job.move, header, state.call, memory, stage)) {
+    land_slots(job, state.call, memory);
   }
-  if (is_last_block(c, kLandedTicket)) finish_slots(job, state.call);
+  if (job.pads()) {
+    wait_for_blocks(c, kLandedTicket);
+    if (!block_has_failed(c)) {
+      for (int local = blockIdx.x; local < args.routing.local_experts; local += gridDim.x) pad_expert(job.pad, local, pad_memory);
+    }
+  }
+  if (is_last_block(c, kEndTicket)) finish_slots(job, state.call);
 }
 
 const Preloaded preloaded({{dispatch_slots<false>}, {dispatch_slots<true>}});
 
 }  // namespace
 
-void launch_slots(const MoveArgs& args, Stream stream) {
-  const MoveJob job = move_job(args);
+void launch_slots(const MoveArgs& args, const PadArgs& pad, Stream stream) {
+  static_assert(kPadThreads == kSlotThreads && kMostPadPairs <= 1 << 16);
+  const SlotsJob job{.move = move_job(args), .pad = pad_job(pad)};
   const std::size_t shared = args.source.quantise ? sizeof(SlotsStage) : 0;
-  // A block for each token and one that announces, or as many as share what may arrive.
+  // A block for each token and one that announces, for each group to pad, or as many as share what may arrive.
   const protocol::ArenaShape& shape = args.context.shape;
   const std::int64_t pairs = shape.ranks * shape.max_tokens_per_rank * args.handle.top_k;
-  const std::int64_t useful = std::max<std::int64_t>(args.routing.num_tokens + 1, (pairs + kSlotThreads - 1) / kSlotThreads);
+  const std::int64_t groups = pad.capacity != 0 ? args.routing.local_experts : 0;
+  const std::int64_t useful = std::max<std::int64_t>({args.routing.num_tokens + 1, (pairs + kSlotThreads - 1) / kSlotThreads, groups});
   const Launch launch(static_cast<int>(std::min<std::int64_t>(args.blocks, useful)), kSlotThreads, shared, stream, Resident::together);
   launch(args.source.quantise ? dispatch_slots<true> : dispatch_slots<false>, job);
 }
