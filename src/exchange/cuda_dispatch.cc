@@ -137,19 +137,16 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
   const bool latency = static_cast<Mode>(job.header.mode) == Mode::latency;
   const HandleShape& shape = job.handle->shape;
   const bool lays_out = !job.cached && !job.pads && (shape.is_expert_layout() || shape.is_compacted() || shape.gather_map);
-  // What only an exact dispatch waits for costs the device a trip to the host's memory.
-  cuda::HostCounts* const host = job.options.sizing == Sizing::exact ? job.handle->counts.get() : nullptr;
-  cuda::MoveArgs move{.context = arena_->context(),
-                      .header = job.header,
-                      .buffer = job.buffer,
-                      .routing = routing_args(job),
-                      .source = source_args(job),
-                      .handle = job.handle->view,
-                      .numbers = row_numbers_,
-                      .host = host,
-                      .cached = job.cached,
-                      .last = !lays_out,
-                      .blocks = budget_.multiprocessors};
+  const cuda::MoveArgs move{.context = arena_->context(),
+                            .header = job.header,
+                            .buffer = job.buffer,
+                            .routing = routing_args(job),
+                            .source = source_args(job),
+                            .handle = job.handle->view,
+                            .numbers = row_numbers_,
+                            .cached = job.cached,
+                            .last = !lays_out,
+                            .blocks = budget_.multiprocessors};
   if (!job.cached) job.handle->counts->call = 0;
   if (latency) {
     cuda::PadArgs pad;
@@ -173,7 +170,8 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
           .handle = job.handle->view,
           .numbers = row_numbers_,
           .counts = counts_,
-          .host = host};
+          // What only an exact dispatch waits for costs the device a trip to the host's memory.
+          .host = job.options.sizing == Sizing::exact ? job.handle->counts.get() : nullptr};
       phase("dispatch plan", stream, [&] { cuda::launch_plan(plan, stream); });
     }
     phase("dispatch rows", stream, [&] { cuda::launch_move(move, stream); });
@@ -191,7 +189,6 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
                                   .output_rows = shape.output_rows,
                                   .map_rows = shape.map_rows,
                                   .chunk_counts = layout_chunks_,
-                                  .host = host,
                                   .last = true};
     phase("dispatch layout", stream, [&] { cuda::launch_layout(layout, stream); });
   }

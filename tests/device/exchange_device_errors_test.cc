@@ -170,7 +170,7 @@ TEST_F(DeviceErrors, NoMemoryForPaddedCopiesIsTold) {
                                   .stream = twin.batch.stream()};
     const auto good = [&] {
       twin.device.dispatch(twin.batch.input(), options);
-      cudaStreamSynchronize(twin.batch.stream());
+      cuda_check(cudaStreamSynchronize(twin.batch.stream()), "cudaStreamSynchronize");
       twin.device.check();
     };
     DispatchOptions small = options;

@@ -99,11 +99,10 @@ struct MoveArgs {
   RoutingArgs routing;      // not read when cached
   SourceArgs source;
   HandleView handle;
-  RowNumbers numbers;          // of the plan; throughput mode, unless cached
-  HostCounts* host = nullptr;  // latency mode, pinned
-  bool cached = false;         // slots are the handle's, no records travel
-  bool last = false;           // ends the call
-  int blocks = 1;              // of the grid: at most what may be resident at once beside everything else on the device
+  RowNumbers numbers;   // of the plan; throughput mode, unless cached
+  bool cached = false;  // slots are the handle's, no records travel
+  bool last = false;    // ends the call
+  int blocks = 1;       // of the grid: at most what may be resident at once beside everything else on the device
 };
 
 // From received rows to the rows and metadata of a layout: what Received shows beyond the handle's own arrays.
@@ -120,7 +119,6 @@ struct LayoutArgs {
   std::int64_t output_rows = 0;          // of the layout's metadata arrays: N' or L * C at their bound
   std::int64_t map_rows = 0;             // of the gather map
   std::int32_t* chunk_counts = nullptr;  // scratch [ceil(receive_rows / kLayoutChunk)][L + 1]
-  HostCounts* host = nullptr;            // pinned: layout_rows, where only the layout knows them (latency mode)
   bool last = false;
 };
 

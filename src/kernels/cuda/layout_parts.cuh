@@ -131,15 +131,13 @@ __device__ inline bool make_groups(const LayoutArgs& args, const Groups& groups,
   return fit;
 }
 
-// What the header and the host learn from the groups. By one thread.
+// What the header learns from the groups. By one thread.
 __device__ inline void tell_groups(const LayoutArgs& args, const GroupsMemory& memory, bool fit) {
   HandleView::Header& header = *args.handle.header;
   if (!fit) header.num_rows = 0;
   header.layout_rows = header.num_rows;
   if (args.layout == Layout::expert_major) header.layout_rows = static_cast<std::int32_t>(memory.rows);
   if (args.layout == Layout::expert_padded) header.layout_rows = static_cast<std::int32_t>(memory.kept);
-  // In throughput mode the plan has told the host, which may have gone on.
-  if (args.mode == Mode::latency) tell_host(args.host, call_number(args.context), header, static_cast<std::int32_t>(memory.kept));
 }
 
 // Rows of token_major without gaps: `next` is where the chunk's first present row goes. By one warp.

@@ -388,10 +388,7 @@ __device__ void finish_slots(const SlotsJob& job, std::uint64_t call) {
   if (warp_index() == 2 && !args.cached) fill_header(args, call, job.pads());
   const bool failed = block_has_failed(c);
   if (failed && !args.cached) clear_handle(args);
-  if (threadIdx.x == 0 && !args.cached) {
-    reset_id_counts(c);
-    if (args.last) tell_host(args.host, call, *args.handle.header, job.pads() ? args.handle.header->layout_rows : 0);
-  }
+  if (threadIdx.x == 0 && !args.cached) reset_id_counts(c);
   if (args.last) end_call(c, failed, call);
 }
 
