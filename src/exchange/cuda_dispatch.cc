@@ -136,6 +136,7 @@ cuda::SourceArgs CudaEngine::source_args(const CudaDispatch& job) const {
 void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
   const bool latency = static_cast<Mode>(job.header.mode) == Mode::latency;
   const HandleShape& shape = job.handle->shape;
+  const std::int64_t capacity = shape.layout == Layout::expert_padded ? shape.expert_width : job.layout_options.expert_capacity;
   const bool lays_out = !job.cached && !job.pads && (shape.is_expert_layout() || shape.is_compacted() || shape.gather_map);
   const cuda::MoveArgs move{.context = arena_->context(),
                             .header = job.header,
@@ -144,6 +145,7 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
                             .source = source_args(job),
                             .handle = job.handle->view,
                             .numbers = row_numbers_,
+                            .table = lays_out ? layout_table_ : cuda::LayoutTable(),
                             .cached = job.cached,
                             .last = !lays_out,
                             .blocks = budget_.multiprocessors};
@@ -159,9 +161,7 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
           .header = job.header,
           .buffer = job.buffer,
           .routing = move.routing,
-          .limits = {.expert_capacity = shape.layout == Layout::expert_padded && job.layout_options.expert_capacity == 0
-                                            ? shape_.receive_rows
-                                            : job.layout_options.expert_capacity,
+          .limits = {.expert_capacity = capacity,
                      .max_layout_rows =
                          shape.layout == Layout::expert_major && job.options.sizing == Sizing::capacity ? options_.max_expert_rows : 0,
                      .alignment = job.layout_options.alignment,
@@ -183,12 +183,12 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
                                   .mode = shape.mode,
                                   .gather_map = shape.gather_map,
                                   .alignment = job.layout_options.alignment,
-                                  .expert_capacity = job.layout_options.expert_capacity,
+                                  .expert_capacity = capacity,
                                   .drop = job.layout_options.drop,
                                   .local_experts = shape.local_experts,
                                   .output_rows = shape.output_rows,
                                   .map_rows = shape.map_rows,
-                                  .chunk_counts = layout_chunks_,
+                                  .table = layout_table_,
                                   .last = true};
     phase("dispatch layout", stream, [&] { cuda::launch_layout(layout, stream); });
   }

@@ -152,7 +152,7 @@ class CudaEngine final : public ExchangeEngine {
   DeviceBuffer scratch_;
   cuda::RowNumbers row_numbers_;
   std::int32_t* counts_ = nullptr;
-  std::int32_t* layout_chunks_ = nullptr;
+  cuda::LayoutTable layout_table_;
   DeviceBuffer groups_;
   std::vector<DeviceTable> tables_;
   std::shared_ptr<CUstream_st> stream_;  // of calls in two halves

@@ -141,7 +141,7 @@ MemoryPlan Exchange::memory_plan(const ExchangeOptions& options, int ranks) {
   if (on_gpu) {
     add("scratch", protocol::device_scratch(shape).bytes(),
         fmt::format("row numbers of max_tokens_per_rank {} x ranks {} x 4, counts, and prefix sums over chunks of {} tokens and of {} rows",
-                    checked.max_tokens_per_rank, ranks, protocol::kPlanChunk, protocol::kLayoutChunk));
+                    checked.max_tokens_per_rank, ranks, protocol::kPlanChunk, protocol::layout_chunk_rows(shape)));
     const LayoutOptions options_of_layout{.sizing = Sizing::capacity,
                                           .gather_map = true,
                                           .local_experts = checked.max_local_experts,

@@ -7,8 +7,16 @@
 
 namespace tokenyard::protocol {
 
-constexpr int kPlanChunk = 128;    // tokens
-constexpr int kLayoutChunk = 128;  // received rows
+constexpr int kPlanChunk = 128;         // tokens
+constexpr int kLayoutChunk = 128;       // received rows, or a multiple of it
+constexpr int kMostLayoutChunks = 256;  // a block each, which sums up what all of them hold
+
+// Received rows in a chunk.
+TY_HOST_DEVICE constexpr std::int64_t layout_chunk_rows(const ArenaShape& shape) {
+  const std::int64_t smallest = std::int64_t{kLayoutChunk} * kMostLayoutChunks;
+  const std::int64_t times = (shape.receive_rows + smallest - 1) / smallest;
+  return kLayoutChunk * (times > 1 ? times : 1);
+}
 
 // Offsets in int32 words; every part starts on a cache line.
 struct DeviceScratch {
@@ -16,7 +24,7 @@ struct DeviceScratch {
   std::int64_t before = 0;         // [ceil(M / kPlanChunk)][R]: rows of earlier chunks
   std::int64_t base = 0;           // [R]: rows of lower ranks
   std::int64_t counts = 0;         // [count_words()]
-  std::int64_t layout_counts = 0;  // [ceil(receive_rows / kLayoutChunk)][L + 1]
+  std::int64_t layout_counts = 0;  // [ceil(receive_rows / layout_chunk_rows())][L + 1]
   std::int64_t words = 0;
   constexpr std::int64_t bytes() const { return words * 4; }
 };
@@ -31,7 +39,7 @@ constexpr DeviceScratch device_scratch(const ArenaShape& shape) {
   scratch.before = part(chunks(shape.max_tokens_per_rank, kPlanChunk) * shape.ranks);
   scratch.base = part(shape.ranks);
   scratch.counts = part(shape.count_words());
-  scratch.layout_counts = part(chunks(shape.receive_rows, kLayoutChunk) * (shape.max_local_experts + 1));
+  scratch.layout_counts = part(chunks(shape.receive_rows, layout_chunk_rows(shape)) * (shape.max_local_experts + 1));
   return scratch;
 }
 

@@ -55,7 +55,6 @@ struct HostCounts {
   std::int32_t map_rows = 0;  // length of the gather map
 };
 
-using protocol::kLayoutChunk;
 using protocol::kPlanChunk;
 
 // A plan's slots in parts, as they are found: the slot of a row is base + before + number. Scratch, valid until the next plan.
@@ -63,6 +62,12 @@ struct RowNumbers {
   std::int32_t* number = nullptr;  // [M][R]: among the rows of its chunk for that rank, -1: none
   std::int32_t* before = nullptr;  // [ceil(M / kPlanChunk)][R]: rows of earlier chunks
   std::int32_t* base = nullptr;    // [R]: rows of lower ranks
+};
+
+// How often each local expert occurs in a chunk of received rows: added up as they land, read and cleared by their layout. Scratch.
+struct LayoutTable {
+  std::int32_t* counts = nullptr;  // [chunks][L + 1], the last column counts rows; zero between calls; null: no layout follows
+  std::int32_t chunk_rows = 1;
 };
 
 struct PlanArgs {
@@ -99,7 +104,8 @@ struct MoveArgs {
   RoutingArgs routing;      // not read when cached
   SourceArgs source;
   HandleView handle;
-  RowNumbers numbers;   // of the plan; throughput mode, unless cached
+  RowNumbers numbers;  // of the plan; throughput mode, unless cached
+  LayoutTable table;
   bool cached = false;  // slots are the handle's, no records travel
   bool last = false;    // ends the call
   int blocks = 1;       // of the grid: at most what may be resident at once beside everything else on the device
@@ -116,9 +122,9 @@ struct LayoutArgs {
   std::int64_t expert_capacity = 0;  // expert_padded: C; expert_major: 0 or a limit
   bool drop = false;
   std::int32_t local_experts = 0;
-  std::int64_t output_rows = 0;          // of the layout's metadata arrays: N' or L * C at their bound
-  std::int64_t map_rows = 0;             // of the gather map
-  std::int32_t* chunk_counts = nullptr;  // scratch [ceil(receive_rows / kLayoutChunk)][L + 1]
+  std::int64_t output_rows = 0;  // of the layout's metadata arrays: N' or L * C at their bound
+  std::int64_t map_rows = 0;     // of the gather map
+  LayoutTable table;
   bool last = false;
 };
 
@@ -196,7 +202,7 @@ void launch_plan(const PlanArgs& args, Stream stream);
 void launch_move(const MoveArgs& args, Stream stream);
 // Latency mode: moves, waits and lands in slots that need no plan; then pads, where asked.
 void launch_slots(const MoveArgs& args, const PadArgs& pad, Stream stream);
-void launch_layout(const LayoutArgs& args, Stream stream);  // several kernels
+void launch_layout(const LayoutArgs& args, Stream stream);
 void launch_spread(const SpreadArgs& args, Stream stream);  // local, behind its call
 
 void launch_combine_weights(const CombineArgs& args, Stream stream);  // at_source: this rank's weights go to where its rows went

@@ -48,6 +48,7 @@ __device__ inline void land_pairs(const MoveArgs& args, const WarpShare& share) 
       const auto row = static_cast<std::int32_t>(at / top_k);
       const int source = at % top_k == 0 && row < rows ? source_of(handle.source_begin, c.ranks, row) : -1;
       write_pair(handle, row, static_cast<int>(at % top_k), source, pair[i]);
+      count_pair(args, row, static_cast<int>(at % top_k), pair[i]);
     }
   }
 }

@@ -1,7 +1,7 @@
 #pragma once
 // From received rows to the order of a layout: a stable counting sort of (row, k) by local expert. Rows are cut into chunks;
-// a table [chunks][columns] holds how often each local expert occurs in a chunk, then where the chunk's rows of it begin.
-// The last column counts rows that are present, to close gaps (token_major in latency mode).
+// a table [chunks][columns] holds how often each local expert occurs in a chunk. The last column counts rows that are present,
+// to close gaps (token_major in latency mode).
 
 #include "kernels/cuda/received.cuh"
 
@@ -23,16 +23,16 @@ __device__ inline std::int32_t local_id_at(const LayoutArgs& args, std::int64_t 
   return local < args.local_experts ? local : -1;  // what a peer sent must not lead out of the tables
 }
 
-// Adds a chunk to its row of the table, by `threads` threads of which this is number `thread`. counters are shared or global.
-__device__ inline void count_rows(const LayoutArgs& args, Chunk chunk, std::int32_t* counters, int thread, int threads) {
-  const std::int64_t top_k = args.handle.top_k;
-  for (std::int64_t pair = chunk.begin * top_k + thread; pair < chunk.end * top_k; pair += threads) {
-    const std::int32_t local = local_id_at(args, pair);
-    if (local >= 0) atomicAdd(&counters[local], 1);
-  }
-  for (std::int32_t row = chunk.begin + thread; row < chunk.end; row += threads) {
-    if (args.handle.source_token[row] >= 0) atomicAdd(&counters[args.local_experts], 1);
-  }
+// Rows that can hold anything: in throughput mode what arrived, in latency mode all slots.
+__device__ inline std::int32_t used_rows(const LayoutArgs& args) {
+  if (args.mode == Mode::throughput) return args.handle.header->num_rows;
+  return static_cast<std::int32_t>(received_capacity(args.context, args.mode));
+}
+// Rows behind those that arrived are part of it: they are marked as absent.
+__device__ inline Chunk chunk_at(const LayoutArgs& args, int chunk) {
+  const std::int64_t rows = received_capacity(args.context, args.mode);
+  return {static_cast<std::int32_t>(min(std::int64_t{chunk} * args.table.chunk_rows, rows)),
+          static_cast<std::int32_t>(min(std::int64_t{chunk + 1} * args.table.chunk_rows, rows))};
 }
 
 // Where the groups of the local experts lie in the output.
@@ -46,6 +46,37 @@ struct GroupsMemory {
   std::int64_t kept;
   int overflowing;  // the first local expert beyond its capacity
 };
+
+// Shared memory of a block that lays out.
+struct LayoutMemory {
+  std::int32_t* next;  // [columns]: where the chunk's next row of it goes, counted in its group
+  Groups groups;
+  std::int32_t* warp_counts;  // [warps][columns]: of one round, then where the warp's rows go; zero between rounds
+
+  __device__ LayoutMemory(std::int32_t* shared, int columns)
+      : next(shared), groups{shared + columns, shared + 2 * columns}, warp_counts(shared + 3 * columns) {}
+};
+TY_HOST_DEVICE inline std::int64_t layout_words(int columns, int warps) { return std::int64_t{columns} * (3 + warps); }
+
+// What lies before a chunk, into layout.next, and in all chunks, into layout.groups.kept. By the block, and added to zeros.
+__device__ inline void sum_chunks(const LayoutArgs& args, const LayoutMemory& layout, int chunk, int chunks) {
+  const int columns = layout_columns(args);
+  const int used = min(chunks, (used_rows(args) + args.table.chunk_rows - 1) / args.table.chunk_rows);
+  const auto threads = static_cast<int>(blockDim.x);
+  const int parts = max(1, threads / columns);
+  for (int i = threadIdx.x; i < parts * columns; i += threads) {
+    const int column = i % columns;
+    std::int32_t before = 0, all = 0;
+#pragma unroll 8
+    for (int other = i / columns; other < used; other += parts) {
+      const std::int32_t count = args.table.counts[other * columns + column];
+      all += count;
+      if (other < chunk) before += count;
+    }
+    atomicAdd(&layout.next[column], before);
+    if (column < args.local_experts) atomicAdd(&layout.groups.kept[column], all);
+  }
+}
 
 // Inclusive sum over the block; `sums` holds one number per warp. Begins and ends with a barrier.
 __device__ inline std::int64_t block_inclusive_sum(std::int64_t value, std::int64_t* sums) {
@@ -143,7 +174,6 @@ __device__ inline void tell_groups(const LayoutArgs& args, const GroupsMemory& m
 // Rows of token_major without gaps: `next` is where the chunk's first present row goes. By one warp.
 __device__ inline void compact_rows(const LayoutArgs& args, Chunk chunk, std::int32_t next) {
   const HandleView& handle = args.handle;
-  const int top_k = handle.top_k;
   for (std::int32_t begin = chunk.begin; begin < chunk.end; begin += kLanes) {
     const std::int32_t row = begin + lane_index();
     const bool present = row < chunk.end && handle.source_token[row] >= 0;
@@ -154,16 +184,17 @@ __device__ inline void compact_rows(const LayoutArgs& args, Chunk chunk, std::in
       handle.out_source_rank[to] = handle.source_rank[row];
       handle.out_source_token[to] = handle.source_token[row];
     }
-    for (int i = lane_index(); i - lane_index() < kLanes * top_k; i += kLanes) {  // all lanes take part in the shuffle
-      const std::int32_t target = __shfl_sync(kAllLanes, to, i / top_k);
-      if (target < 0) continue;
-      const std::int64_t from = static_cast<std::int64_t>(begin) * top_k + i;
-      handle.out_local_ids[static_cast<std::int64_t>(target) * top_k + i % top_k] = handle.local_ids[from];
-      handle.out_weights[static_cast<std::int64_t>(target) * top_k + i % top_k] = handle.weights[from];
-    }
     next += __popc(all);
   }
-  __syncwarp();  // place_pairs reads output_row
+}
+
+// The choices of a row that was compacted.
+__device__ inline void compact_pair(const HandleView& handle, std::int64_t pair) {
+  const std::int32_t to = handle.output_row[pair / handle.top_k];
+  if (to < 0) return;
+  const std::int64_t at = static_cast<std::int64_t>(to) * handle.top_k + pair % handle.top_k;
+  handle.out_local_ids[at] = handle.local_ids[pair];
+  handle.out_weights[at] = handle.weights[pair];
 }
 
 // Where one (row, k) goes that is number `position` of its local expert (local < 0: none).
@@ -187,21 +218,46 @@ __device__ inline void place_pair(const LayoutArgs& args, const Groups& groups, 
   }
 }
 
-// Places a chunk by one warp, 32 pairs after the other in their order. counters: its row of the table, shared or global; they run.
-__device__ inline void place_rows(const LayoutArgs& args, const Groups& groups, Chunk chunk, std::int32_t* counters) {
-  if (is_compacted(args)) compact_rows(args, chunk, counters[args.local_experts]);
-  if (!is_expert_layout(args) && !args.gather_map) return;
+// From what each warp has of a column in this round to where its first one goes. By the block.
+__device__ inline void scan_warps(const LayoutArgs& args, const LayoutMemory& layout) {
+  const int columns = layout_columns(args);
+  for (int column = threadIdx.x; column < args.local_experts; column += static_cast<int>(blockDim.x)) {
+    std::int32_t next = layout.next[column];
+#pragma unroll 8
+    for (int warp = 0; warp < warps_of_block(); ++warp) {
+      std::int32_t& count = layout.warp_counts[warp * columns + column];
+      const std::int32_t begin = next;
+      next += count;
+      count = begin;
+    }
+    layout.next[column] = next;
+  }
+}
+
+// Places a chunk by the block, a pair for each thread in their order, and as many again. Begins with a barrier.
+__device__ inline void place_rows(const LayoutArgs& args, const LayoutMemory& layout, Chunk chunk) {
+  __syncthreads();  // groups are final
+  const bool compacts = is_compacted(args);
+  if (compacts && warp_index() == 0) compact_rows(args, chunk, layout.next[args.local_experts]);
+  if (!is_expert_layout(args) && !args.gather_map && !compacts) return;
+  std::int32_t* const of_warp = layout.warp_counts + warp_index() * layout_columns(args);
+  const auto threads = static_cast<std::int64_t>(blockDim.x);
   const std::int64_t end = static_cast<std::int64_t>(chunk.end) * args.handle.top_k;
-  for (std::int64_t begin = static_cast<std::int64_t>(chunk.begin) * args.handle.top_k; begin < end; begin += kLanes) {
-    const std::int64_t pair = begin + lane_index();
+  for (std::int64_t begin = static_cast<std::int64_t>(chunk.begin) * args.handle.top_k; begin < end; begin += threads) {
+    const std::int64_t pair = begin + threadIdx.x;
     const std::int32_t local = pair < end ? local_id_at(args, pair) : -1;
     const unsigned alike = __match_any_sync(kAllLanes, local);
     const int before = __popc(alike & lanes_below());
-    const std::int32_t position = local >= 0 ? counters[local] + before : 0;
-    __syncwarp();  // all have read their counter
-    if (local >= 0 && before == 0) counters[local] += __popc(alike);
-    __syncwarp();
-    if (pair < end) place_pair(args, groups, pair, local, position);
+    if (local >= 0 && before == 0) of_warp[local] = __popc(alike);
+    __syncthreads();
+    scan_warps(args, layout);
+    __syncthreads();
+    if (pair < end) place_pair(args, layout.groups, pair, local, local >= 0 ? of_warp[local] + before : 0);
+    if (compacts && pair < end) compact_pair(args.handle, pair);
+    if (begin + threads >= end) break;
+    __syncthreads();
+    for (int i = threadIdx.x; i < layout_columns(args) * warps_of_block(); i += static_cast<int>(threads)) layout.warp_counts[i] = 0;
+    __syncthreads();
   }
 }
 

@@ -44,6 +44,15 @@ __device__ inline void write_pair(const HandleView& handle, std::int64_t row, in
   handle.source_rank[row] = pair.source_token >= 0 ? source : -1;
 }
 
+// Adds a pair to the counts that its layout begins with.
+__device__ inline void count_pair(const MoveArgs& args, std::int64_t row, int k, const ReceivedPair& pair) {
+  if (args.table.counts == nullptr || pair.source_token < 0) return;
+  const int columns = args.routing.local_experts + 1;
+  std::int32_t* const counts = args.table.counts + row / args.table.chunk_rows * columns;
+  if (pair.local_id >= 0 && pair.local_id < args.routing.local_experts) atomicAdd(&counts[pair.local_id], 1);
+  if (k == 0) atomicAdd(&counts[args.routing.local_experts], 1);
+}
+
 // What a dispatch that failed leaves: nothing was sent and nothing arrived. By the threads of one block.
 __device__ inline void clear_counts(const Context& c, const HandleView& handle, std::int32_t num_tokens, int local_experts) {
   for (int rank = threadIdx.x; rank <= c.ranks; rank += blockDim.x) {

@@ -300,10 +300,11 @@ __device__ void land_pair(const MoveArgs& args, int source, std::int64_t row, in
   ReceivedPair pair;
   if (record != nullptr) pair = read_pair(record, k, handle.top_k);
   write_pair(handle, row, k, source, pair);
+  count_pair(args, row, k, pair);
   const bool has_expert = pair.local_id >= 0 && pair.local_id < args.routing.local_experts;
   if (pads) {  // the others are found, counted and placed by the block of their expert
     if (!has_expert) handle.output_row[row * handle.top_k + k] = -1;
-  } else if (has_expert) {
+  } else if (has_expert && args.table.counts == nullptr) {
     atomicAdd(&handle.expert_counts[pair.local_id], 1);
   }
   if (k != 0) return;
