@@ -176,6 +176,7 @@ TEST_F(DeviceErrors, NoMemoryForPaddedCopiesIsTold) {
     DispatchOptions small = options;
     small.out_rows = TensorView(twin.batch.reserve(64 * 4), Dtype::float32, {1, 64});
     expect_rejection(world, kCulprit, "out_rows has 1 rows", good, [&] { twin.device.dispatch(twin.batch.input(), small); });
+    good();
     DispatchOptions failing = options;
     failing.allocate_out = [](std::int64_t, std::int64_t, std::int64_t) -> OutMemory {
       throw std::runtime_error("the allocator has none");
