@@ -98,12 +98,13 @@ void bind_results(nb::module_& m) {
       .def_ro("end_ns", &PhaseSpan::end_ns);
 }
 
-// memory: (allocate, out_rows, out_scales), each of them or None. allocate(rows, row_bytes, scale_bytes) -> (pointer, pointer) gives the
-// memory of rows. Whoever calls keeps all of it.
+// memory: (allocate, out_rows, out_scales, waits), each of them or None. allocate(rows, row_bytes, scale_bytes) -> (pointer, pointer) gives
+// the memory of rows. Whoever calls keeps all of it.
 DispatchOptions with_memory(DispatchOptions options, const nb::tuple& memory) {
-  const nb::handle allocate = memory[0], out_rows = memory[1], out_scales = memory[2];
+  const nb::handle allocate = memory[0], out_rows = memory[1], out_scales = memory[2], waits = memory[3];
   if (!out_rows.is_none()) options.out_rows = nb::cast<const Tensor&>(out_rows).writable();
   if (!out_scales.is_none()) options.out_scales = nb::cast<const Tensor&>(out_scales).writable();
+  if (!waits.is_none()) options.waits = nb::cast<const Tensor&>(waits).writable();
   if (allocate.is_none()) return options;
   options.allocate_out = [allocate](std::int64_t rows, std::int64_t row_bytes, std::int64_t scale_bytes) -> OutMemory {
     const nb::gil_scoped_acquire acquired;

@@ -142,6 +142,10 @@ class Exchange:
         elif not is_torch(array) or not array.is_cuda:
             raise UsageError("an exchange with device='cuda' takes torch tensors on its GPU")
 
+    def _added_to(self, waits):
+        self._check_place(waits)
+        return writable(waits, "waits")
+
     def _frame(self, array):
         self._check_place(array)
         kind = type(array)
@@ -159,7 +163,7 @@ class Exchange:
     def _is_capturing(self):
         return self.device == "cuda" and torch_if_used().cuda.is_current_stream_capturing()
 
-    def _dispatch_call(self, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype):
+    def _dispatch_call(self, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, waits, dtype):
         """(what must stay alive, arguments of the core, how its result is shown); words: values for _WORDS."""
         if topk_ids is None and handle is None:
             raise UsageError("dispatch without topk_ids; give them, or the handle of an earlier dispatch whose routing is to be used again")
@@ -178,16 +182,18 @@ class Exchange:
         copy_out, quantise = words[_COPY_OUT], words[_QUANTISE]
         rows_dtype = frame.float8 if quantise else x.dtype
         scales_dtype = None if scales is None else array.dtype  # the last of the loop
-        memory = rows_out = scales_out = None
+        memory = rows_out = scales_out = added = None
         if out_rows is not None:
             keep.append(rows_out := writable(out_rows, "out_rows"))
         if out_scales is not None:
             keep.append(scales_out := writable(out_scales, "out_scales"))
+        if waits is not None:
+            keep.append(added := self._added_to(waits))
         if copy_out and out_rows is None and self.device == "cuda":
             keep.append(memory := TorchMemory(self._index))
             if quantise:
                 scales_dtype = _scales_dtype(quantise)
-        arguments = given, self._dispatch_options(words, placement), handle, (memory, rows_out, scales_out)
+        arguments = given, self._dispatch_options(words, placement), handle, (memory, rows_out, scales_out, added)
         return keep, arguments, lambda core: Received(core, frame, rows_dtype, scales_dtype, memory)
 
     def _dispatch_options(self, words, placement):
@@ -211,7 +217,7 @@ class Exchange:
 
     def dispatch(self, x, topk_ids=None, topk_weights=None, *, handle=None, scales=None, placement=None, layout="token_major", sizing=None,
                  mode=None, gather_map=False, alignment=1, zero_padding=False, expert_capacity=0, drop=False, copy_out=False, out_rows=None,
-                 out_scales=None, token_base=0, quantise=None, dtype=None) -> Received:
+                 out_scales=None, token_base=0, quantise=None, waits=None, dtype=None) -> Received:
         """Sends every row of x to the ranks of its experts. Collective.
 
         x [T,H], any element type, rows of a multiple of 16 bytes; topk_ids [T,K] int64 or int32, negative: no expert; topk_weights
@@ -221,19 +227,20 @@ class Exchange:
         "capacity" does not and shapes results for receive_rows; default: exact in throughput mode. gather_map: token_major, also
         expert_rows and expert_offsets. alignment: expert_major, groups start at multiples. expert_capacity, drop: limits per expert.
         copy_out: rows in memory of their own (or in out_rows, out_scales; on cuda of torch's allocator) instead of a lease. token_base shifts the choice of
-        replicas. quantise: "float32", "float32_pow2" or "ue8m0" scales, rows become fp8. dtype: what x means where the array cannot say.
+        replicas. quantise: "float32", "float32_pow2" or "ue8m0" scales, rows become fp8. waits [R] int64: the nanoseconds that this rank
+        has to wait for each rank are added, also by every replay of a graph; not over MPI. dtype: what x means where the array cannot say.
         """
         words = layout, sizing, mode, gather_map, alignment, zero_padding, expert_capacity, drop, copy_out, token_base, quantise  # as _WORDS
-        keep, arguments, shown = self._told(self._dispatch_call, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
+        keep, arguments, shown = self._told(self._dispatch_call, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, waits, dtype)
         return self._run(self._core.dispatch, keep, arguments, shown)
 
     def start_dispatch(self, x, topk_ids=None, topk_weights=None, *, handle=None, scales=None, placement=None, out_rows=None, out_scales=None,
-                       dtype=None, **options) -> Pending:
+                       waits=None, dtype=None, **options) -> Pending:
         """The first half of dispatch, with its arguments: never waits. x and the others stay untouched until finish()."""
         for name in options.keys() - _WORDS.keys():
             raise TypeError(f"dispatch has no argument {name!r}")
         words = tuple({**_WORDS, **options}.values())
-        keep, arguments, shown = self._told(self._dispatch_call, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
+        keep, arguments, shown = self._told(self._dispatch_call, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, waits, dtype)
         return self._start(self._core.start_dispatch, keep, arguments, shown)
 
     def _told(self, prepare, *arguments, **options):
@@ -259,17 +266,20 @@ class Exchange:
         return pending
 
     def _combine_call(self, rows, handle, *, weighting="none", order="rank_ascending", fold=True, source_weights=None, row_weights=None,
-                      bias=None, out=None, dtype=None):
+                      bias=None, out=None, waits=None, dtype=None):
         _handle(handle)
         rows = as_array(rows, "rows")
         frame = self._frame(rows)
         keep = [y := tensor(rows, "rows", dtype)]
         more = _more_of_combine(source_weights, row_weights, bias, dtype)
-        options = self._combine_options(weighting, order, fold, known=not more)
+        options = self._combine_options(weighting, order, fold, known=not more and waits is None)
         for name, value, kind in more:
             self._check_place(array := as_array(value, name))
             keep.append(view := tensor(array, name, kind))
             setattr(options, name, view)
+        if waits is not None:
+            keep.append(view := self._added_to(waits))
+            options.waits = view
         target = None
         if out is not None:
             self._check_place(array := as_array(out, "out"))
@@ -300,18 +310,19 @@ class Exchange:
         return options
 
     def combine(self, rows, handle, *, weighting="none", order="rank_ascending", fold=True, source_weights=None, row_weights=None, bias=None,
-                out=None, dtype=None):
+                out=None, waits=None, dtype=None):
         """Sums what the experts made of every token: [T,H]. Collective.
 
         rows: in the shape of the dispatch's rows, float64 (cpu), float32, bfloat16 or float16. weighting: "none", "at_input" (rows were
         weighted before the expert), "at_expert" (by the weights that travelled) or "at_source" (by source_weights [T,K] float32, given
         now); the last two for the expert layouts. order of the ranks' partial sums: "rank_ascending" or "topk". fold=False: every
         (token, k) row travels on its own. bias: one or two [T,H] in the dtype of rows, added first. out [T,H]: where sums go, and their
-        dtype. row_weights float32, in the shape of Received.row_weights: the result is then (sums, combined weights [T,K]).
+        dtype. row_weights float32, in the shape of Received.row_weights: the result is then (sums, combined weights [T,K]). waits: as for
+        dispatch.
         Sums are taken in float32 in a defined order: the same bits on every backend.
         """
         keep, arguments, shown = self._told(self._combine_call, rows, handle, weighting=weighting, order=order, fold=fold,
-                                            source_weights=source_weights, row_weights=row_weights, bias=bias, out=out, dtype=dtype)
+                                            source_weights=source_weights, row_weights=row_weights, bias=bias, out=out, waits=waits, dtype=dtype)
         return self._run(self._core.combine, keep, arguments, shown)
 
     def start_combine(self, rows, handle, **options) -> Pending:
@@ -386,7 +397,7 @@ class Exchange:
         return self._core.link_bytes()
 
     def peer_waits(self) -> tuple[list[int], list[int]]:
-        """Nanoseconds that this rank has waited for each rank so far, in dispatch and in combine. Not recorded on cuda and over MPI: empty."""
+        """Nanoseconds that this rank has waited for each rank so far, in dispatch and in combine. Empty over MPI, and on cuda: there waits= of a call tells."""
         return self._core.peer_waits()
 
     def take_spans(self) -> list:

@@ -80,6 +80,7 @@ void CudaEngine::check_dispatch_memory(const CudaDispatch& job) const {
   check_memory("topk_weights", job.input.topk_weights);
   check_memory("out_rows", job.options.out_rows);
   check_memory("out_scales", job.options.out_scales);
+  check_memory("waits", job.options.waits);
 }
 
 void CudaEngine::lease_buffer(CudaDispatch& job) {
@@ -133,7 +134,7 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
   const bool lays_out = !job.cached && (shape.is_expert_layout() || shape.is_compacted() || shape.gather_map);
   // What only an exact dispatch waits for costs the device a trip to the host's memory.
   cuda::HostCounts* const host = job.options.sizing == Sizing::exact ? job.handle->counts.get() : nullptr;
-  cuda::MoveArgs move{.context = arena_->context(),
+  cuda::MoveArgs move{.context = context(job.options.waits),
                       .header = job.header,
                       .buffer = job.buffer,
                       .routing = routing_args(job),
@@ -150,7 +151,7 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
   } else {
     if (!job.cached) {
       const cuda::PlanArgs plan{
-          .context = arena_->context(),
+          .context = move.context,
           .header = job.header,
           .buffer = job.buffer,
           .routing = move.routing,
