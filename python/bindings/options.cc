@@ -1,4 +1,4 @@
-// Options, whose enumerations are words in Python, and inputs.
+// Options, whose enumerations are words in Python.
 
 #include "tokenyard/options.h"
 
@@ -109,12 +109,6 @@ void bind_options(nb::module_& m) {
   bind_exchange_options(m);
   bind_dispatch_options(m);
   bind_combine_options(m);
-  nb::class_<DispatchInput> input(m, "DispatchInput");
-  input.def(nb::init<>());
-  tensor_in<&DispatchInput::rows>(input, "rows");
-  tensor_in<&DispatchInput::scales>(input, "scales");
-  tensor_in<&DispatchInput::topk_ids>(input, "topk_ids");
-  tensor_in<&DispatchInput::topk_weights>(input, "topk_weights");
 }
 
 }  // namespace tokenyard::python
