@@ -38,7 +38,7 @@ def settle(device):
 def measure(exchange, device, x, ids, weights, **options):
     handle = exchange.dispatch(x, ids, weights, **options).handle
     words = tuple({**_WORDS, **options}.values())
-    keep, arguments, _ = exchange._dispatch_call(x, ids, weights, words, None, None, None, None, None, None)
+    keep, arguments, _ = exchange._dispatch_call(x, ids, weights, words, None, None, None, None, None, None, None)
     combine_keep, combine_arguments, _ = exchange._combine_call(x, handle)
     found = {
         "dispatch_us": microseconds(lambda: exchange.dispatch(x, ids, weights, **options), device),

@@ -94,7 +94,10 @@ struct DispatchOptions {
   std::function<OutMemory(std::int64_t rows, std::int64_t row_bytes, std::int64_t scale_bytes)> allocate_out{};
   std::int64_t token_base = 0;            // shifts the replica choice, see Placement::replica_for
   std::optional<ScaleFormat> quantise{};  // rows bfloat16/float16/float32 in, fp8 and scales out
-  void* stream = nullptr;                 // cuda: the cudaStream_t that made the input, and on which the output becomes valid
+  // [R] int64, optional: how many nanoseconds this call waits for each rank is added, see PeerWaits; also by every replay of a graph. Not
+  // over MPI. A call that fails may have added less.
+  TensorView waits{};
+  void* stream = nullptr;  // cuda: the cudaStream_t that made the input, and on which the output becomes valid
 };
 
 struct CombineOptions {
@@ -106,6 +109,7 @@ struct CombineOptions {
   ConstTensorView bias0{};           // [T,H] in y's dtype
   ConstTensorView bias1{};
   TensorView out{};        // [T,H]: where sums go, and their dtype; absent: memory of the result, y's dtype
+  TensorView waits{};      // as in DispatchOptions
   void* stream = nullptr;  // cuda: as in DispatchOptions
 };
 

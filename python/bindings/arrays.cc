@@ -94,7 +94,14 @@ Tensor::Tensor(nb::object owner, const std::string& dtype, const Parts& parts) :
   view_.data = reinterpret_cast<const void*>(parts.data);
   view_.dtype = parse_dtype(dtype);
   check_size(view_.dtype, parts.element_bytes * 8);
-  set_shape(parts.shape, parts.strides);
+  constexpr std::size_t kMostDims = 64;  // torch has no more
+  std::int64_t shape[kMostDims], strides[kMostDims];
+  const std::size_t dims = std::min(parts.shape.size(), kMostDims);
+  for (std::size_t d = 0; d < dims; ++d) {
+    shape[d] = nb::cast<std::int64_t>(parts.shape[d]);
+    strides[d] = nb::cast<std::int64_t>(parts.strides[d]);
+  }
+  set_shape({shape, dims}, {strides, dims});
 }
 
 void Tensor::set_shape(std::span<const std::int64_t> shape, std::span<const std::int64_t> strides) {
@@ -144,8 +151,8 @@ void bind_arrays(nb::module_& m) {
       .def(nb::init<const nb::ndarray<nb::ro>&, const std::optional<std::string>&>(), nb::arg("array"), nb::arg("dtype") = nb::none())
       .def(
           "__init__",
-          [](Tensor* self, nb::object owner, const std::string& dtype, std::uintptr_t data, std::int64_t element_bytes,
-             std::vector<std::int64_t> shape, std::vector<std::int64_t> strides) {
+          [](Tensor* self, nb::object owner, const std::string& dtype, std::uintptr_t data, std::int64_t element_bytes, nb::tuple shape,
+             nb::tuple strides) {
             new (self) Tensor(std::move(owner), dtype, {data, element_bytes, std::move(shape), std::move(strides)});
           },
           nb::arg("owner"), nb::arg("dtype"), nb::arg("data"), nb::arg("element_bytes"), nb::arg("shape"), nb::arg("strides"))

@@ -24,8 +24,8 @@ class Tensor {
   struct Parts {
     std::uintptr_t data;
     std::int64_t element_bytes;
-    std::vector<std::int64_t> shape;
-    std::vector<std::int64_t> strides;
+    nb::tuple shape;
+    nb::tuple strides;
   };
   Tensor(nb::object owner, const std::string& dtype, const Parts& parts);
   const ConstTensorView& view() const { return view_; }

@@ -98,12 +98,19 @@ void bind_results(nb::module_& m) {
       .def_ro("end_ns", &PhaseSpan::end_ns);
 }
 
-// memory: (allocate, out_rows, out_scales), each of them or None. allocate(rows, row_bytes, scale_bytes) -> (pointer, pointer) gives the
-// memory of rows. Whoever calls keeps all of it.
+// tensors: (rows, scales, topk_ids, topk_weights), all but the first a tensor or None. Whoever calls keeps them.
+DispatchInput input_of(const nb::tuple& tensors) {
+  const auto view = [](nb::handle tensor) { return tensor.is_none() ? ConstTensorView{} : nb::cast<const Tensor&>(tensor).view(); };
+  return {.rows = view(tensors[0]), .scales = view(tensors[1]), .topk_ids = view(tensors[2]), .topk_weights = view(tensors[3])};
+}
+
+// memory: (allocate, out_rows, out_scales, waits), each of them or None. allocate(rows, row_bytes, scale_bytes) -> (pointer, pointer) gives
+// the memory of rows. Whoever calls keeps all of it.
 DispatchOptions with_memory(DispatchOptions options, const nb::tuple& memory) {
-  const nb::handle allocate = memory[0], out_rows = memory[1], out_scales = memory[2];
+  const nb::handle allocate = memory[0], out_rows = memory[1], out_scales = memory[2], waits = memory[3];
   if (!out_rows.is_none()) options.out_rows = nb::cast<const Tensor&>(out_rows).writable();
   if (!out_scales.is_none()) options.out_scales = nb::cast<const Tensor&>(out_scales).writable();
+  if (!waits.is_none()) options.waits = nb::cast<const Tensor&>(waits).writable();
   if (allocate.is_none()) return options;
   options.allocate_out = [allocate](std::int64_t rows, std::int64_t row_bytes, std::int64_t scale_bytes) -> OutMemory {
     const nb::gil_scoped_acquire acquired;
@@ -113,15 +120,17 @@ DispatchOptions with_memory(DispatchOptions options, const nb::tuple& memory) {
   return options;
 }
 
-Received dispatch(Held& self, const DispatchInput& input, const DispatchOptions& given, const Handle* handle, const nb::tuple& memory) {
+Received dispatch(Held& self, const nb::tuple& tensors, const DispatchOptions& given, const Handle* handle, const nb::tuple& memory) {
+  const DispatchInput input = input_of(tensors);
   const DispatchOptions options = with_memory(given, memory);
   return waiting([&] { return handle != nullptr ? self->dispatch(input, *handle, options) : self->dispatch(input, options); });
 }
 
 bool runs_on_thread(const Held& self) { return self->options().device == Device::cpu; }
 
-Started<Received> start_dispatch(Held& self, const DispatchInput& input, const DispatchOptions& given, const Handle* handle,
+Started<Received> start_dispatch(Held& self, const nb::tuple& tensors, const DispatchOptions& given, const Handle* handle,
                                  const nb::tuple& memory) {
+  const DispatchInput input = input_of(tensors);
   const DispatchOptions options = with_memory(given, memory);
   auto start = [&] { return handle != nullptr ? self->start_dispatch(input, *handle, options) : self->start_dispatch(input, options); };
   return {waiting(start), runs_on_thread(self)};
@@ -165,8 +174,8 @@ nb::object expert_rows(const nb::object& self, const Handle& handle, const std::
 std::vector<MemoryItem> memory_plan(const ExchangeOptions& options, int ranks) { return Exchange::memory_plan(options, ranks).items; }
 
 void bind_calls(nb::class_<Held>& exchange) {
-  exchange.def("dispatch", dispatch, nb::arg("input"), nb::arg("options"), nb::arg("handle").none(), nb::arg("memory"))
-      .def("start_dispatch", start_dispatch, nb::arg("input"), nb::arg("options"), nb::arg("handle").none(), nb::arg("memory"))
+  exchange.def("dispatch", dispatch, nb::arg("tensors"), nb::arg("options"), nb::arg("handle").none(), nb::arg("memory"))
+      .def("start_dispatch", start_dispatch, nb::arg("tensors"), nb::arg("options"), nb::arg("handle").none(), nb::arg("memory"))
       .def("combine", combine, nb::arg("y"), nb::arg("handle"), nb::arg("options"), nb::arg("out").none())
       .def("start_combine", start_combine, nb::arg("y"), nb::arg("handle"), nb::arg("options"), nb::arg("out").none())
       .def("dispatch_backward", dispatch_backward, nb::arg("handle"), nb::arg("grad_rows"), nb::arg("grad_row_weights").none())

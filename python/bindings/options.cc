@@ -1,4 +1,4 @@
-// Options, whose enumerations are words in Python, and inputs.
+// Options, whose enumerations are words in Python.
 
 #include "tokenyard/options.h"
 
@@ -20,12 +20,12 @@ void word(nb::class_<Options>& options, const char* attribute) {
       [](Options& self, const std::string& text) { self.*kMember = kParse(text); });
 }
 
-// A tensor that is written only; the caller keeps it alive as long as the options are used.
+// A tensor; the caller keeps it alive as long as the options are used.
 template <auto kMember, class Options>
 void tensor_in(nb::class_<Options>& options, const char* attribute) {
   options.def_prop_rw(
       attribute, [](const Options& self) { return describe(self.*kMember); },
-      [](Options& self, const Tensor& tensor) { self.*kMember = tensor.view(); });
+      [](Options& self, const Tensor& tensor) { self.*kMember = tensor.writable(); });  // most are only read
 }
 
 // A cudaStream_t as the number that frameworks show.
@@ -99,6 +99,7 @@ void bind_combine_options(nb::module_& m) {
   tensor_in<&O::row_weights>(options, "row_weights");
   tensor_in<&O::bias0>(options, "bias0");
   tensor_in<&O::bias1>(options, "bias1");
+  tensor_in<&O::waits>(options, "waits");
   stream(options);
 }
 
@@ -108,12 +109,6 @@ void bind_options(nb::module_& m) {
   bind_exchange_options(m);
   bind_dispatch_options(m);
   bind_combine_options(m);
-  nb::class_<DispatchInput> input(m, "DispatchInput");
-  input.def(nb::init<>());
-  tensor_in<&DispatchInput::rows>(input, "rows");
-  tensor_in<&DispatchInput::scales>(input, "scales");
-  tensor_in<&DispatchInput::topk_ids>(input, "topk_ids");
-  tensor_in<&DispatchInput::topk_weights>(input, "topk_weights");
 }
 
 }  // namespace tokenyard::python

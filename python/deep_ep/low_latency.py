@@ -16,32 +16,26 @@ class LowLatencyHandle(tuple):
 
 
 class Waits:
-    """How long this rank has waited for each other one, in the calls of one kind: "dispatch" or "combine"."""
+    """A tensor [R] of the caller to which a call adds how long it waits for each rank; None: it does not ask."""
 
-    def __init__(self, room, kind):
-        self._room, self._kind = room, kind
-        self._generation, self._counted = 0, ()
+    def __init__(self, room, stats):
+        self._room, self._stats, self._left = room, stats, None
 
-    def check(self, stats, device) -> None:
-        if stats is not None and device.type != "cpu":
-            raise UsageError(f"{self._kind}_wait_recv_cost_stats on {device}: how long a GPU waits for each rank is not recorded; pass None")
+    def of_call(self):
+        """What the exchange adds to: one number for each rank that is left."""
+        if self._stats is None or self._room.is_whole:
+            return self._stats
+        self._left = self._stats.new_zeros(len(self._room.ranks))
+        return self._left
 
-    def add_to(self, stats) -> None:
-        """Adds the nanoseconds of what has not been added or, without stats, left out before."""
-        if self._room.exchange.device != "cpu":
-            return  # there are none, and a decode step counts microseconds
-        waits = self._room.exchange.peer_waits()[self._kind == "combine"]
-        before = self._counted if self._generation == self._room.generation else [0] * len(waits)
-        self._generation, self._counted = self._room.generation, waits
-        if stats is not None:
-            for rank, now, then in zip(self._room.ranks, waits, before):
-                stats[rank] += now - then
+    def tell(self) -> None:
+        if self._left is not None:
+            self._stats[self._room.ranks] += self._left
 
 
 class LowLatency:
     def _init_low_latency(self):
         self._low_latency_room = Room(self.world, mode="latency")
-        self._waits = {kind: Waits(self._low_latency_room, kind) for kind in ("dispatch", "combine")}
         self._shrink = Shrink(self._low_latency_room) if self.enable_shrink else None
         self._combine_buffers = {}  # by shape: graphs read them for as long as the buffer lives
         self._combine_buffer = None
@@ -66,15 +60,15 @@ class LowLatency:
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, cumulative_local_expert_recv_stats=None,
                              dispatch_wait_recv_cost_stats=None, use_fp8=True, round_scale=False, use_ue8m0=False, async_finish=False,
                              return_recv_hook=False):
-        """(recv_x [L,R*M,H] or (fp8, scales), recv_count [L], handle, event, hook). dispatch_wait_recv_cost_stats [R] int64: nanoseconds are
-        added that this rank has waited for each rank; on CPUs."""
+        """(recv_x [L,R*M,H] or (fp8, scales), recv_count [L], handle, event, hook). dispatch_wait_recv_cost_stats [R] int64: the nanoseconds
+        that this rank has to wait for each rank are added."""
         if async_finish and return_recv_hook:
             raise UsageError("async_finish and return_recv_hook: choose one")
         if use_ue8m0 and not round_scale:
             raise UsageError("use_ue8m0 without round_scale; exponents have only powers of two: pass round_scale=True")
-        self._waits["dispatch"].check(dispatch_wait_recv_cost_stats, x.device)
         scale_format = None if not use_fp8 else "ue8m0" if use_ue8m0 else "float32_pow2" if round_scale else "float32"
         results = _Results(self, x, num_max_dispatch_tokens_per_rank, num_experts, scale_format)
+        waits = Waits(self._low_latency_room, dispatch_wait_recv_cost_stats)
 
         def start(name):
             exchange = self._exchange_for(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
@@ -82,7 +76,8 @@ class LowLatency:
             if x.shape[0] > num_max_dispatch_tokens_per_rank:
                 refuse(exchange, f"{x.shape[0]} tokens; num_max_dispatch_tokens_per_rank is {num_max_dispatch_tokens_per_rank}")
             return getattr(exchange, name)(x, topk_idx, placement=placement, layout="expert_padded", expert_capacity=results.slots,
-                                           quantise=scale_format, copy_out=True, out_rows=results.flat_rows, out_scales=results.flat_scales)
+                                           quantise=scale_format, copy_out=True, out_rows=results.flat_rows, out_scales=results.flat_scales,
+                                           waits=waits.of_call())
 
         def fill(received):
             results.fill(received, self._low_latency_room)
@@ -90,9 +85,9 @@ class LowLatency:
         def count():
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(results.counts)
-            self._waits["dispatch"].add_to(dispatch_wait_recv_cost_stats)
+            waits.tell()
 
-        event, hook = self._go("dispatch", start, fill, count, async_finish, return_recv_hook, (x, topk_idx))
+        event, hook = self._go("dispatch", start, fill, count, async_finish, return_recv_hook, (x, topk_idx, dispatch_wait_recv_cost_stats))
         return results.shown(), results.counts, results.handle, event, hook
 
     def _go(self, name, start, fill, at_end, async_finish, return_recv_hook, reads):
@@ -127,19 +122,18 @@ class LowLatency:
         if zero_copy and self._combine_buffer is None:
             raise UsageError("zero_copy without rows; get_next_low_latency_combine_buffer(handle) is the memory for them")
         rows = self._combine_buffer if zero_copy else x
-        self._waits["combine"].check(combine_wait_recv_cost_stats, rows.device)
+        waits = Waits(self._low_latency_room, combine_wait_recv_cost_stats)
         sums = torch.empty((topk_idx.shape[0], rows.shape[-1]), dtype=rows.dtype, device=rows.device) if out is None else out
 
         def start(name):
             room, y, made = self._low_latency_room, rows, handle.exchange_handle
             if handle.generation != room.generation and self._shrink is not None:
                 y, made = same_rows_without(room, rows, topk_idx, handle)
-            return getattr(room.exchange, name)(y.contiguous(), made, weighting="at_source", source_weights=topk_weights, out=sums)
+            return getattr(room.exchange, name)(y.contiguous(), made, weighting="at_source", source_weights=topk_weights, out=sums,
+                                                waits=waits.of_call())
 
-        def count():
-            self._waits["combine"].add_to(combine_wait_recv_cost_stats)
-
-        event, hook = self._go("combine", start, lambda result: None, count, async_finish, return_recv_hook, (rows, topk_weights, sums))
+        reads = rows, topk_weights, sums, combine_wait_recv_cost_stats
+        event, hook = self._go("combine", start, lambda result: None, waits.tell, async_finish, return_recv_hook, reads)
         return sums, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle):
@@ -196,7 +190,7 @@ class _Results:
             self.scales.copy_(self.flat_scales.view(self.scales.shape))
         self.counts.copy_(received.expert_counts)
         self.handle[0].copy_(received.source_token)
-        if len(room.ranks) == self.halves.shape[1]:
+        if room.is_whole:
             self.halves.copy_(received.ranges.flip(2))
         else:
             self.halves.zero_()[:, room.ranks] = received.ranges.flip(2)

@@ -26,6 +26,10 @@ class Room:
         self.exchange = None
         self.generation = 0  # handles of an earlier one are of no use
 
+    @property
+    def is_whole(self) -> bool:
+        return len(self.ranks) == self._num_ranks
+
     def exchange_for(self, device, **needs) -> Exchange:
         shape = {name: max(self._shape[name], needs.get(name, 1)) for name in _NEEDS}
         shape["max_row_bytes"] += -shape["max_row_bytes"] % 16
@@ -59,7 +63,7 @@ class Room:
             if is_capturing(torch.device(self.exchange.device)):
                 raise UsageError(f"a graph is being captured, and this is the first call with num_experts = {num_experts}; make it once before the capture")
             whole = Placement.uniform(num_experts, self._num_ranks)
-            self._placements[num_experts] = whole.restricted_to(self.ranks) if len(self.ranks) < self._num_ranks else whole
+            self._placements[num_experts] = whole if self.is_whole else whole.restricted_to(self.ranks)
             self.exchange.add(self._placements[num_experts])
         return self._placements[num_experts]
 

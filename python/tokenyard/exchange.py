@@ -112,6 +112,7 @@ class Exchange:
         self.hidden_size, self.top_k, self.dtype, self.device = hidden_size, top_k, dtype, device
         self._world = world
         self._in_flight = []  # started calls whose inputs may still be read
+        self._on_gpu = device == "cuda"
         self._index = self._core.options().device_index  # the GPU
         self._mode = mode
         self._numbers = {}
@@ -142,53 +143,60 @@ class Exchange:
         elif not is_torch(array) or not array.is_cuda:
             raise UsageError("an exchange with device='cuda' takes torch tensors on its GPU")
 
+    def _placed(self, value, what):
+        """As as_array(), where this exchange is."""
+        if is_torch(value) and (value.is_cuda if self._on_gpu else value.is_cpu):
+            return value  # as most are
+        self._check_place(array := as_array(value, what))
+        return array
+
+    def _added_to(self, waits):
+        self._check_place(waits)
+        return writable(waits, "waits")
+
     def _frame(self, array):
-        self._check_place(array)
-        kind = type(array)
-        if kind not in self._frames:
-            self._frames[kind] = Frame.of(array, self.device, max(self._index, 0))
-        return self._frames[kind]
+        frame = self._frames.get(type(array))
+        if frame is None:
+            frame = self._frames[type(array)] = Frame.of(array, self.device, max(self._index, 0))
+        return frame
 
     def _stream(self):
-        return current_stream(self._index) if self.device == "cuda" else 0
+        return current_stream(self._index) if self._on_gpu else 0
 
     def _use_stream(self, options):
-        if self.device == "cuda":
-            options.stream = self._stream()
+        if self._on_gpu:
+            options.stream = current_stream(self._index)
 
     def _is_capturing(self):
-        return self.device == "cuda" and torch_if_used().cuda.is_current_stream_capturing()
+        return self._on_gpu and torch_if_used().cuda.is_current_stream_capturing()
 
-    def _dispatch_call(self, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype):
+    def _dispatch_call(self, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, waits, dtype):
         """(what must stay alive, arguments of the core, how its result is shown); words: values for _WORDS."""
         if topk_ids is None and handle is None:
             raise UsageError("dispatch without topk_ids; give them, or the handle of an earlier dispatch whose routing is to be used again")
         if handle is not None:
             _handle(handle)
-        x = as_array(x, "x")
+        x = self._placed(x, "x")
         frame = self._frame(x)
-        given = _core.DispatchInput()
-        keep = [view := opaque(x, "x", dtype)]
-        given.rows = view
-        for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights), ("scales", scales)):
-            if value is not None:
-                self._check_place(array := as_array(value, name))
-                keep.append(view := (opaque if name == "scales" else tensor)(array, name))
-                setattr(given, name, view)
+        rows = opaque(x, "x", dtype)
+        ids = None if topk_ids is None else tensor(self._placed(topk_ids, "topk_ids"), "topk_ids")
+        weights = None if topk_weights is None else tensor(self._placed(topk_weights, "topk_weights"), "topk_weights")
+        rows_scales = scales_dtype = None
+        if scales is not None:
+            scales = self._placed(scales, "scales")
+            rows_scales, scales_dtype = opaque(scales, "scales"), scales.dtype
         copy_out, quantise = words[_COPY_OUT], words[_QUANTISE]
         rows_dtype = frame.float8 if quantise else x.dtype
-        scales_dtype = None if scales is None else array.dtype  # the last of the loop
-        memory = rows_out = scales_out = None
-        if out_rows is not None:
-            keep.append(rows_out := writable(out_rows, "out_rows"))
-        if out_scales is not None:
-            keep.append(scales_out := writable(out_scales, "out_scales"))
-        if copy_out and out_rows is None and self.device == "cuda":
-            keep.append(memory := TorchMemory(self._index))
+        rows_out = None if out_rows is None else writable(out_rows, "out_rows")
+        scales_out = None if out_scales is None else writable(out_scales, "out_scales")
+        added = None if waits is None else self._added_to(waits)
+        memory = None
+        if copy_out and out_rows is None and self._on_gpu:
+            memory = TorchMemory(self._index)
             if quantise:
                 scales_dtype = _scales_dtype(quantise)
-        arguments = given, self._dispatch_options(words, placement), handle, (memory, rows_out, scales_out)
-        return keep, arguments, lambda core: Received(core, frame, rows_dtype, scales_dtype, memory)
+        arguments = (rows, rows_scales, ids, weights), self._dispatch_options(words, placement), handle, (memory, rows_out, scales_out, added)
+        return arguments, arguments, lambda core: Received(core, frame, rows_dtype, scales_dtype, memory)
 
     def _dispatch_options(self, words, placement):
         try:
@@ -211,7 +219,7 @@ class Exchange:
 
     def dispatch(self, x, topk_ids=None, topk_weights=None, *, handle=None, scales=None, placement=None, layout="token_major", sizing=None,
                  mode=None, gather_map=False, alignment=1, zero_padding=False, expert_capacity=0, drop=False, copy_out=False, out_rows=None,
-                 out_scales=None, token_base=0, quantise=None, dtype=None) -> Received:
+                 out_scales=None, token_base=0, quantise=None, waits=None, dtype=None) -> Received:
         """Sends every row of x to the ranks of its experts. Collective.
 
         x [T,H], any element type, rows of a multiple of 16 bytes; topk_ids [T,K] int64 or int32, negative: no expert; topk_weights
@@ -221,19 +229,20 @@ class Exchange:
         "capacity" does not and shapes results for receive_rows; default: exact in throughput mode. gather_map: token_major, also
         expert_rows and expert_offsets. alignment: expert_major, groups start at multiples. expert_capacity, drop: limits per expert.
         copy_out: rows in memory of their own (or in out_rows, out_scales; on cuda of torch's allocator) instead of a lease. token_base shifts the choice of
-        replicas. quantise: "float32", "float32_pow2" or "ue8m0" scales, rows become fp8. dtype: what x means where the array cannot say.
+        replicas. quantise: "float32", "float32_pow2" or "ue8m0" scales, rows become fp8. waits [R] int64: the nanoseconds that this rank
+        has to wait for each rank are added, also by every replay of a graph; not over MPI. dtype: what x means where the array cannot say.
         """
         words = layout, sizing, mode, gather_map, alignment, zero_padding, expert_capacity, drop, copy_out, token_base, quantise  # as _WORDS
-        keep, arguments, shown = self._told(self._dispatch_call, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
-        return self._run(self._core.dispatch, keep, arguments, shown)
+        _keep, arguments, shown = self._told(self._dispatch_call, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, waits, dtype)
+        return shown(self._core.dispatch(*arguments))
 
     def start_dispatch(self, x, topk_ids=None, topk_weights=None, *, handle=None, scales=None, placement=None, out_rows=None, out_scales=None,
-                       dtype=None, **options) -> Pending:
+                       waits=None, dtype=None, **options) -> Pending:
         """The first half of dispatch, with its arguments: never waits. x and the others stay untouched until finish()."""
         for name in options.keys() - _WORDS.keys():
             raise TypeError(f"dispatch has no argument {name!r}")
         words = tuple({**_WORDS, **options}.values())
-        keep, arguments, shown = self._told(self._dispatch_call, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, dtype)
+        keep, arguments, shown = self._told(self._dispatch_call, x, topk_ids, topk_weights, words, handle, scales, placement, out_rows, out_scales, waits, dtype)
         return self._start(self._core.start_dispatch, keep, arguments, shown)
 
     def _told(self, prepare, *arguments, **options):
@@ -246,35 +255,30 @@ class Exchange:
                     self.abandon(str(error))
             raise
 
-    @staticmethod
-    def _run(call, keep, arguments, shown):
-        result = shown(call(*arguments))
-        del keep  # inputs lived until here
-        return result
-
     def _start(self, call, keep, arguments, shown):
         pending = Pending(call(*arguments), (self, keep), shown)
         capturing = self._is_capturing()  # then nobody may ask an event, and what was finished is enough to know
         self._in_flight = [other for other in self._in_flight if not (other.is_finished() if capturing else other.is_over())] + [pending]
         return pending
 
-    def _combine_call(self, rows, handle, *, weighting="none", order="rank_ascending", fold=True, source_weights=None, row_weights=None,
-                      bias=None, out=None, dtype=None):
+    def _combine_call(self, rows, handle, weighting="none", order="rank_ascending", fold=True, source_weights=None, row_weights=None,
+                      bias=None, out=None, waits=None, dtype=None):
         _handle(handle)
-        rows = as_array(rows, "rows")
+        rows = self._placed(rows, "rows")
         frame = self._frame(rows)
         keep = [y := tensor(rows, "rows", dtype)]
         more = _more_of_combine(source_weights, row_weights, bias, dtype)
-        options = self._combine_options(weighting, order, fold, known=not more)
+        options = self._combine_options(weighting, order, fold, known=not more and waits is None)
         for name, value, kind in more:
-            self._check_place(array := as_array(value, name))
-            keep.append(view := tensor(array, name, kind))
+            keep.append(view := tensor(self._placed(value, name), name, kind))
             setattr(options, name, view)
+        if waits is not None:
+            keep.append(view := self._added_to(waits))
+            options.waits = view
         target = None
         if out is not None:
-            self._check_place(array := as_array(out, "out"))
-            keep.append(target := writable(array, "out"))
-        elif self.device == "cuda":
+            keep.append(target := writable(self._placed(out, "out"), "out"))
+        elif self._on_gpu:
             out = rows.new_empty((handle.num_tokens, rows.shape[-1]))
             keep.append(target := tensor(out, "out", dtype))
         self._use_stream(options)
@@ -300,19 +304,19 @@ class Exchange:
         return options
 
     def combine(self, rows, handle, *, weighting="none", order="rank_ascending", fold=True, source_weights=None, row_weights=None, bias=None,
-                out=None, dtype=None):
+                out=None, waits=None, dtype=None):
         """Sums what the experts made of every token: [T,H]. Collective.
 
         rows: in the shape of the dispatch's rows, float64 (cpu), float32, bfloat16 or float16. weighting: "none", "at_input" (rows were
         weighted before the expert), "at_expert" (by the weights that travelled) or "at_source" (by source_weights [T,K] float32, given
         now); the last two for the expert layouts. order of the ranks' partial sums: "rank_ascending" or "topk". fold=False: every
         (token, k) row travels on its own. bias: one or two [T,H] in the dtype of rows, added first. out [T,H]: where sums go, and their
-        dtype. row_weights float32, in the shape of Received.row_weights: the result is then (sums, combined weights [T,K]).
+        dtype. row_weights float32, in the shape of Received.row_weights: the result is then (sums, combined weights [T,K]). waits: as for
+        dispatch.
         Sums are taken in float32 in a defined order: the same bits on every backend.
         """
-        keep, arguments, shown = self._told(self._combine_call, rows, handle, weighting=weighting, order=order, fold=fold,
-                                            source_weights=source_weights, row_weights=row_weights, bias=bias, out=out, dtype=dtype)
-        return self._run(self._core.combine, keep, arguments, shown)
+        _keep, arguments, shown = self._told(self._combine_call, rows, handle, weighting, order, fold, source_weights, row_weights, bias, out, waits, dtype)
+        return shown(self._core.combine(*arguments))
 
     def start_combine(self, rows, handle, **options) -> Pending:
         """The first half of combine, with its arguments: never waits. rows and the others stay untouched until finish()."""
@@ -321,7 +325,7 @@ class Exchange:
 
     def dispatch_backward(self, handle, grad_rows, grad_row_weights=None, *, dtype=None) -> tuple:
         """(gradient of x [T,H], gradient of topk_weights [T,K] float32 or None), from those of rows and row_weights. Collective."""
-        grad_rows = as_array(grad_rows, "grad_rows")
+        grad_rows = self._placed(grad_rows, "grad_rows")
         frame = self._frame(grad_rows)
         weights = None if grad_row_weights is None else tensor(as_array(grad_row_weights, "grad_row_weights"), "grad_row_weights")
         gradient = self._core.dispatch_backward(_handle(handle), tensor(grad_rows, "grad_rows", dtype), weights)
@@ -330,7 +334,7 @@ class Exchange:
     def combine_backward(self, handle, grad_out, rows=None, *, weighting="none", source_weights=None, dtype=None) -> tuple:
         """(Received with the gradient of rows in the layout of the dispatch, gradient of the weights [T,K] float32 or None), from that
         of the sums; rows as they were combined, for at_expert and at_source. Collective."""
-        grad_out = as_array(grad_out, "grad_out")
+        grad_out = self._placed(grad_out, "grad_out")
         frame = self._frame(grad_out)
         _, (view, _, options, _), _ = self._combine_call(grad_out, handle, weighting=weighting, source_weights=source_weights, dtype=dtype)
         saved = None if rows is None else tensor(as_array(rows, "rows"), "rows", dtype)
@@ -340,7 +344,7 @@ class Exchange:
     def expert_rows(self, handle, like, dtype=None):
         """Memory [N,H] (or [R,M,H]) for rows from which combine needs no copy, in the framework of the array `like`; dtype: default
         that of the exchange. UsageError without the option expert_rows=True."""
-        frame = self._frame(as_array(like, "like"))
+        frame = self._frame(self._placed(like, "like"))
         return self._core.expert_rows(_handle(handle), dtype or self.dtype, self.hidden_size, frame.place, self._stream())
 
     def abandon(self, reason) -> None:
@@ -386,7 +390,7 @@ class Exchange:
         return self._core.link_bytes()
 
     def peer_waits(self) -> tuple[list[int], list[int]]:
-        """Nanoseconds that this rank has waited for each rank so far, in dispatch and in combine. Not recorded on cuda and over MPI: empty."""
+        """Nanoseconds that this rank has waited for each rank so far, in dispatch and in combine. Empty over MPI, and on cuda: there waits= of a call tells."""
         return self._core.peer_waits()
 
     def take_spans(self) -> list:

@@ -116,6 +116,17 @@ void check_output(const DispatchInput& input, const DispatchOptions& options) {
     usage_error("out_rows without out_scales, but the rows have scales; give both");
 }
 
+void check_waits(const ExchangeEngine& engine, const TensorView& waits) {
+  if (!waits) return;
+  const std::int64_t ranks = engine.world().size();
+  if (waits.ndim != 1 || waits.shape[0] != ranks || waits.dtype != Dtype::int64)
+    usage_error("waits is {}; expected [{}] int64, a number for each rank", describe(waits), ranks);
+  if (waits.strides[0] != 1 && ranks > 1) usage_error("waits is {}; expected a dense tensor", describe(waits));
+  if (waits.data == nullptr) usage_error("waits is {} but its data is null", describe(waits));
+  if (engine.options().transport == Transport::mpi)
+    usage_error("waits is {} with transport = mpi, which does not say for whom a rank waits; leave it out", describe(waits));
+}
+
 // What the shape of y must be for a layout; a dimension of y may name the received rows or their capacity.
 void check_y(const ExchangeEngine& engine, const ConstTensorView& y, const HandleFacts& handle) {
   const std::vector<std::int64_t>& rows_shape = handle.rows_shape();
@@ -195,6 +206,7 @@ void check_dispatch(const ExchangeEngine& engine, const DispatchInput& input, co
     check_rows(engine, input, options, cached->num_tokens());
   }
   check_output(input, options);
+  check_waits(engine, options.waits);
 }
 
 void check_values(const ExchangeEngine& engine, const DispatchInput& input, int placement) {
@@ -250,6 +262,7 @@ void check_combine(const ExchangeEngine& engine, const ConstTensorView& y, const
     usage_error("out is {}; expected float64, float32, bfloat16 or float16", describe(options.out));
   if (options.out && handle.num_tokens() > 0 && options.out.data == nullptr)
     usage_error("out is {} but its data is null", describe(options.out));
+  check_waits(engine, options.waits);
   if (options.fold) return;
   if (!handle.is_expert_layout())
     usage_error("fold = false with layout = {}; its rows are already folded: use an expert layout", name(handle.layout));

@@ -30,8 +30,9 @@ cuda::CombineArgs CudaEngine::make_combine(const ConstTensorView& y, const Handl
   check_memory("row_weights", options.row_weights);
   check_memory("bias0", options.bias0);
   check_memory("bias1", options.bias1);
+  check_memory("waits", options.waits);
   cuda::CombineArgs args;
-  args.context = arena_->context();
+  args.context = context(options.waits);
   args.handle = state.view;
   args.layout = state.layout;
   args.mode = state.mode;
@@ -76,7 +77,7 @@ void CudaEngine::bring_to_expert_rows(cuda::CombineArgs& args, const DeviceHandl
   std::byte* const to = arena_->expert_rows();
   const std::int64_t row_bytes = args.header.row_bytes;
   if (args.y != to || args.y_pitch != row_bytes) {
-    wait_for_reads(stream);
+    wait_for_reads(args.context, stream);
     const std::int64_t rows = handle.total_rows();
     phase("combine copy", stream, [&] {
       const bool dense = args.y_pitch == row_bytes;  // copied at once, which is faster
@@ -90,8 +91,8 @@ void CudaEngine::bring_to_expert_rows(cuda::CombineArgs& args, const DeviceHandl
 }
 
 // Only the device knows whether there is anything to wait for: replayed graphs combine, too.
-void CudaEngine::wait_for_reads(cudaStream_t stream) {
-  cuda::launch_wait_reads(arena_->context(), stream);
+void CudaEngine::wait_for_reads(const cuda::Context& context, cudaStream_t stream) {
+  cuda::launch_wait_reads(context, stream);
   cuda_check(cudaGetLastError(), "waiting for peers to have read expert rows");
 }
 
@@ -168,7 +169,7 @@ CombineGradient CudaEngine::combine_backward(const Handle& handle, const ConstTe
                                              const CombineOptions& options) {
   const CudaDeviceScope scope(device_);
   CombineGradient gradient;
-  gradient.rows = dispatch({.rows = grad_out}, {.stream = options.stream}, &handle);
+  gradient.rows = dispatch({.rows = grad_out}, {.waits = options.waits, .stream = options.stream}, &handle);
   const bool weighs = options.weighting == Weighting::at_expert || options.weighting == Weighting::at_source;
   return weighs ? enqueue_weight_gradient(handle, std::move(gradient), y, options) : std::move(gradient);
 }
@@ -226,7 +227,7 @@ TensorView CudaEngine::expert_rows(const Handle& handle, Dtype dtype, std::int64
   const CudaDeviceScope scope(device_);
   check_expert_rows(*this, handle, dtype, hidden_size);
   check();
-  wait_for_reads(static_cast<cudaStream_t>(stream));
+  wait_for_reads(arena_->context(), static_cast<cudaStream_t>(stream));
   return [&]() -> TensorView {
     const std::vector<std::int64_t>& shape = handle.state()->rows_shape();
     std::byte* const memory = arena_->expert_rows();

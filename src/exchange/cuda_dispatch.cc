@@ -86,6 +86,7 @@ void CudaEngine::check_dispatch_memory(const CudaDispatch& job) const {
   check_memory("topk_weights", job.input.topk_weights);
   check_memory("out_rows", job.options.out_rows);
   check_memory("out_scales", job.options.out_scales);
+  check_memory("waits", job.options.waits);
 }
 
 void CudaEngine::lease_buffer(CudaDispatch& job) {
@@ -138,7 +139,7 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
   const HandleShape& shape = job.handle->shape;
   const std::int64_t capacity = shape.layout == Layout::expert_padded ? shape.expert_width : job.layout_options.expert_capacity;
   const bool lays_out = !job.cached && !job.pads && (shape.is_expert_layout() || shape.is_compacted() || shape.gather_map);
-  const cuda::MoveArgs move{.context = arena_->context(),
+  const cuda::MoveArgs move{.context = context(job.options.waits),
                             .header = job.header,
                             .buffer = job.buffer,
                             .routing = routing_args(job),
@@ -157,7 +158,7 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
   } else {
     if (!job.cached) {
       const cuda::PlanArgs plan{
-          .context = arena_->context(),
+          .context = move.context,
           .header = job.header,
           .buffer = job.buffer,
           .routing = move.routing,

@@ -147,6 +147,12 @@ void CudaEngine::reject(cudaStream_t stream, const std::string& reason) {
   arena_->reject(order_, stream, reason, [&](const char* text, cudaStream_t on) { cuda::launch_reject(arena_->context(), text, on); });
 }
 
+cuda::Context CudaEngine::context(const TensorView& waits) const {
+  cuda::Context context = arena_->context();
+  context.waits = waits.as<unsigned long long>();
+  return context;
+}
+
 void CudaEngine::abandon(const std::string& reason) {
   const CudaDeviceScope scope(device_);
   check();

@@ -96,6 +96,8 @@ class CudaEngine final : public ExchangeEngine {
     }
   }
   void reject(cudaStream_t stream, const std::string& reason);
+  // What the kernels of a call know that adds its waits there.
+  cuda::Context context(const TensorView& waits) const;
   // `launch` enqueues one phase of the call under way.
   template <class Launch>
   void phase(const char* name, cudaStream_t stream, Launch&& launch) {
@@ -127,7 +129,7 @@ class CudaEngine final : public ExchangeEngine {
   void bring_to_expert_rows(cuda::CombineArgs& args, const DeviceHandle& handle, cudaStream_t stream);
   CombineGradient enqueue_weight_gradient(const Handle& handle, CombineGradient gradient, const ConstTensorView& y,
                                           const CombineOptions& options);
-  void wait_for_reads(cudaStream_t stream);
+  void wait_for_reads(const cuda::Context& context, cudaStream_t stream);
 
   Failure describe_failure(const protocol::ErrorRecord& record) const;
   std::string describe_mismatch(const protocol::ErrorRecord& record) const;

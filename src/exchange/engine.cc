@@ -16,6 +16,22 @@ std::int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch
 
 }  // namespace
 
+Engine::WaitMeter::WaitMeter(const RowTransport& transport, protocol::Operation operation, const TensorView& waits)
+    : transport_(transport), operation_(operation), waits_(waits) {
+  if (waits_) before_ = waited();
+}
+
+Engine::WaitMeter::~WaitMeter() {
+  if (!waits_) return;
+  const std::vector<std::int64_t> now = waited();
+  for (std::size_t rank = 0; rank < now.size(); ++rank) waits_.as<std::int64_t>()[rank] += now[rank] - before_[rank];
+}
+
+std::vector<std::int64_t> Engine::WaitMeter::waited() const {
+  PeerWaits waits = transport_.peer_waits();
+  return operation_ == protocol::Operation::combine ? std::move(waits.combine) : std::move(waits.dispatch);
+}
+
 Engine::Span::Span(Engine& engine, const char* phase, std::uint64_t call) : engine_(engine) {
   if (!engine_.options_.trace) return;
   span_ = {.phase = phase, .call = call, .begin_ns = now_ns(), .end_ns = 0};
@@ -153,10 +169,12 @@ Received Engine::execute(DispatchJob& job) {
       if (job.holds_expert_buffer) engine.expert_board_->unreserve();
     }
   } promises{*this, job};
+  const WaitMeter meter(*transport_, job.header.operation, job.options.waits);
   return guarded<Received>(job.header, [&] { return dispatch_steps(job); });
 }
 
 Combined Engine::execute(CombineJob& job) {
+  const WaitMeter meter(*transport_, job.header.operation, job.options.waits);
   return guarded<Combined>(job.header, [&] { return combine_steps(job); });
 }
 
@@ -185,7 +203,7 @@ CombineGradient Engine::combine_backward(const Handle& handle, const ConstTensor
                                          const CombineOptions& options) {
   const bool weighs = options.weighting == Weighting::at_expert || options.weighting == Weighting::at_source;
   CombineGradient gradient;
-  gradient.rows = dispatch({.rows = grad_out}, {}, &handle);
+  gradient.rows = dispatch({.rows = grad_out}, {.waits = options.waits}, &handle);
   if (!weighs) return gradient;
   CombineJob job = admit([&](std::uint64_t call) {
     if (y.dtype != grad_out.dtype) usage_error("y is {} but grad_out is {}; give both in one dtype", describe(y), describe(grad_out));

@@ -78,6 +78,22 @@ class Engine final : public ExchangeEngine {
   std::vector<PhaseSpan> take_spans() override;
 
  private:
+  // Adds what this rank waits for each rank, from construction to destruction, to a tensor of the caller. Calls run one after the other.
+  class WaitMeter {
+   public:
+    WaitMeter(const RowTransport& transport, protocol::Operation operation, const TensorView& waits);
+    ~WaitMeter();
+    WaitMeter(const WaitMeter&) = delete;
+    WaitMeter& operator=(const WaitMeter&) = delete;
+
+   private:
+    std::vector<std::int64_t> waited() const;
+    const RowTransport& transport_;
+    protocol::Operation operation_;
+    TensorView waits_;
+    std::vector<std::int64_t> before_;
+  };
+
   // Records one span from construction to destruction.
   class Span {
    public:

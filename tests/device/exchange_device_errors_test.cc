@@ -59,6 +59,7 @@ TEST_F(DeviceErrors, DispatchTakesNoHostMemory) {
          op.copy_out = true;
          op.out_rows = on_host({2 * tokens, shape.hidden_size});
        }},
+      {"waits is [2] int64 in ordinary host memory", [=](In&, Op& op) { op.waits = on_host({kRanks}, Dtype::int64); }},
       {"copy it to the GPU first",
        [=](In& in, Op&) {
          in.rows = on_host({tokens, shape.hidden_size});
@@ -95,6 +96,7 @@ TEST_F(DeviceErrors, CombineTakesNoHostMemoryAndNoFloat64) {
       {"out is [24, 64] float32 in ordinary host memory", [=](Y&, Op& op) { op.out = per_token; }},
       {"bias0 is [24, 64] float32 in ordinary host memory", [=](Y&, Op& op) { op.bias0 = per_token; }},
       {"bias1 is [24, 64] float32 in ordinary host memory", [=](Y&, Op& op) { op.bias1 = per_token; }},
+      {"waits is [2] int64 in ordinary host memory", [=](Y&, Op& op) { op.waits = on_host({kRanks}, Dtype::int64); }},
       {"source_weights is [24, 3] float32 in ordinary host memory",
        [=](Y&, Op& op) {
          op.weighting = Weighting::at_source;

@@ -124,6 +124,23 @@ TEST(ExchangeMpiFailure, AllRanksMayRefuseTheSameCalls) {
   exchange.round_trip();
 }
 
+TEST(ExchangeMpiFailure, NobodyKnowsForWhomARankWaits) {
+  SmallExchange exchange(exchange_test::small_options());
+  std::vector<std::int64_t> memory(world().size());
+  const TensorView waits(memory.data(), Dtype::int64, {world().size()});
+  const Received received = exchange.dispatch();
+  DispatchOptions dispatch{.layout = Layout::expert_major};
+  dispatch.waits = waits;
+  CombineOptions combine;
+  combine.waits = waits;
+  const char* const reason = "transport = mpi, which does not say for whom a rank waits";
+  expect_abort(
+      exchange, [&] { (*exchange).dispatch(exchange.tokens().input(), dispatch); }, [&] { exchange.dispatch(); }, reason);
+  expect_abort(
+      exchange, [&] { (*exchange).combine(received.rows(), received.handle(), combine); },
+      [&] { (*exchange).combine(received.rows(), received.handle()); }, reason);
+}
+
 TEST(ExchangeMpiFailure, OverflowEndsWithClear) {
   ExchangeOptions options = exchange_test::small_options();
   options.receive_rows = 1;

@@ -144,6 +144,20 @@ std::vector<BadDispatch> bad_options() {
   };
 }
 
+std::vector<std::pair<std::string, TensorView>> bad_waits() {
+  static std::vector<std::int64_t> memory(8);
+  const auto tensor = [](std::initializer_list<std::int64_t> shape, Dtype dtype = Dtype::int64) {
+    return TensorView(memory.data(), dtype, shape);
+  };
+  TensorView strided = tensor({kRanks});
+  strided.strides[0] = 2;
+  return {{"waits is [2] int64; expected [3] int64, a number for each rank", tensor({2})},
+          {"waits is [3, 1] int64; expected [3] int64", tensor({kRanks, 1})},
+          {"waits is [3] int32; expected [3] int64", tensor({kRanks}, Dtype::int32)},
+          {"waits is [3] int64 with strides [2]; expected a dense tensor", strided},
+          {"waits is [3] int64 but its data is null", TensorView(nullptr, Dtype::int64, {kRanks})}};
+}
+
 // All of them on one exchange, one after the other.
 TEST(ExchangeErrors, DispatchRejectsAndPeersLearnWhy) {
   run_ranks(kRanks, [](World& world) {
@@ -154,6 +168,7 @@ TEST(ExchangeErrors, DispatchRejectsAndPeersLearnWhy) {
     for (auto* more : {bad_routing_and_scales, bad_options}) {
       for (BadDispatch& bad : more()) all.push_back(std::move(bad));
     }
+    for (const auto& [text, waits] : bad_waits()) all.push_back({text, [waits = waits](In&, Op& op) { op.waits = waits; }});
     for (const BadDispatch& bad : all) {
       DispatchInput input = tokens.input();
       DispatchOptions options;
@@ -241,7 +256,10 @@ TEST(ExchangeErrors, CombineRejectsAndPeersLearnWhy) {
     Exchange exchange(world, small_options());
     exchange.add(small_placement(kRanks));
     const Tokens tokens(world.rank(), 1);
-    for (const BadCombine& bad : bad_combines()) {
+    std::vector<BadCombine> all = bad_combines();
+    for (const auto& [text, waits] : bad_waits())
+      all.push_back({text, [waits = waits](ConstTensorView&, CombineOptions& op) { op.waits = waits; }});
+    for (const BadCombine& bad : all) {
       const Received received = exchange.dispatch(tokens.input(), {.layout = bad.layout});
       const Handle handle = received.handle();
       const std::function<void()> good = [&] { exchange.combine(received.rows(), handle); };

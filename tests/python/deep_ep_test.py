@@ -229,9 +229,11 @@ def check_shrink(group, rank, hook, silent_in):
     slots, alive = 8, [0, 2]
     buffer = deep_ep.Buffer(group, low_latency_mode=True, enable_shrink=True)
     status = torch.zeros(RANKS, dtype=torch.int32)
+    stats = torch.zeros(RANKS, dtype=torch.int64)
 
     def dispatch():
-        rows, counts, handle, _, finish = buffer.low_latency_dispatch(x[rank], ids[rank], slots, EXPERTS, use_fp8=False, return_recv_hook=hook)
+        rows, counts, handle, _, finish = buffer.low_latency_dispatch(x[rank], ids[rank], slots, EXPERTS, use_fp8=False, return_recv_hook=hook,
+                                                                      dispatch_wait_recv_cost_stats=stats)
         finish() if hook else None
         return rows.clone(), counts, handle
 
@@ -256,7 +258,10 @@ def check_shrink(group, rank, hook, silent_in):
         assert status.tolist() == [0, 1, 0]
         torch.testing.assert_close(combine(rows, handle), alive_sums(x, ids, weights, rank, alive))  # an old handle serves again
         buffer.clean_low_latency_buffer(slots, HIDDEN, EXPERTS)
+        before = stats.tolist()
+        time.sleep(0.2 if rank == 2 else 0)
         rows, counts, handle = dispatch()
+        assert stats[rank] == 0 and stats[1] == before[1] and (rank == 2 or stats[2] >= before[2] + 0.1e9)
         assert counts.tolist() == counted(alive) and all(int(pair) == 0 for pair in handle[1][:, 1])
         with pytest.raises(ty.UsageError, match="rank 1 is masked and has left"):
             buffer.low_latency_update_mask_buffer(1, False)

@@ -169,6 +169,58 @@ def test_peer_waits_name_who_was_late(mode):
                 assert (waited[peer] > least) == (peer == late != rank) and waited[peer] < 5 * least, (rank, waits)
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("started", [False, True])
+def test_waits_are_added_to_what_is_given(started, framework):
+    """Rank 2 is late for the dispatches, rank 0 for the combines, each of which is made twice."""
+    late_s = 0.2
+
+    def late(world, who, call, *args, **options):
+        world.barrier()
+        time.sleep(late_s if world.rank == who else 0)
+        return call(*args, **options)
+
+    def rank_main(world):
+        exchange = make_exchange(world, ty.Placement.uniform(3, 3))
+        x, ids = make(np.ones((4, HIDDEN)), "float32", framework), make([[0], [1], [2], [0]], "int64", framework)
+        in_dispatch, in_combine = (make([5, 5, 5], "int64", framework) for _ in range(2))
+        for _ in range(2):
+            if started:
+                out = late(world, 2, exchange.start_dispatch, x, ids, waits=in_dispatch).finish()
+                late(world, 0, exchange.start_combine, out.rows, out.handle, waits=in_combine).finish()
+            else:
+                out = late(world, 2, exchange.dispatch, x, ids, waits=in_dispatch)
+                late(world, 0, exchange.combine, out.rows, out.handle, waits=in_combine)
+        exchange.combine(exchange.dispatch(x, ids).rows, out.handle)  # does not ask, and options are kept from call to call
+        return in_dispatch.tolist(), in_combine.tolist(), exchange.peer_waits()
+
+    for rank, (in_dispatch, in_combine, all_waits) in enumerate(on_ranks(rank_main)):
+        for waits, who, most in zip((in_dispatch, in_combine), (2, 0), all_waits):
+            assert waits[rank] == 5 and all(0 <= one - 5 <= there for one, there in zip(waits, most))
+            if rank != who:
+                assert waits[who] >= 2 * 0.5e9 * late_s and waits[who] == max(waits), (rank, waits)
+
+
+def test_waits_of_the_wrong_kind():
+    def rank_main(world):
+        exchange = make_exchange(world, ty.Placement.uniform(3, 3))
+        x, ids = np.ones((4, HIDDEN), np.float32), np.array([[0], [1], [2], [0]])
+        read_only = np.zeros(3, np.int64)
+        read_only.flags.writeable = False
+        for waits, text in [([0, 0, 0], "waits is a list that cannot be written"), (read_only, "waits is a ndarray that cannot be written"),
+                            (np.zeros(3), r"waits is \[3\] float64; expected \[3\] int64, a number for each rank"),
+                            (np.zeros(2, np.int64), r"waits is \[2\] int64; expected \[3\] int64"),
+                            (np.zeros(6, np.int64)[::2], r"waits is \[3\] int64 with strides \[2\]; expected a dense tensor")]:
+            with pytest.raises(ty.UsageError, match=text):
+                exchange.dispatch(x, ids, waits=waits)
+            out = exchange.dispatch(x, ids)
+            with pytest.raises(ty.UsageError, match=text):
+                exchange.combine(out.rows, out.handle, waits=waits)
+            exchange.combine(out.rows, out.handle)
+
+    on_ranks(rank_main)
+
+
 def test_finish_twice_on_the_main_thread():
     exchange = make_exchange(ty.World.in_process(1)[0], ty.Placement.uniform(3, 1))
     pending = exchange.start_dispatch(np.ones((2, HIDDEN), np.float32), np.zeros((2, 1), np.int64))

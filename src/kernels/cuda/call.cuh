@@ -135,10 +135,11 @@ struct Wait {
   Phase phase = Phase::none;
   std::uint64_t call = 0;
   unsigned pause_ns = 0;  // between looks
+  bool timed = false;     // of all that wait for this peer in this phase, this one tells for how long
 };
 // Waits in this thread until the word is `least` or more, and returns it. 0: the call has failed.
 __device__ inline std::uint64_t await_word(const Context& c, const std::uint64_t* word, std::uint64_t least, const Wait& wait) {
-  const auto [peer, phase, call, pause_ns] = wait;
+  const auto [peer, phase, call, pause_ns, timed] = wait;
   std::uint64_t seen;
   const auto is_set = [&] { return (seen = ptx::load_acquire(word)) >= least; };
   if (is_set()) return seen;
@@ -148,6 +149,8 @@ __device__ inline std::uint64_t await_word(const Context& c, const std::uint64_t
   while (true) {
     for (int i = 0; i < kLookEvery; ++i) {
       if (is_set()) {
+        // Here and not behind the loop: there a thread may meet those of its warp that wait longer.
+        if (timed && c.waits != nullptr && peer != c.rank) atomicAdd(&c.waits[peer], ptx::global_timer_ns() - begin);
         mine.waiting_on = 0;
         return seen;
       }
@@ -171,8 +174,8 @@ __device__ inline std::uint64_t await_word(const Context& c, const std::uint64_t
 __device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word, std::uint64_t least, const Wait& wait) {
   return await_word(c, word, least, wait) != 0;
 }
-__device__ inline bool wait_for_flag(const Context& c, Flag flag, int peer, Phase phase, std::uint64_t call) {
-  return wait_for_word(c, flag_of(c, flag, peer), protocol::flag_word(call), {peer, phase, call});
+__device__ inline bool wait_for_flag(const Context& c, Flag flag, const Wait& wait) {
+  return wait_for_word(c, flag_of(c, flag, wait.peer), protocol::flag_word(wait.call), wait);
 }
 
 // Waits in this thread until this rank itself has begun: another block sees to it, and to deadlines.
@@ -185,13 +188,14 @@ __device__ inline bool wait_for_own_begin(const Context& c, std::uint64_t call) 
 }
 
 // The whole block waits for `flag` of every rank, itself included. Block-uniform; false: the call has failed. Ends with a
-// barrier, behind which all threads see what the flags publish.
-__device__ inline bool wait_for_all(const Context& c, Flag flag, Phase phase, std::uint64_t call) {
+// barrier, behind which all threads see what the flags publish. timed: of the blocks that wait for it, this one tells for how long.
+__device__ inline bool wait_for_all(const Context& c, Flag flag, Phase phase, std::uint64_t call, bool timed) {
   bool arrived = true;
-  for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) arrived = wait_for_flag(c, flag, peer, phase, call) && arrived;
+  for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
+    arrived = wait_for_flag(c, flag, {.peer = peer, .phase = phase, .call = call, .timed = timed}) && arrived;
+  }
   return __syncthreads_and(arrived) != 0;
 }
-__device__ inline bool wait_for_all(const Context& c, Flag flag, Phase phase) { return wait_for_all(c, flag, phase, call_number(c)); }
 
 // Tells `peer`, by one thread. release at system scope: publishes what this thread has done and seen before, and so what
 // other threads have done before a barrier or a ticket that lies behind it.
@@ -276,7 +280,7 @@ __device__ inline bool check_peers(const Context& c, const protocol::CallHeader&
 // The whole block waits until every peer has begun this call, and checks that it is the same one. Block-uniform.
 __device__ inline bool wait_until_begun(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call) {
   const bool good = check_peers(c, header, phase, call);
-  return wait_for_all(c, of_call(Flag::begun, call), phase, call) && __syncthreads_and(good) != 0;
+  return wait_for_all(c, of_call(Flag::begun, call), phase, call, true) && __syncthreads_and(good) != 0;
 }
 
 // Until every rank has left the rejected call, one that came late may still write what it was about. By the whole block that announces
@@ -286,7 +290,7 @@ __device__ inline bool leave_aborted(const Context& c, const CallState& state) {
   if (state.unsettled == 0) return true;
   bool good = true;
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
-    good = wait_for_flag(c, Flag::left, peer, Phase::dispatch_credit, state.unsettled) && good;
+    good = wait_for_flag(c, Flag::left, {.peer = peer, .phase = Phase::dispatch_credit, .call = state.unsettled, .timed = true}) && good;
   }
   good = __syncthreads_and(good) != 0;
   if (threadIdx.x == 0 && good) c.state->unsettled = 0;
@@ -297,7 +301,7 @@ __device__ inline bool leave_aborted(const Context& c, const CallState& state) {
 __device__ inline bool wait_for_readers(const Context& c, const CallState& state) {
   bool good = true;
   for (int peer = threadIdx.x; state.last_pull != 0 && peer < c.ranks; peer += blockDim.x) {
-    good = wait_for_flag(c, Flag::reads, peer, Phase::combine_read, state.last_pull) && good;
+    good = wait_for_flag(c, Flag::reads, {.peer = peer, .phase = Phase::combine_read, .call = state.last_pull, .timed = true}) && good;
   }
   return __syncthreads_and(good) != 0;
 }

@@ -27,12 +27,14 @@ __device__ inline CallState announce_combine(const CombineArgs& args) {
   state.failed = !begin_call(c, complete_header(args.header, args.handle), protocol::offer(protocol::kNoBuffer), state);
   return state;
 }
-// Then, before the block needs peers: they have begun the same call, and their arenas may be written. The last block has the least to
-// do and checks. Block-uniform.
+// The last block has the least to do: it checks, and tells how long it has waited.
+__device__ inline bool is_last_of_grid() { return blockIdx.x == gridDim.x - 1; }
+
+// Then, before the block needs peers: they have begun the same call, and their arenas may be written. Block-uniform.
 __device__ inline bool meet_peers(const CombineArgs& args, const CallState& state) {
   if (state.failed) return false;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
-  return wait_for_peers(args.context, header, Phase::combine_credit, state.call, blockIdx.x == gridDim.x - 1);
+  return wait_for_peers(args.context, header, Phase::combine_credit, state.call, is_last_of_grid());
 }
 __device__ inline CallState begin_combine(const CombineArgs& args) {
   CallState state = announce_combine(args);
@@ -44,7 +46,7 @@ __device__ inline CallState begin_combine(const CombineArgs& args) {
 __device__ inline CallState begin_push(const CombineArgs& args) {
   if (args.weighting != Weighting::at_source) return begin_combine(args);
   CallState state = state_of_call(args.context);
-  state.failed = state.failed || !wait_for_all(args.context, Flag::weights, Phase::combine_weights, state.call);
+  state.failed = state.failed || !wait_for_all(args.context, Flag::weights, Phase::combine_weights, state.call, is_last_of_grid());
   return state;
 }
 

@@ -8,7 +8,10 @@ namespace {
 template <Dtype kDtype, bool kAligned>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_sum_kernel(const __grid_constant__ CombineArgs args) {
   const Context& c = args.context;
-  if (!block_has_failed(c)) sum_tokens<kDtype, kAligned, false>(args, [&] { return wait_for_all(c, Flag::partials, Phase::combine_rows); });
+  if (!block_has_failed(c)) {
+    const auto ready = [&] { return wait_for_all(c, Flag::partials, Phase::combine_rows, call_number(c), is_last_of_grid()); };
+    sum_tokens<kDtype, kAligned, false>(args, ready);
+  }
   if (is_last_block(c, kCombineEnd)) end_call(c);
 }
 

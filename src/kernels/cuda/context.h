@@ -17,6 +17,7 @@ using Stream = CUstream_st*;  // a cudaStream_t
 struct Context : protocol::WordsView {
   protocol::ArenaShape shape;
   std::uint64_t* link_bytes = nullptr;  // [ranks] bytes sent to each rank so far, device memory
+  unsigned long long* waits = nullptr;  // [ranks] of the caller: nanoseconds that a call waits for each rank are added; null: not wanted
 };
 
 // What a dispatch learned, in device memory that belongs to the handle. Received rows are indexed by i < capacity():

@@ -31,7 +31,7 @@ __global__ void reject_call(const __grid_constant__ Context c, const char* reaso
 __global__ void wait_reads(const __grid_constant__ Context c) { settle(c, state_of_call(c)); }
 
 __global__ void wait_weights(const __grid_constant__ Context c) {
-  if (!block_has_failed(c)) wait_for_all(c, Flag::weights, Phase::combine_weights);
+  if (!block_has_failed(c)) wait_for_all(c, Flag::weights, Phase::combine_weights, call_number(c), true);
 }
 
 const Preloaded preloaded({{reject_call}, {wait_reads}, {wait_weights}});

@@ -124,7 +124,7 @@ __device__ bool begin_collective(const DirectCollectiveArgs& args) {
   bool good = true;
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
     if (peer == c.rank) continue;
-    good = wait_for_flag(c, Flag::begun, peer, Phase::collective, call) && good;
+    good = wait_for_flag(c, Flag::begun, {peer, Phase::collective, call}) && good;
     if (good && blockIdx.x == 0) good = agrees_with(args, peer, call);
   }
   return __syncthreads_and(good) != 0;

@@ -99,7 +99,7 @@ __device__ inline void finish_move(const MoveJob& job) {
   if (good) {
     set_flag_everywhere(c, Flag::rows, call);
     if (warp_index() == 0) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
-    good = wait_for_all(c, Flag::rows, Phase::dispatch_rows, call);
+    good = wait_for_all(c, Flag::rows, Phase::dispatch_rows, call, true);
   }
   if (!good && !args.cached) clear_handle(args);
   if (args.last) end_call(c, !good, call);

@@ -71,7 +71,8 @@ __device__ bool meet_peers(const MoveArgs& args, const protocol::CallHeader& hea
   for (int peer = static_cast<int>(threadIdx.x + kLanes) % kSlotThreads; peer < c.ranks; peer += kSlotThreads) {  // the last warp first
     std::uint64_t begun = 0;
     if (peer != c.rank) {
-      begun = await_word(c, flag_of(c, of_call(Flag::begun, call), peer), protocol::flag_word(call), {peer, Phase::dispatch_credit, call});
+      const Wait wait{.peer = peer, .phase = Phase::dispatch_credit, .call = call, .timed = blockIdx.x == 0};
+      begun = await_word(c, flag_of(c, of_call(Flag::begun, call), peer), protocol::flag_word(call), wait);
       good = good && begun != 0 && protocol::offered_buffer(begun) != protocol::kNoBuffer;
     }
     if (peer < kKnownPeers) memory.peers[peer] = peer_with(args, peer, begun);
@@ -328,9 +329,12 @@ __device__ void land_slots(const SlotsJob& job, std::uint64_t call, const SlotsM
     const unsigned row = at / top_k;
     const int source = static_cast<int>(row / max_tokens);
     const unsigned token = row - static_cast<unsigned>(source) * max_tokens;
-    const bool is_sent = static_cast<std::int32_t>(token) < peer_of(args, memory, source, call).tokens;
+    const std::int32_t sent = peer_of(args, memory, source, call).tokens;
+    const bool is_sent = static_cast<std::int32_t>(token) < sent;
+    const bool is_last = static_cast<std::int32_t>(token) == sent - 1 && at % top_k == 0;
     const std::uint64_t* const word = arrival(c, c.rank, source, token);
-    if (is_sent && !wait_for_word(c, word, protocol::flag_word(call), {source, Phase::dispatch_rows, call})) return;
+    const Wait wait{.peer = source, .phase = Phase::dispatch_rows, .call = call, .timed = is_last};
+    if (is_sent && !wait_for_word(c, word, protocol::flag_word(call), wait)) return;
     if (args.cached) continue;
     land_pair(args, source, row, static_cast<int>(at % top_k), is_sent ? records + row * record_bytes : nullptr, job.pads());
   }
