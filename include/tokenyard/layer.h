@@ -49,7 +49,7 @@ struct ExpertGroupOptions {
   int num_experts = 0;                   // of the fullest layer
   int top_k = 0;                         // most experts per token
   std::int64_t hidden_size = 0;          // of the widest layer
-  Dtype dtype = Dtype::float32;          // the widest type of rows
+  Dtype dtype = Dtype::float32;          // the widest type of rows; cuda: that of rows for float8 experts
   std::int64_t max_tokens_per_rank = 0;  // most tokens of a step
   ExpertTp expert_tp = ExpertTp::virtual_experts;
   bool same_tokens = false;       // ep = 1 and mlp_tp > 1: all ranks have the same tokens (else each its own)

@@ -16,9 +16,9 @@ class ExpertGroup:
     one exchange and the collectives. One serves all layers of a model.
 
     Collective over a world of config.device_count ranks, with the same arguments. num_experts, top_k, hidden_size: the most of any
-    layer; max_tokens_per_rank: of a step; dtype: the widest type of rows. expert_tp: "virtual" (one exchange over all ranks) or "gathered"
-    (an exchange over ep, collectives over the shards of a window). same_tokens: with ep = 1 and mlp_tp > 1, all ranks have the same
-    tokens. dense_tp: ranks that share a shared expert's weights. device: "cuda" for layers that go forward on this rank's GPU
+    layer; max_tokens_per_rank: of a step; dtype: the widest type of rows, on a GPU that of rows for fp8 experts. expert_tp: "virtual" (one
+    exchange over all ranks) or "gathered" (an exchange over ep, collectives over the shards of a window). same_tokens: with ep = 1 and
+    mlp_tp > 1, all ranks have the same tokens. dense_tp: ranks that share a shared expert's weights. device: "cuda" for layers that go forward on this rank's GPU
     (device_index, default the current one), of torch tensors there, on torch's current stream; make all layers before a graph is
     captured. gradients: there layers go backward, too, and hold memory for it. Further options: max_local_experts, receive_rows, max_expert_rows, sm_budget, depth, num_threads, trace, transport.
     """

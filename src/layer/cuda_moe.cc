@@ -99,10 +99,12 @@ void CudaMoe::check(const ConstTensorView& x, const ConstTensorView& out, const 
   if (options.sliced_out && !is_sliced()) usage_error("sliced_out without same_tokens; every rank has its own tokens: out is all of them");
   check_rows("out", out, options.sliced_out ? slice_of(x.shape[0]).count : x.shape[0], x.shape[1]);
   if (out.dtype != x.dtype) usage_error("x is {} and out {}; use one dtype", describe(x), describe(out));
+  if (is_float8_ && x.dtype != dtype()) {
+    usage_error("x is {} and this layer's experts are float8_e4m3; on GPUs rows of such are of the group's dtype, {}", describe(x),
+                name(dtype()));
+  }
   if (has_weights() && x.dtype != dtype()) {
-    usage_error("x is {} and this layer's weights are {}; on GPUs rows and weights are of one dtype{}", describe(x),
-                is_float8_ ? "float8_e4m3" : name(dtype()),
-                is_float8_ ? fmt::format(", and those of float8_e4m3 weights of the group's, {}", name(dtype())) : "");
+    usage_error("x is {} and this layer's weights are {}; on GPUs rows and weights are of one dtype", describe(x), name(dtype()));
   }
   if (x.shape[0] > most.max_tokens_per_rank || size_of(x.dtype) > size_of(most.dtype)) {
     usage_error("x is {}; the group was made for at most {} tokens of {}", describe(x), most.max_tokens_per_rank, name(most.dtype));

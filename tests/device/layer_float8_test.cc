@@ -216,7 +216,7 @@ TEST_F(DeviceLayerFloat8, SaysWhatDoesNotFit) {
     TensorView halves = rank.x;
     halves.dtype = Dtype::float16;
     expect_usage_error([&] { rank.layer.forward(halves, halves, rank.options(Mode::throughput)); },
-                       {"x is", "float16", "float8_e4m3 weights of the group's, bfloat16"});
+                       {"x is", "float16", "float8_e4m3", "of the group's dtype, bfloat16"});
     expect_usage_error([&] { MoeLayer(rank.group, rank.weights.views(), testing::layer_options(rank.c)); },
                        {"w13", "ordinary host memory"});
   });
