@@ -270,8 +270,7 @@ kernels::ScaledArgs scaled_args(const Scaled& x, const DeviceRowGroups& groups, 
   if (inputs % 16 != 0 || outputs % 8 != 0 || stride_of(y) % 8 != 0 || addresses % 16 != 0) {
     usage_error(
         "x is {}, w {} and y {}; expected rows of x of a multiple of 16 elements, of y of a multiple of 8, and addresses that are "
-        "multiples "
-        "of 16",
+        "multiples of 16",
         describe(x.values), describe(w.values), describe(y));
   }
   kernels::ScaledArgs args;
@@ -345,6 +344,8 @@ struct Float8Forward {
     if (x.ndim != 2) usage_error("x is {}; expected [rows, hidden_size]", x ? describe(x) : "absent");
     const ExpertSizes sizes = {size_at(groups.counts, 0), weights.w13.ndim == 4 ? weights.w13.shape[2] : 0, x.shape[1]};
     check_products(weights, sizes);
+    check_rows("y", y, groups.places, sizes.hidden);
+    check_half("y", y);
     if (weights.w13_bias) check_dense("w13_bias", weights.w13_bias, {sizes.experts, 2, sizes.width});
     if (x.dtype == Dtype::float8_e4m3) return sizes;
     check_input(x, groups);
