@@ -3,6 +3,7 @@
 
 #include <tokenyard/tokenyard.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -41,8 +42,26 @@ inline Loaded load_part(const Checkpoint& checkpoint, const ExpertSource& source
   return tensor;
 }
 
+// Matrices of float8 with a scale for 128 x 128 elements, in float32.
+inline Loaded widened(const Loaded& float8, const Loaded& scales, std::initializer_list<std::int64_t> shape) {
+  Loaded tensor = allocate(Dtype::float32, shape);
+  const std::int64_t rows = tensor.view.shape[tensor.view.ndim - 2], columns = tensor.view.shape[tensor.view.ndim - 1];
+  const std::int64_t blocks = scale_columns(columns, ScaleFormat::float32);
+  const float* of_block = scales.view.as<float>();
+  for (std::int64_t first = 0; first < tensor.view.num_elements() / columns;) {  // rows that have the same scales
+    const std::int64_t count = std::min<std::int64_t>(kQuantiseBlock, rows - first % rows);
+    ConstTensorView of_rows(of_block, Dtype::float32, {count, blocks});
+    of_rows.strides[0] = 0;
+    dequantise({float8.bytes->data() + first * columns, Dtype::float8_e4m3, {count, columns}}, of_rows,
+               {tensor.view.as<float>() + first * columns, Dtype::float32, {count, columns}}, ScaleFormat::float32);
+    of_block += blocks;
+    first += count;
+  }
+  return tensor;
+}
+
 struct LayerFromCheckpoint {
-  Loaded gate, gate_bias, w13, w2, w13_bias, w2_bias, shared_w13, shared_w2;
+  Loaded gate, gate_bias, w13, w2, w13_bias, w2_bias, w13_scale, w2_scale, shared_w13, shared_w2;
   std::unique_ptr<MoeLayer> layer;
 };
 
@@ -72,6 +91,13 @@ inline LayerFromCheckpoint load_layer(const Checkpoint& checkpoint, ModelFamily 
   loaded.w13 = part(ExpertTensor::w13, {local, 2, width, hidden});
   loaded.w2 = part(ExpertTensor::w2, {local, hidden, width});
   weights.experts = {.w13 = loaded.w13.view, .w2 = loaded.w2.view};
+  const auto blocks = [](std::int64_t elements) { return scale_columns(elements, ScaleFormat::float32); };
+  if (loaded.w13.view.dtype == Dtype::float8_e4m3) {  // as DeepSeek-V3 is released: a layer takes it as it is, to go forward
+    loaded.w13_scale = part(ExpertTensor::w13_scale, {local, 2, blocks(width), blocks(hidden)});
+    loaded.w2_scale = part(ExpertTensor::w2_scale, {local, blocks(hidden), blocks(width)});
+    weights.experts.w13_scale = loaded.w13_scale.view;
+    weights.experts.w2_scale = loaded.w2_scale.view;
+  }
   if (family == ModelFamily::gpt_oss) {
     loaded.w13_bias = part(ExpertTensor::w13_bias, {local, 2, width});
     weights.experts.w13_bias = loaded.w13_bias.view;
@@ -90,8 +116,15 @@ inline LayerFromCheckpoint load_layer(const Checkpoint& checkpoint, ModelFamily 
       return load_part(checkpoint, shared_expert_source(family, layer, tensor, one), expert_shard(tensor, one, cut, group->dense_rank()),
                        local_shape);
     };
-    loaded.shared_w13 = shared(ExpertTensor::w13, {1, 2, model.shared_expert_width / dense_tp, hidden});
-    loaded.shared_w2 = shared(ExpertTensor::w2, {1, hidden, model.shared_expert_width / dense_tp});
+    const std::int64_t shared_width = model.shared_expert_width / dense_tp;
+    loaded.shared_w13 = shared(ExpertTensor::w13, {1, 2, shared_width, hidden});
+    loaded.shared_w2 = shared(ExpertTensor::w2, {1, hidden, shared_width});
+    if (loaded.shared_w13.view.dtype == Dtype::float8_e4m3) {
+      loaded.shared_w13 = widened(loaded.shared_w13, shared(ExpertTensor::w13_scale, {1, 2, blocks(shared_width), blocks(hidden)}),
+                                  {1, 2, shared_width, hidden});
+      loaded.shared_w2 =
+          widened(loaded.shared_w2, shared(ExpertTensor::w2_scale, {1, blocks(hidden), blocks(shared_width)}), {1, hidden, shared_width});
+    }
     weights.shared.weights = {.w13 = loaded.shared_w13.view, .w2 = loaded.shared_w2.view};
   }
 

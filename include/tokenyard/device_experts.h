@@ -57,8 +57,8 @@ class DeviceExperts {
 
   // float8_e4m3 with block scales, as dispatch delivers rows (one float32 scale for 128 elements) and DeepSeek's checkpoints hold
   // weights (one for 128 x 128): sums of 128 products are scaled and added in float32. x [N,K], scales [N, ceil(K/128)] dense; w [L,M,K],
-  // scales [L, ceil(M/128), ceil(K/128)]; bias and y bfloat16; K a multiple of 16, M of 8, rows of x 16 bytes aligned. UsageError on
-  // GPUs other than Hopper's, and without TY_CUTLASS.
+  // scales [L, ceil(M/128), ceil(K/128)]; bias and y bfloat16 or float16; K a multiple of 16, M of 8, rows of x 16 bytes aligned.
+  // UsageError on GPUs other than Hopper's, and without TY_CUTLASS.
   struct Scaled {
     ConstTensorView values{};
     ConstTensorView scales{};
@@ -73,10 +73,13 @@ class DeviceExperts {
   void unpermute_backward(const FoldInput& input, const DeviceRowGroups& groups, const ConstTensorView& d_out, const TensorView& d_places,
                           const TensorView& d_row_weights, void* stream);
 
-  // `gate_up` [P, 2I] of x's dtype, dense, for backward, or none.
+  // `gate_up` [P, 2I] of x's dtype, dense, for backward, or none. Products of float8_e4m3 weights (see ExpertWeights) are those of
+  // grouped_gemm_scaled, with y and biases bfloat16 or float16, without gate_up: x is of y's dtype, and its rows become float8, or it is
+  // float8_e4m3 with x_scales [N, ceil(H/128)] float32, dense. The activation becomes float8 with scales as quantise() makes them.
   struct Forward {
     ConstTensorView x{};
     TensorView gate_up{};
+    ConstTensorView x_scales{};
   };
   void experts_forward(const Forward& input, const DeviceRowGroups& groups, const ExpertWeights& weights, const Activation& activation,
                        const TensorView& y, void* stream);

@@ -4,7 +4,7 @@
 // machine with one number of threads (OMP_NUM_THREADS), not across machines. UsageError names the tensor that does not fit.
 //
 // L local experts, N received rows, P places, H hidden_size, I expert_width. Elements are float32, bfloat16 or float16, the same for
-// rows and weights of one call; rows may be strided, weights are dense.
+// rows and weights of one call; rows may be strided, weights are dense. Those of experts_forward may be float8_e4m3: see ExpertWeights.
 
 #include <cstdint>
 #include <vector>
@@ -73,6 +73,10 @@ struct ExpertWeights {
   ConstTensorView w2{};        // [L,H,I]
   ConstTensorView w13_bias{};  // [L,2,I], optional
   ConstTensorView w2_bias{};   // [L,H], optional; with tensor parallelism on shard 0 alone
+  // With w13 and w2 in float8_e4m3, and only then: float32, a scale for 128 x 128 elements, as DeepSeek-V3's checkpoints hold them.
+  // Such weights go forward only; I is a multiple of 128 and H of 16.
+  ConstTensorView w13_scale{};  // [L, 2, I / 128, ceil(H / 128)]
+  ConstTensorView w2_scale{};   // [L, ceil(H / 128), I / 128]
 };
 // float32, added to; the biases' where the weights have them.
 struct ExpertGradients {

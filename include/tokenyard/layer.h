@@ -3,9 +3,10 @@
 // layers of a model share, the ranks, one exchange and the collectives, is an ExpertGroup. The guide is docs/expert_tp.md.
 //
 // T tokens of this rank (each rank its own number, also 0), H hidden_size, E experts, K top_k, L local experts, I expert_width of this
-// rank's shard, g ranks of a tensor-parallel group. Rows are float32, bfloat16 or float16; weights any of the three, each for itself.
-// With ExpertGroupOptions::device = cuda, MoeLayer is on GPUs: all tensors are in device memory, rows and the weights of experts
-// of one type; a step is enqueued on a stream and never waits for the device, and can be captured in a graph.
+// rank's shard, g ranks of a tensor-parallel group. Rows are float32, bfloat16 or float16; weights any of the three, each for itself, and
+// experts also float8_e4m3, forward only (ExpertWeights). With ExpertGroupOptions::device = cuda, MoeLayer is on GPUs: all tensors are in
+// device memory, rows and the weights of experts of one type (with float8 experts rows are of the group's dtype, bfloat16 or float16); a
+// step is enqueued on a stream and never waits for the device, and can be captured in a graph.
 // All calls are collective: the ranks of the group make them in the same order. UsageError names the tensor that does not fit, and peers in
 // the same step fail with TransportError(aborted) and that reason; the next step is fine. (On GPUs, with gathered experts and ep > 1, a
 // rank that shares neither exchange nor shards with the one that refused is not told, and what it gets of that step is worthless.) Other
@@ -48,7 +49,7 @@ struct ExpertGroupOptions {
   int num_experts = 0;                   // of the fullest layer
   int top_k = 0;                         // most experts per token
   std::int64_t hidden_size = 0;          // of the widest layer
-  Dtype dtype = Dtype::float32;          // the widest type of rows
+  Dtype dtype = Dtype::float32;          // the widest type of rows; cuda: that of rows for float8 experts
   std::int64_t max_tokens_per_rank = 0;  // most tokens of a step
   ExpertTp expert_tp = ExpertTp::virtual_experts;
   bool same_tokens = false;       // ep = 1 and mlp_tp > 1: all ranks have the same tokens (else each its own)

@@ -73,12 +73,15 @@ void bind_group(nb::module_& m) {
 }
 
 // In the order of tokenyard.layer.MoeWeights.
-constexpr std::size_t kExperts = 3, kShared = 7, kSharedGate = 11;
+constexpr std::size_t kExperts = 3, kShared = 7, kSharedGate = 11, kScales = 12;
 
 MoeWeights moe_weights(const Tensors& tensors) {
-  return {.gate = {view_or_none(tensors.at(0)), view_or_none(tensors.at(1)), view_or_none(tensors.at(2))},
-          .experts = expert_weights(tensors, kExperts),
-          .shared = {expert_weights(tensors, kShared), view_or_none(tensors.at(kSharedGate))}};
+  MoeWeights weights = {.gate = {view_or_none(tensors.at(0)), view_or_none(tensors.at(1)), view_or_none(tensors.at(2))},
+                        .experts = expert_weights(tensors, kExperts),
+                        .shared = {expert_weights(tensors, kShared), view_or_none(tensors.at(kSharedGate))}};
+  weights.experts.w13_scale = view_or_none(tensors.at(kScales));
+  weights.experts.w2_scale = view_or_none(tensors.at(kScales + 1));
+  return weights;
 }
 
 MoeGradients moe_gradients(const Tensors& tensors) {

@@ -16,9 +16,9 @@ class ExpertGroup:
     one exchange and the collectives. One serves all layers of a model.
 
     Collective over a world of config.device_count ranks, with the same arguments. num_experts, top_k, hidden_size: the most of any
-    layer; max_tokens_per_rank: of a step; dtype: the widest type of rows. expert_tp: "virtual" (one exchange over all ranks) or "gathered"
-    (an exchange over ep, collectives over the shards of a window). same_tokens: with ep = 1 and mlp_tp > 1, all ranks have the same
-    tokens. dense_tp: ranks that share a shared expert's weights. device: "cuda" for layers that go forward on this rank's GPU
+    layer; max_tokens_per_rank: of a step; dtype: the widest type of rows, on a GPU that of rows for fp8 experts. expert_tp: "virtual" (one
+    exchange over all ranks) or "gathered" (an exchange over ep, collectives over the shards of a window). same_tokens: with ep = 1 and
+    mlp_tp > 1, all ranks have the same tokens. dense_tp: ranks that share a shared expert's weights. device: "cuda" for layers that go forward on this rank's GPU
     (device_index, default the current one), of torch tensors there, on torch's current stream; make all layers before a graph is
     captured. gradients: there layers go backward, too, and hold memory for it. Further options: max_local_experts, receive_rows, max_expert_rows, sm_budget, depth, num_threads, trace, transport.
     """
@@ -159,19 +159,26 @@ class MoeLayer:
     the weights of experts are of one dtype.
 
     weights: MoeWeights, of NumPy arrays or torch tensors, float32, bfloat16 or float16 each; their values may change between steps.
+    Experts also in fp8 with block scales, for forward alone: on a GPU (Hopper) rows are then of the group's dtype, bfloat16 or float16.
     gate: a Gate. activation: "silu", or "clamped" with limit and alpha, of experts and shared expert. placement: of the experts over
     the exchange's ranks, ep * mlp_tp or (expert_tp="gathered") ep; default: even windows. UsageError names the tensor that does not fit.
     """
 
     def __init__(self, group, weights, gate, *, activation="silu", limit=7.0, alpha=1.702, placement=None):
         self.group, self.weights, self.gate = group, weights, gate
-        self._views = [None if array is None else tensor(group._place(array, name), name) for name, array in weights.items()]
+        self._views = [None if array is None else self._view(array, name) for name, array in weights.items()]
         self._core = _core.MoeLayer(group._core, self._views, gate, (activation, limit, alpha), placement)
 
+    def _view(self, array, name):
+        array = self.group._place(array, name)
+        is_fp8 = name in ("w13", "w2") and self.weights.w13_scale is not None and str(array.dtype).endswith("uint8")
+        return tensor(array, name, "float8_e4m3" if is_fp8 else None)
+
     @staticmethod
-    def from_checkpoint(group, checkpoint, layer, model, *, framework="numpy", dtype=None, placement=None) -> "MoeLayer":
-        """A layer of a weights.Checkpoint and its MoeModel: this rank reads what it holds. placement: as for MoeLayer, over all ranks."""
-        loaded = model.load(checkpoint, layer, group, framework=framework, dtype=dtype, placement=placement)
+    def from_checkpoint(group, checkpoint, layer, model, *, framework="numpy", dtype=None, keep_fp8=False, placement=None) -> "MoeLayer":
+        """A layer of a weights.Checkpoint and its MoeModel: this rank reads what it holds. dtype, keep_fp8: as for MoeModel.load().
+        placement: as for MoeLayer, over all ranks."""
+        loaded = model.load(checkpoint, layer, group, framework=framework, dtype=dtype, keep_fp8=keep_fp8, placement=placement)
         return MoeLayer(group, group._moved(loaded), model.gate, activation=model.activation, limit=model.limit, alpha=model.alpha,
                         placement=placement)
 
@@ -224,7 +231,7 @@ class MoeLayer:
         found = {}
         for field in fields(MoeWeights):
             weight = getattr(self.weights, field.name)
-            if weight is not None and field.name != "selection_bias":
+            if weight is not None and field.name not in ("selection_bias", "w13_scale", "w2_scale"):
                 found[field.name] = frame.empty(tuple(weight.shape), "float32")
                 found[field.name][...] = 0
         return MoeWeights(**found)

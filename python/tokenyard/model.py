@@ -18,7 +18,8 @@ class MoeWeights:
 
     gate_weight [E,H], logit_bias [E] (added to the logits), selection_bias [E] float32 (of Gate.bias_corrected); of this rank's shard of
     the experts w13 [L,2,I,H] (gate, up), w2 [L,H,I], w13_bias [L,2,I], w2_bias [L,H] (with tensor parallelism on shard 0 alone); of the
-    shared expert the same with L = 1, and shared_gate [1,H]: its rows are multiplied by sigmoid(<x, shared_gate>).
+    shared expert the same with L = 1, and shared_gate [1,H]: its rows are multiplied by sigmoid(<x, shared_gate>). With w13 and w2 in fp8
+    (in NumPy uint8), for forward alone, w13_scale [L, 2, I / 128, ceil(H / 128)] and w2_scale [L, ceil(H / 128), I / 128] float32.
     """
 
     gate_weight: Any = None
@@ -33,6 +34,8 @@ class MoeWeights:
     shared_w13_bias: Any = None
     shared_w2_bias: Any = None
     shared_gate: Any = None
+    w13_scale: Any = None
+    w2_scale: Any = None
 
     def items(self):
         """(name, array) of all, in the order above."""
@@ -74,16 +77,22 @@ class MoeModel:
         """Of the shared expert: one expert, however many the model counts."""
         return ExpertShape(1, self.hidden_size, self.shared_expert_width)
 
-    def load(self, checkpoint, layer, group, *, framework="numpy", dtype=None, placement=None) -> MoeWeights:
+    def load(self, checkpoint, layer, group, *, framework="numpy", dtype=None, keep_fp8=False, placement=None) -> MoeWeights:
         """This rank's weights of a layer: of a Checkpoint's files, its own parts alone. Local: no other rank is asked.
 
-        dtype: None as in the files; "float32" widens. fp8 with block scales becomes float32. placement: over group.world, where the
-        experts are; default: group.placement().
+        dtype: None as in the files; "float32" widens. fp8 with block scales becomes float32, or dtype. keep_fp8: experts that are fp8 in
+        the files stay so, with their scales, as layers take them for forward alone; their shards must not cut a scale's block. placement:
+        over group.world, where the experts are; default: group.placement().
         """
         loader = _Loader(checkpoint, self.family, layer, framework, dtype)
         placement = placement or group.placement(self.num_experts)
-        found = MoeWeights(**{name: loader.expert(name, self.shape, placement, group.world.rank, weights.expert_source)
-                              for name in ("w13", "w2", *(("w13_bias", "w2_bias") if self.family == "gpt_oss" else ()))})
+        placed = self.shape, placement, group.world.rank, weights.expert_source
+        found = MoeWeights()
+        for name in ("w13", "w2", *(("w13_bias", "w2_bias") if self.family == "gpt_oss" else ())):
+            kept = keep_fp8 and loader.is_fp8(name, *placed)
+            setattr(found, name, loader.as_it_is(name, *placed) if kept else loader.expert(name, *placed))
+            if kept:
+                setattr(found, f"{name}_scale", loader.as_it_is(f"{name}_scale", *placed))
         weight, bias = weights.gate_names(self.family, layer)
         found.gate_weight = loader.whole(weight)
         if bias:
@@ -132,24 +141,28 @@ class _Loader:
         found = self._checkpoint.dtype(name)
         return _converted(self._checkpoint.read(name, self._framework), found, dtype or self._dtype)
 
-    def _shard(self, name, shape, placement, rank, source_of, framework):
+    def is_fp8(self, name, shape, placement, rank, source_of):
+        return self._dtype_of(name, shape, source_of) == "float8_e4m3"
+
+    def _dtype_of(self, name, shape, source_of):
+        return self._checkpoint.dtype_of(source_of(self._family, self._layer, name, shape))
+
+    def as_it_is(self, name, shape, placement, rank, source_of, framework=None):
         source, map = source_of(self._family, self._layer, name, shape), weights.expert_shard(name, shape, placement, rank)
-        local = weights.local_shape(name, shape, placement, rank)
-        return self._checkpoint.read_shard(source, map, framework).reshape(local), self._checkpoint.dtype_of(source)
+        return self._checkpoint.read_shard(source, map, framework or self._framework).reshape(weights.local_shape(name, shape, placement, rank))
 
     def expert(self, name, shape, placement, rank, source_of):
         """A rank's shard; None where it is of w2_bias and elsewhere."""
         if name == "w2_bias" and not weights.expert_shard(name, shape, placement, rank).local_elements:
             return None
-        array, found = self._shard(name, shape, placement, rank, source_of, self._framework)
+        placed = shape, placement, rank, source_of
+        array, found = self.as_it_is(name, *placed), self._dtype_of(name, shape, source_of)
         if found != "float8_e4m3":
             return _converted(array, found, self._dtype)
-        if self._dtype not in (None, "float32"):
-            raise UsageError(f"{name} is fp8 in the checkpoint, dtype = {self._dtype!r}; it is read as float32: convert it after")
         q = array.view(torch_if_used().uint8).numpy() if is_torch(array) else array
-        scales, _ = self._shard(f"{name}_scale", shape, placement, rank, source_of, "numpy")
+        scales = self.as_it_is(f"{name}_scale", *placed, framework="numpy")
         values = _float8_values()[q] * _per_element(scales, q.shape, shape.scale_block)
-        return torch_if_used().from_numpy(values) if is_torch(array) else values
+        return _converted(torch_if_used().from_numpy(values) if is_torch(array) else values, "float32", self._dtype)
 
 
 def _float8_values():

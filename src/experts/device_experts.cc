@@ -116,19 +116,12 @@ TensorView matrix(Scratch& scratch, Scratch::Kind kind, Dtype dtype, std::int64_
   return {scratch.take(kind, rows * columns * size_of(dtype), stream), dtype, {rows, columns}};
 }
 
-struct Sizes {
-  std::int64_t experts = 0;
-  std::int64_t width = 0;   // I
-  std::int64_t hidden = 0;  // H
-};
-
-Sizes check_weights(const ConstTensorView& x, const DeviceRowGroups& groups, const ExpertWeights& weights) {
+ExpertSizes check_weights(const ConstTensorView& x, const DeviceRowGroups& groups, const ExpertWeights& weights) {
   check_input(x, groups);
-  const Sizes sizes = {groups.counts.shape[0], weights.w13.ndim == 4 ? weights.w13.shape[2] : 0, x.shape[1]};
+  const ExpertSizes sizes = {groups.counts.shape[0], weights.w13.ndim == 4 ? weights.w13.shape[2] : 0, x.shape[1]};
   check_columns("x", sizes.hidden);
-  check_dense("w13", weights.w13, {sizes.experts, 2, sizes.width, sizes.hidden});
+  check_products(weights, sizes);
   check_columns("w2", sizes.width);
-  check_dense("w2", weights.w2, {sizes.experts, sizes.hidden, sizes.width});
   if (weights.w13_bias) check_dense("w13_bias", weights.w13_bias, {sizes.experts, 2, sizes.width});
   if (weights.w2_bias) check_dense("w2_bias", weights.w2_bias, {sizes.experts, sizes.hidden});
   check_same_dtype("x", x, "w13", weights.w13);
@@ -143,7 +136,7 @@ void check_gate_up(const ConstTensorView& gate_up, const ConstTensorView& x, std
   check_same_dtype("x", x, "gate_up", gate_up);
 }
 
-void check_gradients(const Sizes& s, const ExpertWeights& weights, const ExpertGradients& gradients) {
+void check_gradients(const ExpertSizes& s, const ExpertWeights& weights, const ExpertGradients& gradients) {
   check_float32("gradients.w13", gradients.w13, {s.experts, 2, s.width, s.hidden});
   check_float32("gradients.w2", gradients.w2, {s.experts, s.hidden, s.width});
   if (weights.w13_bias) check_float32("gradients.w13_bias", gradients.w13_bias, {s.experts, 2, s.width});
@@ -239,6 +232,8 @@ void DeviceExperts::grouped_gemm(const ConstTensorView& x, const DeviceRowGroups
 
 namespace {
 
+using Scaled = DeviceExperts::Scaled;
+
 void check_scaled(const char* what, const ConstTensorView& view, Dtype dtype, std::initializer_list<std::int64_t> shape) {
   std::string text;
   for (const std::int64_t size : shape) text += fmt::format("{}{}", text.empty() ? "" : ", ", size);
@@ -250,10 +245,14 @@ void check_scaled(const char* what, const ConstTensorView& view, Dtype dtype, st
   }
 }
 
-}  // namespace
+void check_half(const char* what, const ConstTensorView& view) {
+  if (view.dtype != Dtype::bfloat16 && view.dtype != Dtype::float16)
+    usage_error("{} is {}; with float8_e4m3 weights it is bfloat16 or float16", what, describe(view));
+}
 
-void DeviceExperts::grouped_gemm_scaled(const Scaled& x, const DeviceRowGroups& groups, const Scaled& w, const ConstTensorView& bias,
-                                        const TensorView& y, void* stream) {
+// A product of float8 numbers, checked.
+kernels::ScaledArgs scaled_args(const Scaled& x, const DeviceRowGroups& groups, const Scaled& w, const ConstTensorView& bias,
+                                const TensorView& y) {
   const std::int64_t num_groups = size_at(groups.counts, 0), outputs = size_at(w.values, 1), inputs = size_at(w.values, 2);
   const std::int64_t num_rows = groups.rows ? size_at(x.values, 0) : groups.places;
   const auto blocks = [](std::int64_t elements) { return kernels::scale_blocks(elements); };
@@ -261,24 +260,34 @@ void DeviceExperts::grouped_gemm_scaled(const Scaled& x, const DeviceRowGroups& 
   check_scaled("x's scales", x.scales, Dtype::float32, {num_rows, blocks(inputs)});
   check_scaled("w", w.values, Dtype::float8_e4m3, {num_groups, outputs, inputs});
   check_scaled("w's scales", w.scales, Dtype::float32, {num_groups, blocks(outputs), blocks(inputs)});
-  if (bias) check_scaled("bias", bias, Dtype::bfloat16, {num_groups, outputs});
   check_rows("y", y, groups.places, outputs);
+  check_half("y", y);
+  if (bias) check_scaled("bias", bias, y.dtype, {num_groups, outputs});
   check_columns("x", inputs);
   check_columns("y", outputs);
   const auto addresses = reinterpret_cast<std::uintptr_t>(x.values.data) | reinterpret_cast<std::uintptr_t>(w.values.data) |
-                         reinterpret_cast<std::uintptr_t>(y.data);
-  if (y.dtype != Dtype::bfloat16 || inputs % 16 != 0 || outputs % 8 != 0 || stride_of(y) % 8 != 0 || addresses % 16 != 0) {
+                         reinterpret_cast<std::uintptr_t>(y.data) | reinterpret_cast<std::uintptr_t>(bias.data);
+  if (inputs % 16 != 0 || outputs % 8 != 0 || stride_of(y) % 8 != 0 || addresses % 16 != 0) {
     usage_error(
-        "x is {}, w {} and y {}; expected rows of a multiple of 16 float8, of a multiple of 8 bfloat16, and addresses that are multiples "
-        "of 16",
+        "x is {}, w {} and y {}; expected rows of x of a multiple of 16 elements, of y of a multiple of 8, and addresses that are "
+        "multiples of 16",
         describe(x.values), describe(w.values), describe(y));
   }
-  const CudaDeviceScope scope(state_->device);
   kernels::ScaledArgs args;
   args.hopper.grouped = rows_args(Product::forward, x.values, groups, true, w.values, y);
   args.hopper.grouped.bias = data_of(bias);
+  args.out = y.dtype;
   args.x_scales = x.scales.as<float>();
   args.w_scales = w.scales.as<float>();
+  return args;
+}
+
+}  // namespace
+
+void DeviceExperts::grouped_gemm_scaled(const Scaled& x, const DeviceRowGroups& groups, const Scaled& w, const ConstTensorView& bias,
+                                        const TensorView& y, void* stream) {
+  const kernels::ScaledArgs args = scaled_args(x, groups, w, bias, y);
+  const CudaDeviceScope scope(state_->device);
   state_->products.run_scaled(args, stream_of(stream));
   check_launch("launch of grouped_gemm_scaled");
 }
@@ -313,8 +322,92 @@ void DeviceExperts::grouped_gemm_wgrad(const ConstTensorView& dy, const ConstTen
   check_launch("launch of grouped_gemm_wgrad");
 }
 
+namespace {
+
+// Float8 rows by place in scratch memory, and their scales.
+struct QuantisedMatrix {
+  TensorView values, scales;
+  Scaled view() const { return {values, scales}; }
+  kernels::QuantisedRows rows() const { return {data_of(values), scales.as<float>(), values.shape[1]}; }
+};
+
+// The feed-forward of float8 weights: rows that are not float8 yet become so, and the activation does.
+struct Float8Forward {
+  const DeviceExperts::Forward& input;
+  const ExpertWeights& weights;
+  const Activation& activation;
+  const TensorView& y;
+
+  ExpertSizes checked(const DeviceRowGroups& groups) const {
+    const ConstTensorView& x = input.x;
+    if (input.gate_up) check_differentiable(weights);
+    if (x.ndim != 2) usage_error("x is {}; expected [rows, hidden_size]", x ? describe(x) : "absent");
+    const ExpertSizes sizes = {size_at(groups.counts, 0), weights.w13.ndim == 4 ? weights.w13.shape[2] : 0, x.shape[1]};
+    check_products(weights, sizes);
+    check_rows("y", y, groups.places, sizes.hidden);
+    check_half("y", y);
+    if (weights.w13_bias) check_dense("w13_bias", weights.w13_bias, {sizes.experts, 2, sizes.width});
+    if (x.dtype == Dtype::float8_e4m3) return sizes;
+    check_input(x, groups);
+    check_half("x", x);
+    check_same_dtype("x", x, "y", y);
+    if (input.x_scales)
+      usage_error("x is {} and x_scales {}; scales are of float8_e4m3 rows: give none", describe(x), describe(input.x_scales));
+    return sizes;
+  }
+
+  // As the first product takes them.
+  Scaled rows(kernels::Products& products, DeviceRowGroups& groups, kernels::Stream on) const {
+    const ConstTensorView& x = input.x;
+    if (x.dtype == Dtype::float8_e4m3) return {x, input.x_scales};
+    const std::int64_t places = groups.places, columns = x.shape[1];
+    const QuantisedMatrix q = {matrix(products.scratch(), Scratch::rows, Dtype::float8_e4m3, places, columns, on),
+                               matrix(products.scratch(), Scratch::scales, Dtype::float32, places, kernels::scale_blocks(columns), on)};
+    kernels::quantise({.groups = groups_of(groups),
+                       .rows = rows_of(groups),
+                       .num_rows = x.shape[0],
+                       .dtype = x.dtype,
+                       .from = data_of(x),
+                       .from_stride = stride_of(x),
+                       .to = q.rows()},
+                      products.num_sms(), on);
+    groups.rows = {};
+    return q.view();
+  }
+
+  void run(kernels::Products& products, DeviceRowGroups groups, kernels::Stream on) const {
+    const auto [experts, width, hidden] = checked(groups);
+    const std::int64_t places = groups.places;
+    const auto as = [](const ConstTensorView& view, std::initializer_list<std::int64_t> shape) {
+      return view ? ConstTensorView(view.data, view.dtype, shape) : view;
+    };
+    const Scaled w13 = {as(weights.w13, {experts, 2 * width, hidden}),
+                        as(weights.w13_scale, {experts, 2 * kernels::scale_blocks(width), kernels::scale_blocks(hidden)})};
+    const TensorView gate_up = matrix(products.scratch(), Scratch::gate_up, y.dtype, places, 2 * width, on);
+    const Scaled x = rows(products, groups, on);
+    products.run_scaled(scaled_args(x, groups, w13, as(weights.w13_bias, {experts, 2 * width}), gate_up), on);
+    groups.rows = {};
+    const QuantisedMatrix act = {matrix(products.scratch(), Scratch::act, Dtype::float8_e4m3, places, width, on),
+                                 matrix(products.scratch(), Scratch::act_scales, Dtype::float32, places, kernels::scale_blocks(width), on)};
+    kernels::activate_quantised({.groups = groups_of(groups),
+                                 .activation = activation,
+                                 .dtype = y.dtype,
+                                 .width = static_cast<int>(width),
+                                 .gate_up = data_of(gate_up)},
+                                act.rows(), products.num_sms(), on);
+    products.run_scaled(scaled_args(act.view(), groups, {weights.w2, weights.w2_scale}, weights.w2_bias, y), on);
+  }
+};
+
+}  // namespace
+
 void DeviceExperts::experts_forward(const Forward& input, const DeviceRowGroups& groups, const ExpertWeights& weights,
                                     const Activation& activation, const TensorView& y, void* stream) {
+  if (is_float8(weights)) {
+    const CudaDeviceScope scope(state_->device);
+    Float8Forward{input, weights, activation, y}.run(state_->products, groups, stream_of(stream));
+    return check_launch("launch of experts_forward");
+  }
   const auto [experts, width, hidden] = check_weights(input.x, groups, weights);
   check_rows("y", y, groups.places, hidden);
   check_same_dtype("x", input.x, "y", y);
@@ -344,7 +437,8 @@ void DeviceExperts::experts_forward(const Forward& input, const DeviceRowGroups&
 
 void DeviceExperts::experts_backward(const Backward& call, const DeviceRowGroups& groups, const ExpertWeights& weights,
                                      const Activation& activation, void* stream) {
-  const Sizes sizes = check_weights(call.x, groups, weights);
+  check_differentiable(weights);
+  const ExpertSizes sizes = check_weights(call.x, groups, weights);
   const std::int64_t width = sizes.width;
   check_rows("dy", call.dy, groups.places, sizes.hidden);
   check_rows("dx", call.dx, groups.places, sizes.hidden);

@@ -40,23 +40,16 @@ GateUp activation_gradient(const Activation& a, GateUp at, float d) {
   return gradient;
 }
 
-struct Sizes {
-  std::int64_t experts = 0;
-  std::int64_t width = 0;   // I
-  std::int64_t hidden = 0;  // H
-};
-
-Sizes check_weights(const ConstTensorView& x, const RowGroups& groups, const ExpertWeights& weights) {
+ExpertSizes check_weights(const ConstTensorView& x, const RowGroups& groups, const ExpertWeights& weights) {
   check_input(x, groups);
-  const Sizes sizes = {std::ssize(groups.counts), weights.w13.ndim == 4 ? weights.w13.shape[2] : 0, x.shape[1]};
-  check_dense("w13", weights.w13, {sizes.experts, 2, sizes.width, sizes.hidden});
-  check_dense("w2", weights.w2, {sizes.experts, sizes.hidden, sizes.width});
+  const ExpertSizes sizes = {std::ssize(groups.counts), weights.w13.ndim == 4 ? weights.w13.shape[2] : 0, x.shape[1]};
+  check_products(weights, sizes);
   if (weights.w13_bias) check_dense("w13_bias", weights.w13_bias, {sizes.experts, 2, sizes.width});
   if (weights.w2_bias) check_dense("w2_bias", weights.w2_bias, {sizes.experts, sizes.hidden});
   return sizes;
 }
 
-void check_gradients(const Sizes& s, const ExpertWeights& weights, const ExpertGradients& gradients) {
+void check_gradients(const ExpertSizes& s, const ExpertWeights& weights, const ExpertGradients& gradients) {
   check_float32("gradients.w13", gradients.w13, {s.experts, 2, s.width, s.hidden});
   check_float32("gradients.w2", gradients.w2, {s.experts, s.hidden, s.width});
   if (weights.w13_bias) check_float32("gradients.w13_bias", gradients.w13_bias, {s.experts, 2, s.width});
@@ -92,7 +85,7 @@ struct BackwardScratch {
 // The backward pass of one call: what its blocks share.
 class Backward {
  public:
-  Backward(const ExpertBackwardInput& input, const RowGroups& groups, const ExpertWeights& weights, const Sizes& sizes)
+  Backward(const ExpertBackwardInput& input, const RowGroups& groups, const ExpertWeights& weights, const ExpertSizes& sizes)
       : input_(input), groups_(groups), sizes_(sizes), w13_(weights.w13), w2_(weights.w2) {}
 
   void block(std::int64_t group, Places places, const Activation& activation, const TensorView& dx, const ExpertGradients& gradients) {
@@ -152,7 +145,7 @@ class Backward {
 
   const ExpertBackwardInput& input_;
   const RowGroups& groups_;
-  Sizes sizes_;
+  ExpertSizes sizes_;
   GroupTensor w13_, w2_;
   static BackwardScratch& scratch() {
     thread_local BackwardScratch of_thread;
@@ -168,8 +161,11 @@ void experts_forward(const ConstTensorView& x, const RowGroups& groups, const Ex
                      const TensorView& y, ExpertActivations* saved) {
   const auto [experts, width, hidden] = check_weights(x, groups, weights);
   check_rows("y", y, groups.places, hidden);
-  if (saved != nullptr) saved->gate_up.assign(static_cast<std::size_t>(groups.places * 2 * width), 0.0F);
-  GroupTensor w13(weights.w13), w2(weights.w2), w13_bias(weights.w13_bias), w2_bias(weights.w2_bias);
+  if (saved != nullptr) {
+    check_differentiable(weights);
+    saved->gate_up.assign(static_cast<std::size_t>(groups.places * 2 * width), 0.0F);
+  }
+  GroupTensor w13(weights.w13, weights.w13_scale), w2(weights.w2, weights.w2_scale), w13_bias(weights.w13_bias), w2_bias(weights.w2_bias);
   thread_local std::vector<float> scratch, block, act, result;  // at most a block's: the next call has them again
   for_each_block(groups, [&, width = width, hidden = hidden](std::int64_t group, Places places) {
     const std::int64_t rows = places.count;
@@ -199,7 +195,8 @@ void experts_forward(const ConstTensorView& x, const RowGroups& groups, const Ex
 
 void experts_backward(const ExpertBackwardInput& input, const RowGroups& groups, const ExpertWeights& weights, const Activation& activation,
                       const TensorView& dx, const ExpertGradients& gradients) {
-  const Sizes sizes = check_weights(input.x, groups, weights);
+  const ExpertSizes sizes = check_weights(input.x, groups, weights);
+  check_differentiable(weights);
   check_rows("dy", input.dy, groups.places, sizes.hidden);
   check_rows("dx", dx, groups.places, sizes.hidden);
   check_gradients(sizes, weights, gradients);

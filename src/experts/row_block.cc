@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/usage.h"
+#include "kernels/cpu/kernels.h"
 
 namespace tokenyard::experts_internal {
 namespace {
@@ -83,7 +84,7 @@ void write_places(const std::vector<float>& values, Places places, const TensorV
   for (std::int64_t i = 0; i < places.count; ++i) from_float(values.data() + i * columns, y.dtype, columns, y.row(places.begin + i));
 }
 
-GroupTensor::GroupTensor(const ConstTensorView& tensor) : tensor_(tensor) {
+GroupTensor::GroupTensor(const ConstTensorView& tensor, const ConstTensorView& scales) : tensor_(tensor), scales_(scales) {
   if (idle_scratch().empty()) return;
   scratch_ = std::move(idle_scratch().back());
   idle_scratch().pop_back();
@@ -97,10 +98,22 @@ const float* GroupTensor::of(std::int64_t group) {
   if (tensor_.dtype == Dtype::float32) return reinterpret_cast<const float*>(from);
   if (held_ != group) {
     if (std::ssize(scratch_) < elements) scratch_.resize(static_cast<std::size_t>(elements));
-    to_float(from, tensor_.dtype, elements, scratch_.data());
+    widen(group, elements, from);
     held_ = group;
   }
   return scratch_.data();
+}
+
+void GroupTensor::widen(std::int64_t group, std::int64_t elements, const std::byte* from) {
+  if (tensor_.dtype != Dtype::float8_e4m3) return to_float(from, tensor_.dtype, elements, scratch_.data());
+  const std::int64_t columns = tensor_.shape[tensor_.ndim - 1], blocks = scales_.shape[scales_.ndim - 1];
+  const float* scales = scales_.as<float>() + group * (scales_.num_elements() / scales_.shape[0]);
+  for (std::int64_t row = 0; row * columns < elements; ++row) {
+    cpu::dequantise_row({.q = reinterpret_cast<const std::uint8_t*>(from) + row * columns,
+                         .scales = reinterpret_cast<const std::byte*>(scales + row / kQuantiseBlock * blocks),
+                         .elements = columns,
+                         .x = scratch_.data() + row * columns});
+  }
 }
 
 void check_groups(const RowGroups& groups) {
@@ -150,6 +163,50 @@ void check_input(const ConstTensorView& x, const RowGroups& groups) {
       if (row < 0 || row >= x.shape[0]) usage_error("place {} is row {}, and x has {}", p, row, x.shape[0]);
     }
   }
+}
+
+bool is_float8(const ExpertWeights& weights) { return weights.w13.dtype == Dtype::float8_e4m3; }
+
+namespace {
+
+void check_float8(const char* what, const ConstTensorView& view, std::initializer_list<std::int64_t> shape) {
+  if (!has_shape(view, shape) || view.dtype != Dtype::float8_e4m3 || !is_dense(view))
+    usage_error("{} is {} beside float8_e4m3 weights; expected {} float8_e4m3, dense", what, given(view), text_of(shape));
+}
+
+}  // namespace
+
+void check_products(const ExpertWeights& weights, const ExpertSizes& sizes) {
+  const auto [experts, width, hidden] = sizes;
+  if (!is_float8(weights)) {
+    check_dense("w13", weights.w13, {experts, 2, width, hidden});
+    check_dense("w2", weights.w2, {experts, hidden, width});
+    if (weights.w13_scale || weights.w2_scale) {
+      usage_error("w13_scale is {} and w2_scale {}, and w13 is {}; scales are of float8_e4m3 weights: give none", given(weights.w13_scale),
+                  given(weights.w2_scale), given(weights.w13));
+    }
+    return;
+  }
+  constexpr std::int64_t kAlignment = 16;
+  if (width % kQuantiseBlock != 0 || hidden % kAlignment != 0) {
+    usage_error(
+        "w13 is {}: the width is {} and hidden_size {}; expected a multiple of {}, so that no scale is of two projections or shards, "
+        "and of {}: cut experts into fewer shards, or widen the weights",
+        given(weights.w13), width, hidden, kQuantiseBlock, kAlignment);
+  }
+  const std::int64_t width_blocks = width / kQuantiseBlock, hidden_blocks = (hidden + kQuantiseBlock - 1) / kQuantiseBlock;
+  check_float8("w13", weights.w13, {experts, 2, width, hidden});
+  check_float8("w2", weights.w2, {experts, hidden, width});
+  check_float32("w13_scale", weights.w13_scale, {experts, 2, width_blocks, hidden_blocks});
+  check_float32("w2_scale", weights.w2_scale, {experts, hidden_blocks, width_blocks});
+}
+
+void check_differentiable(const ExpertWeights& weights) {
+  if (!is_float8(weights)) return;
+  usage_error(
+      "w13 is {}; weights that have gradients are float32, bfloat16 or float16: float8_e4m3 goes forward only, without activations "
+      "for backward; widen the weights to train",
+      given(weights.w13));
 }
 
 }  // namespace tokenyard::experts_internal

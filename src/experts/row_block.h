@@ -37,7 +37,8 @@ void write_places(const std::vector<float>& values, Places places, const TensorV
 // Group `group` of a dense [L, ...] tensor as float32. Remembers the last one that had to be converted, in memory that the thread keeps.
 class GroupTensor {
  public:
-  explicit GroupTensor(const ConstTensorView& tensor);
+  // scales: of float8_e4m3, for 128 x 128 elements.
+  explicit GroupTensor(const ConstTensorView& tensor, const ConstTensorView& scales = {});
   ~GroupTensor();
   GroupTensor(const GroupTensor&) = delete;
   GroupTensor& operator=(const GroupTensor&) = delete;
@@ -45,7 +46,8 @@ class GroupTensor {
   const float* of(std::int64_t group);
 
  private:
-  ConstTensorView tensor_;
+  void widen(std::int64_t group, std::int64_t elements, const std::byte* from);
+  ConstTensorView tensor_, scales_;
   std::int64_t held_ = -1;
   std::vector<float> scratch_;
 };
@@ -57,5 +59,16 @@ void check_dense(const char* what, const ConstTensorView& view, std::initializer
 void check_float32(const char* what, const ConstTensorView& view, std::initializer_list<std::int64_t> shape);
 // x has every row that the groups name.
 void check_input(const ConstTensorView& x, const RowGroups& groups);
+
+struct ExpertSizes {
+  std::int64_t experts = 0;
+  std::int64_t width = 0;   // I
+  std::int64_t hidden = 0;  // H
+};
+bool is_float8(const ExpertWeights& weights);
+// w13 and w2, and the scales of float8_e4m3.
+void check_products(const ExpertWeights& weights, const ExpertSizes& sizes);
+// Gradients are asked for.
+void check_differentiable(const ExpertWeights& weights);
 
 }  // namespace tokenyard::experts_internal

@@ -135,6 +135,7 @@ void CpuMoe::forward_steps(const ConstTensorView& x, const TensorView& out, cons
                            Awaited& left) {
   check(x, out, options);
   const bool is_saved = saved != nullptr;
+  if (is_saved) experts_.check_differentiable();
   MoeStep& step = is_saved ? saved->step() : unsaved_.step();
   {
     const PhaseTimer timer(*group_, "route");
@@ -247,6 +248,7 @@ void CpuMoe::backward(const MoeBackwardInput& input, const MoeActivations& saved
 
 void CpuMoe::backward_steps(const MoeBackwardInput& input, MoeStep& step, const TensorView& d_x, const MoeGradients& gradients,
                             Awaited& left) {
+  experts_.check_differentiable();
   check(input.x, input.d_out, input.options);
   const std::int64_t hidden_size = input.x.shape[1];
   experts_internal::check_rows("d_x", d_x, input.x.shape[0], hidden_size);

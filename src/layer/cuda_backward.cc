@@ -43,6 +43,7 @@ void CudaMoe::backward(const MoeBackwardInput& input, const MoeActivations& save
 
 void CudaMoe::check_gradients(const MoeBackwardInput& input, const CudaStep* step, const ConstTensorView& d_x,
                               const MoeGradients& gradients) const {
+  experts_internal::check_differentiable(weights_.experts);
   check(input.x, input.d_out, input.options);
   const std::int64_t tokens = input.x.shape[0], hidden_size = input.x.shape[1], experts = gate_.num_experts();
   check_rows("d_x", d_x, tokens, hidden_size);

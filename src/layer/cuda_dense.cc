@@ -11,6 +11,8 @@ void check_dense_on_gpu(const DenseWeights& weights, int gpu) {
   check_on_gpu("w2", weights.weights.w2, gpu);
   check_on_gpu("w13_bias", weights.weights.w13_bias, gpu);
   check_on_gpu("w2_bias", weights.weights.w2_bias, gpu);
+  check_on_gpu("w13_scale", weights.weights.w13_scale, gpu);
+  check_on_gpu("w2_scale", weights.weights.w2_scale, gpu);
   check_on_gpu("the gate of the shared expert", weights.gate, gpu);
 }
 

@@ -1,5 +1,8 @@
 #include "layer/cuda_moe.h"
 
+#include <algorithm>
+#include <span>
+
 #include "experts/row_block.h"
 #include "layer/cuda/kernels.h"
 #include "layer/cuda_calls.h"
@@ -12,6 +15,9 @@ namespace {
 
 using experts_internal::check_dense;
 using experts_internal::check_rows;
+
+// What the experts of a rank are, as ranks tell each other.
+enum : std::uint8_t { kNone, kOther, kFloat8 };
 
 }  // namespace
 
@@ -26,6 +32,7 @@ CudaMoe::CudaMoe(std::shared_ptr<ExpertGroup> group, const MoeWeights& weights, 
     layer_internal::check_dense(weights.shared);
     shared_.emplace(*group_, weights.shared, options.activation);
   }
+  is_float8_ = agree_on_float8();
   check_weights();
   if (DeviceCollectives* const ranks = group_->tp_on_gpus(); ranks != nullptr) {
     Exchange* const exchange = group_->exchange();
@@ -43,8 +50,22 @@ Slice CudaMoe::slice_of(std::int64_t tokens) const {
   return counts.slice_of(shards_->rank());
 }
 
+bool CudaMoe::agree_on_float8() const {
+  const std::byte mine{num_local_experts_ == 0 ? kNone : experts_internal::is_float8(weights_.experts) ? kFloat8 : kOther};
+  const auto all = group_->world().all_gather(std::span(&mine, 1));
+  const auto first_with = [&](std::uint8_t kind) {
+    return std::find_if(all.begin(), all.end(), [&](const auto& of_rank) { return of_rank[0] == std::byte{kind}; });
+  };
+  const auto float8 = first_with(kFloat8), other = first_with(kOther);
+  if (float8 != all.end() && other != all.end()) {
+    usage_error("experts.w13 is float8_e4m3 on rank {} and not on rank {}; use one kind of weights in a layer", float8 - all.begin(),
+                other - all.begin());
+  }
+  return float8 != all.end();
+}
+
 Dtype CudaMoe::dtype() const {
-  if (!has_weights()) return group_->options().dtype;
+  if (!has_weights() || is_float8_) return group_->options().dtype;
   return num_local_experts_ > 0 ? weights_.experts.w13.dtype : weights_.shared.weights.w13.dtype;
 }
 
@@ -56,9 +77,15 @@ void CudaMoe::check_weights() const {
   }
   check_dense("gate.weight", weights_.gate.weight, {gate_.num_experts(), gate_.hidden_size()});
   const ConstTensorView& shared = weights_.shared.weights.w13;
-  if (shared && num_local_experts_ > 0 && shared.dtype != weights_.experts.w13.dtype) {
-    usage_error("experts.w13 is {} and that of the shared expert {}; on GPUs use one dtype", describe(weights_.experts.w13),
-                describe(shared));
+  if (is_float8_ && dtype() != Dtype::bfloat16 && dtype() != Dtype::float16) {
+    usage_error(
+        "experts.w13 is float8_e4m3 and the group's dtype {}; rows of such a layer are of the group's dtype, bfloat16 or float16: make "
+        "the group with ExpertGroupOptions::dtype = bfloat16",
+        name(dtype()));
+  }
+  if (shared && shared.dtype != dtype()) {
+    usage_error("w13 of the shared expert is {}, and rows are {} as {} has it; on GPUs use one dtype", describe(shared), name(dtype()),
+                is_float8_ ? "the group of float8_e4m3 experts" : "w13 of the experts");
   }
   check_dense_on_gpu({weights_.experts, {}}, workspace().device());
   check_memory("gate.weight", weights_.gate.weight);
@@ -72,6 +99,10 @@ void CudaMoe::check(const ConstTensorView& x, const ConstTensorView& out, const 
   if (options.sliced_out && !is_sliced()) usage_error("sliced_out without same_tokens; every rank has its own tokens: out is all of them");
   check_rows("out", out, options.sliced_out ? slice_of(x.shape[0]).count : x.shape[0], x.shape[1]);
   if (out.dtype != x.dtype) usage_error("x is {} and out {}; use one dtype", describe(x), describe(out));
+  if (is_float8_ && x.dtype != dtype()) {
+    usage_error("x is {} and this layer's experts are float8_e4m3; on GPUs rows of such are of the group's dtype, {}", describe(x),
+                name(dtype()));
+  }
   if (has_weights() && x.dtype != dtype()) {
     usage_error("x is {} and this layer's weights are {}; on GPUs rows and weights are of one dtype", describe(x), name(dtype()));
   }
@@ -120,6 +151,7 @@ int CudaMoe::shard_calls_forward(const MoeStepOptions& options) const {
 
 // Room for what a backward needs, in memory that the activations keep.
 CudaStep& CudaMoe::prepare(MoeStep& saved, const ConstTensorView& x, const MoeStepOptions& options) {
+  experts_internal::check_differentiable(weights_.experts);
   if (!group_->options().gradients) {
     usage_error("activations for backward, of a group on GPUs without gradients; make it with ExpertGroupOptions::gradients, or give none");
   }
@@ -212,6 +244,7 @@ Received CudaMoe::dispatch(const Forward& of, const DeviceRouting& routing, Cons
                                .sizing = Sizing::capacity,
                                .mode = of.options.mode,
                                .copy_out = of.step != nullptr,
+                               .quantise = is_float8_ && !is_gathered() ? std::optional(ScaleFormat::float32) : std::nullopt,
                                .stream = of.options.stream};
   const Phase phase(workspace().trace(), "dispatch", 0, stream_of(of.options.stream));
   if (has_shared() && shared_->is_cut()) shared = run_shared(of);  // not beside kernels that wait for other ranks
@@ -235,8 +268,9 @@ TensorView CudaMoe::run_experts(const Forward& of, const Received& received) {
   const bool is_saved = of.step != nullptr;
   const TensorView y = is_saved ? of.step->y : workspace().places(of.x.dtype, groups.places, of.x.shape[1]);
   if (num_local_experts_ > 0) {
-    workspace().experts().experts_forward({.x = received.rows(), .gate_up = is_saved ? of.step->gate_up : TensorView()}, groups,
-                                          weights_.experts, activation_, y, of.options.stream);
+    workspace().experts().experts_forward(
+        {.x = received.rows(), .gate_up = is_saved ? of.step->gate_up : TensorView(), .x_scales = received.scales()}, groups,
+        weights_.experts, activation_, y, of.options.stream);
   }
   return y;
 }
@@ -297,9 +331,13 @@ void CudaMoe::rehearse() {
   if (group_->exchange() != nullptr && !is_gathered() && num_local_experts_ > 0) {
     const std::int64_t places = workspace().max_places();
     const TensorView y = workspace().places(dtype(), places, hidden_size);
-    experts.experts_forward({.x = y}, workspace().no_rows(places, num_local_experts_), weights_.experts, activation_, y, stream.get());
+    const auto received = is_float8_ ? DeviceExperts::Forward{.x = workspace().places(Dtype::float8_e4m3, places, hidden_size),
+                                                              .x_scales = workspace().places(
+                                                                  Dtype::float32, places, scale_columns(hidden_size, ScaleFormat::float32))}
+                                     : DeviceExperts::Forward{.x = y};  // the memory is not read: there are no rows
+    experts.experts_forward(received, workspace().no_rows(places, num_local_experts_), weights_.experts, activation_, y, stream.get());
   }
-  if (group_->options().gradients) rehearse_backward(stream.get());
+  if (group_->options().gradients && !is_float8_) rehearse_backward(stream.get());
   workspace().set_quiet(false);
   workspace().order().leave(stream.get());
   cuda_check(cudaStreamSynchronize(stream.get()), "rehearsing a layer");

@@ -27,8 +27,10 @@ class CudaMoe final : public MoeEngine {
   Slice slice_of(std::int64_t tokens) const;
   bool has_shared() const { return shared_.has_value(); }
   bool has_weights() const { return num_local_experts_ > 0 || has_shared(); }
-  // Of rows: that of the weights, if there are any here.
+  // Of rows: that of the weights, if there are any here, and the group's for float8 experts.
   Dtype dtype() const;
+  // Collective: whether the experts are float8, which ranks that have none learn from the others.
+  bool agree_on_float8() const;
   void check_weights() const;
   void check(const ConstTensorView& x, const ConstTensorView& out, const MoeStepOptions& options) const;
   void check_memory(const char* what, const ConstTensorView& view) const { check_on_gpu(what, view, workspace().device()); }
@@ -96,6 +98,7 @@ class CudaMoe final : public MoeEngine {
   LinearGate gate_;
   Activation activation_;
   int num_local_experts_ = 0;
+  bool is_float8_ = false;
   int placement_ = -1;
 };
 

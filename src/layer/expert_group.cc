@@ -31,9 +31,16 @@ void check_sizes(const ParallelConfig& config, const ExpertGroupOptions& options
 
 World split(const World& world, const SplitArguments& at) { return *world.split(at.color, at.key); }
 
+// On GPUs rows go to float8 experts as float8.
+std::int64_t max_scale_bytes(const ExpertGroupOptions& options) {
+  if (options.device != Device::cuda) return 0;
+  return scale_columns(options.hidden_size, ScaleFormat::float32) * static_cast<std::int64_t>(sizeof(float));
+}
+
 ExchangeOptions exchange_options(const ExpertGroupOptions& options, int max_fanout) {
   return {.max_tokens_per_rank = options.max_tokens_per_rank,
           .max_row_bytes = options.hidden_size * size_of(options.dtype),
+          .max_scale_bytes = max_scale_bytes(options),
           .top_k = options.top_k,
           .max_local_experts = options.max_local_experts,
           .max_fanout = max_fanout,

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "core/usage.h"
+#include "experts/row_block.h"
 
 namespace tokenyard::layer_internal {
 namespace {
@@ -27,6 +28,8 @@ void check_gradients(const ExpertWeights& weights, const ExpertGradients& gradie
   check("w13_bias", weights.w13_bias, gradients.w13_bias);
   check("w2_bias", weights.w2_bias, gradients.w2_bias);
 }
+
+void LocalExperts::check_differentiable() const { experts_internal::check_differentiable(weights_); }
 
 void LocalExperts::forward(const ExpertRows& input, const TensorView& partial, ExpertStep& step, bool is_saved) const {
   if (num_local_experts_ == 0) return fill_zero(partial);

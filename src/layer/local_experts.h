@@ -34,6 +34,7 @@ class LocalExperts {
   LocalExperts(const ExpertWeights& weights, const Activation& activation, int num_local_experts)
       : weights_(weights), activation_(activation), num_local_experts_(num_local_experts) {}
 
+  void check_differentiable() const;
   void check_gradients(const ExpertGradients& gradients) const {
     if (num_local_experts_ > 0) layer_internal::check_gradients(weights_, gradients);
   }

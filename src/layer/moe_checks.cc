@@ -1,6 +1,7 @@
 #include "layer/moe_checks.h"
 
 #include "core/usage.h"
+#include "experts/row_block.h"
 
 namespace tokenyard::layer_internal {
 
@@ -28,6 +29,7 @@ void check_weights(const ExpertGroup& group, const MoeWeights& weights, int num_
     usage_error("experts.w13 is {}; expected [{}, 2, width, {}]: the local experts of rank {}, of the gate's hidden_size",
                 w13 ? describe(w13) : "absent", num_local_experts, hidden_size, group.world().rank());
   }
+  if (num_local_experts > 0) experts_internal::check_products(weights.experts, {num_local_experts, w13.shape[2], hidden_size});
   if (hidden_size > group.options().hidden_size) {
     usage_error("gate.weight is {}; the group was made for hidden_size up to {}", describe(weights.gate.weight),
                 group.options().hidden_size);
@@ -37,6 +39,10 @@ void check_weights(const ExpertGroup& group, const MoeWeights& weights, int num_
 void check_dense(const DenseWeights& weights) {
   const ConstTensorView& w13 = weights.weights.w13;
   if (w13.ndim != 4 || w13.shape[0] != 1) usage_error("w13 is {}; expected [1, 2, width, hidden_size]", w13 ? describe(w13) : "absent");
+  if (experts_internal::is_float8(weights.weights)) {
+    usage_error("w13 of a feed-forward of all tokens is {}; float8_e4m3 is for the experts of a MoeLayer: widen the weights",
+                describe(w13));
+  }
   const ConstTensorView& gate = weights.gate;
   if (gate && (gate.ndim != 2 || gate.shape[0] != 1 || gate.shape[1] != w13.shape[3])) {
     usage_error("the gate of a shared expert is {}; expected [1, {}]", describe(gate), w13.shape[3]);

@@ -43,7 +43,7 @@ class OnDevice {
   }
   MoeWeights copy(const MoeWeights& host) {
     const auto feed_forward = [this](const ExpertWeights& of) {
-      return ExpertWeights{copy(of.w13), copy(of.w2), copy(of.w13_bias), copy(of.w2_bias)};
+      return ExpertWeights{copy(of.w13), copy(of.w2), copy(of.w13_bias), copy(of.w2_bias), copy(of.w13_scale), copy(of.w2_scale)};
     };
     return {.gate = {copy(host.gate.weight), copy(host.gate.logit_bias), copy(host.gate.selection_bias)},
             .experts = feed_forward(host.experts),

@@ -3,9 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <functional>
 
 #include "../examples/05_checkpoint_to_layer/load_layer.h"
 #include "layer/harness.h"
+#include "unit/expect_usage_error.h"
 
 namespace tokenyard::testing {
 namespace {
@@ -33,38 +35,57 @@ class File {
 
 struct Part {
   ExpertSource source;
-  const Values* values;
+  Dtype dtype;
+  std::vector<std::byte> bytes;
 };
+
+template <class Number>
+std::vector<std::byte> bytes_of(const std::vector<Number>& numbers) {
+  const auto bytes = std::as_bytes(std::span(numbers));
+  return {bytes.begin(), bytes.end()};
+}
+std::vector<std::byte> floats_of(const Values& values) { return bytes_of(std::vector<float>(values.begin(), values.end())); }
+
+// w13 and w2 of experts, or of the shared expert; with float8 also their scales.
+void add_parts(std::vector<Part>& parts, const ModelSizes& sizes, const FeedForward& f,
+               const std::function<ExpertSource(ExpertTensor)>& source_of) {
+  const auto add = [&](ExpertTensor tensor, ExpertTensor scale, const Values& values, std::int64_t rows, std::int64_t columns) {
+    if (!sizes.float8) return parts.push_back({source_of(tensor), Dtype::float32, floats_of(values)});
+    const Float8Values float8(values, rows, columns);
+    parts.push_back({source_of(tensor), Dtype::float8_e4m3, bytes_of(float8.numbers)});
+    parts.push_back({source_of(scale), Dtype::float32, floats_of(float8.scales)});
+  };
+  add(ExpertTensor::w13, ExpertTensor::w13_scale, f.w13, f.width, f.hidden);
+  add(ExpertTensor::w2, ExpertTensor::w2_scale, f.w2, f.hidden, f.width);
+}
 
 void write_checkpoint(const std::string& path, const Family& of, const Model& model) {
   const ModelSizes& s = model.sizes();
   const Parameters& p = model.parameters();
   const ExpertShape shape = {.num_experts = s.experts, .hidden_size = s.hidden, .expert_width = s.width};
   const ExpertShape one = {.num_experts = 1, .hidden_size = s.hidden, .expert_width = s.shared_width};
-  std::vector<Part> parts = {{expert_source(of.family, 3, ExpertTensor::w13, shape), &p.experts.w13},
-                             {expert_source(of.family, 3, ExpertTensor::w2, shape), &p.experts.w2}};
+  std::vector<Part> parts;
+  add_parts(parts, s, p.experts, [&](ExpertTensor tensor) { return expert_source(of.family, 3, tensor, shape); });
   if (!p.experts.w13_bias.empty()) {
-    parts.push_back({expert_source(of.family, 3, ExpertTensor::w13_bias, shape), &p.experts.w13_bias});
-    parts.push_back({expert_source(of.family, 3, ExpertTensor::w2_bias, shape), &p.experts.w2_bias});
+    parts.push_back({expert_source(of.family, 3, ExpertTensor::w13_bias, shape), Dtype::float32, floats_of(p.experts.w13_bias)});
+    parts.push_back({expert_source(of.family, 3, ExpertTensor::w2_bias, shape), Dtype::float32, floats_of(p.experts.w2_bias)});
   }
   if (p.shared.experts > 0) {
-    parts.push_back({shared_expert_source(of.family, 3, ExpertTensor::w13, one), &p.shared.w13});
-    parts.push_back({shared_expert_source(of.family, 3, ExpertTensor::w2, one), &p.shared.w2});
+    add_parts(parts, s, p.shared, [&](ExpertTensor tensor) { return shared_expert_source(of.family, 3, tensor, one); });
   }
   const GateSource gate = gate_source(of.family, 3);
   const Values& bias = p.gate_bias.empty() ? p.selection_bias : p.gate_bias;
   std::vector<TensorPlan> plans = {{gate.weight, Dtype::float32, {s.experts, s.hidden}}};
   if (!gate.bias.empty()) plans.push_back({gate.bias, Dtype::float32, {s.experts}});
   for (const Part& part : parts) {
-    for (const TensorPlan& plan : tensor_plans(part.source, Dtype::float32)) plans.push_back(plan);
+    for (const TensorPlan& plan : tensor_plans(part.source, part.dtype)) plans.push_back(plan);
   }
   SafetensorsWriter writer(path, plans);
   const std::vector<float> weight(p.gate.begin(), p.gate.end()), biases(bias.begin(), bias.end());
   writer.write(gate.weight, std::as_bytes(std::span(weight)));
   if (!gate.bias.empty()) writer.write(gate.bias, std::as_bytes(std::span(biases)));
   for (const Part& part : parts) {
-    const std::vector<float> values(part.values->begin(), part.values->end());
-    save_full(writer, part.source, {values.data(), Dtype::float32, {std::ssize(values)}});
+    save_full(writer, part.source, {part.bytes.data(), part.dtype, {std::ssize(part.bytes) / size_of(part.dtype)}});
   }
   writer.finish();
 }
@@ -105,6 +126,23 @@ TEST(CheckpointToLayer, EveryFamilyOnEveryLayout) {
       run_ranks(c.ep * c.tp, [&](World& world) { expect_model(world, file.path(), of, c); });
     }
   }
+}
+
+// As DeepSeek-V3 is released: experts stay float8, on shards that cut no block.
+TEST(CheckpointToLayer, Float8Experts) {
+  const ModelSizes sizes = {.flavour = Flavour::deepseek, .hidden = 144, .width = 256, .shared_width = 256, .float8 = true};
+  const Family of = {ModelFamily::deepseek_v3, Flavour::deepseek};
+  const File file("tokenyard_layer_float8.safetensors");
+  write_checkpoint(file.path(), of, Model(sizes));
+  for (const LayerCase& c : {LayerCase{.sizes = sizes}, LayerCase{.sizes = sizes, .ep = 2, .tp = 2, .dense_tp = 2},
+                             LayerCase{.sizes = sizes, .ep = 2, .tp = 2, .expert_tp = ExpertTp::gathered}}) {
+    SCOPED_TRACE(c.describe());
+    run_ranks(c.ep * c.tp, [&](World& world) { expect_model(world, file.path(), of, c); });
+  }
+  const LayerCase too_many = {.sizes = sizes, .tp = 4};
+  run_ranks(4, [&](World& world) {
+    expect_usage_error([&] { expect_model(world, file.path(), of, too_many); }, {"w13_scale", "4 shards", "fewer shards"});
+  });
 }
 
 // A layer without experts, in a checkpoint as Hugging Face names it, on shards of dense_tp.

@@ -70,9 +70,9 @@ void run_step(MoeLayer& layer, const LayerCase& c, const Batch& batch, const Ran
 }  // namespace
 
 std::string LayerCase::describe() const {
-  return fmt::format("{}, ep {}, tp {} {}, {}, {}, micro-batches {}, dense_tp {}{}{}", testing::name(sizes.flavour), ep, tp,
+  return fmt::format("{}, ep {}, tp {} {}, {}, {}, micro-batches {}, dense_tp {}{}{}{}", testing::name(sizes.flavour), ep, tp,
                      tokenyard::name(expert_tp), tokenyard::name(mode), tokenyard::name(dtype), micro_batches, dense_tp,
-                     same_tokens ? ", same tokens" : "", sliced_out ? ", sliced" : "");
+                     same_tokens ? ", same tokens" : "", sliced_out ? ", sliced" : "", sizes.float8 ? ", float8" : "");
 }
 
 Tensor::Tensor(Dtype dtype, const Values& values, std::initializer_list<std::int64_t> shape)
@@ -87,11 +87,46 @@ Tensor Tensor::zeros(Dtype dtype, std::initializer_list<std::int64_t> shape) {
   return Tensor(dtype, Values(static_cast<std::size_t>(count)), shape);
 }
 
+Tensor Tensor::of_bytes(Dtype dtype, const std::vector<std::uint8_t>& bytes, std::initializer_list<std::int64_t> shape) {
+  Tensor tensor = zeros(Dtype::uint8, {0});
+  tensor.bytes_->resize(bytes.size() + 1);
+  std::memcpy(tensor.bytes_->data(), bytes.data(), bytes.size());
+  tensor.view_ = TensorView(tensor.bytes_->data(), dtype, shape);
+  return tensor;
+}
+
 Values Tensor::values() const {
   std::vector<float> floats(static_cast<std::size_t>(view_.num_elements()));
   if (!floats.empty()) experts_internal::to_float(bytes_->data(), view_.dtype, std::ssize(floats), floats.data());
   return {floats.begin(), floats.end()};
 }
+
+Float8Values::Float8Values(const Values& values, std::int64_t rows, std::int64_t columns) {
+  constexpr std::int64_t kBlock = 128;
+  const std::int64_t across = (columns + kBlock - 1) / kBlock, down = (rows + kBlock - 1) / kBlock;
+  const std::int64_t matrices = std::ssize(values) / (rows * columns);
+  const auto block_of = [&](std::int64_t i) {
+    return (i / (rows * columns) * down + i / columns % rows / kBlock) * across + i % columns / kBlock;
+  };
+  scales.assign(static_cast<std::size_t>(matrices * down * across), 0);
+  for (std::int64_t i = 0; i < std::ssize(values); ++i) scales[block_of(i)] = std::max(scales[block_of(i)], std::abs(values[i]));
+  for (double& scale : scales) scale = std::exp2(std::ceil(std::log2(scale / 448)));
+  for (std::int64_t i = 0; i < std::ssize(values); ++i)
+    numbers.push_back(float_to_float8_e4m3(static_cast<float>(values[i] / scales[block_of(i)])));
+}
+
+namespace {
+
+void set_float8(const FeedForward& mine, RankWeights& w) {
+  const std::int64_t n = mine.experts, width = mine.width, hidden = mine.hidden, hidden_blocks = (hidden + 127) / 128;
+  const Float8Values w13(mine.w13, width, hidden), w2(mine.w2, hidden, width);
+  w.w13 = Tensor::of_bytes(Dtype::float8_e4m3, w13.numbers, {n, 2, width, hidden});
+  w.w2 = Tensor::of_bytes(Dtype::float8_e4m3, w2.numbers, {n, hidden, width});
+  w.w13_scale = Tensor(Dtype::float32, w13.scales, {n, 2, (width + 127) / 128, hidden_blocks});
+  w.w2_scale = Tensor(Dtype::float32, w2.scales, {n, hidden_blocks, (width + 127) / 128});
+}
+
+}  // namespace
 
 RankWeights weights_of(const Model& model, const ExpertGroup& group, const LayerCase& c) {
   const Parameters& p = model.parameters();
@@ -107,8 +142,12 @@ RankWeights weights_of(const Model& model, const ExpertGroup& group, const Layer
   w.gate = Tensor(c.dtype, p.gate, {c.sizes.experts, hidden});
   if (!p.gate_bias.empty()) w.gate_bias = Tensor(Dtype::float32, p.gate_bias, {c.sizes.experts});
   if (!p.selection_bias.empty()) w.selection_bias = Tensor(Dtype::float32, p.selection_bias, {c.sizes.experts});
-  w.w13 = Tensor(c.dtype, mine.w13, {mine.experts, 2, mine.width, hidden});
-  w.w2 = Tensor(c.dtype, mine.w2, {mine.experts, hidden, mine.width});
+  if (c.sizes.float8) {
+    set_float8(mine, w);
+  } else {
+    w.w13 = Tensor(c.dtype, mine.w13, {mine.experts, 2, mine.width, hidden});
+    w.w2 = Tensor(c.dtype, mine.w2, {mine.experts, hidden, mine.width});
+  }
   if (!p.experts.w13_bias.empty()) w.w13_bias = Tensor(c.dtype, mine.w13_bias, {mine.experts, 2, mine.width});
   if (!p.experts.w2_bias.empty() && w.shard == 0) w.w2_bias = Tensor(c.dtype, mine.w2_bias, {mine.experts, hidden});
   if (p.shared.experts == 0) return w;
@@ -121,7 +160,7 @@ RankWeights weights_of(const Model& model, const ExpertGroup& group, const Layer
 
 MoeWeights RankWeights::views() const {
   return {.gate = {gate.view(), gate_bias.view(), selection_bias.view()},
-          .experts = {w13.view(), w2.view(), w13_bias.view(), w2_bias.view()},
+          .experts = {w13.view(), w2.view(), w13_bias.view(), w2_bias.view(), w13_scale.view(), w2_scale.view()},
           .shared = {{shared_w13.view(), shared_w2.view(), {}, {}}, shared_gate.view()}};
 }
 

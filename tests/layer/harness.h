@@ -33,6 +33,7 @@ class Tensor {
   Tensor() = default;
   Tensor(Dtype dtype, const Values& values, std::initializer_list<std::int64_t> shape);
   static Tensor zeros(Dtype dtype, std::initializer_list<std::int64_t> shape);
+  static Tensor of_bytes(Dtype dtype, const std::vector<std::uint8_t>& bytes, std::initializer_list<std::int64_t> shape);
   TensorView view() const { return view_; }  // of nothing when empty
   Values values() const;
 
@@ -41,11 +42,19 @@ class Tensor {
   TensorView view_;
 };
 
+// Matrices [.., rows, columns] as float8, with scales for 128 x 128: of a block, the least power of two that brings it to +-448.
+struct Float8Values {
+  Float8Values(const Values& values, std::int64_t rows, std::int64_t columns);
+  std::vector<std::uint8_t> numbers;
+  Values scales;
+};
+
 // The weights of one rank, cut from the model, and gradients of the same shapes.
 struct RankWeights {
   std::vector<int> experts;  // local
   int shards = 1, shard = 0;
   Tensor gate, gate_bias, selection_bias, w13, w2, w13_bias, w2_bias, shared_w13, shared_w2, shared_gate;
+  Tensor w13_scale, w2_scale;  // with ModelSizes::float8
   MoeWeights views() const;
 };
 RankWeights weights_of(const Model& model, const ExpertGroup& group, const LayerCase& c);

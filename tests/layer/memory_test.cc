@@ -75,5 +75,11 @@ TEST(Memory, ALaterStepAllocatesNoRows) {
   }
 }
 
+TEST(Memory, NorDoesOneOfFloat8Experts) {
+  const ModelSizes sizes = {.hidden = kHidden, .width = 128, .float8 = true};
+  for (const LayerCase& c : {LayerCase{.sizes = sizes}, LayerCase{.sizes = sizes, .ep = 2}})
+    EXPECT_LT(largest_of_a_later_step(c), kBookkeeping) << c.describe();
+}
+
 }  // namespace
 }  // namespace tokenyard::testing

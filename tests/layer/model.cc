@@ -20,6 +20,21 @@ FeedForward drawn_feed_forward(const std::string& what, std::int64_t experts, st
   return f;
 }
 
+// The nearest number with three bits behind the first, and none below 2^-9.
+double nearest_float8(double value) {
+  const double step = std::exp2(std::max(std::ilogb(value), -6) - 3);
+  return value == 0 ? 0 : std::nearbyint(value / step) * step;
+}
+
+// Matrices of numbers in [-0.5, 0.5], to float8 of up to 256 times a power of two, which is another one in the block beside.
+void make_float8(Values& values, std::int64_t rows, std::int64_t columns) {
+  constexpr std::int64_t kBlock = 128;
+  for (std::int64_t i = 0; i < std::ssize(values); ++i) {
+    const std::int64_t block = i / columns % rows / kBlock + i % columns / kBlock;
+    values[i] = nearest_float8(values[i] * 512) * std::exp2(-9 - block % 3);
+  }
+}
+
 // The activation, and its derivatives by gate and up.
 struct Activated {
   double value, d_gate, d_up;
@@ -153,6 +168,12 @@ Model::Model(const ModelSizes& sizes, int seed) : sizes_(sizes) {
   parameters_.experts = drawn_feed_forward(prefix + "experts", sizes.experts, sizes.width, sizes.hidden, is_gpt);
   parameters_.shared = drawn_feed_forward(prefix + "shared", has_shared ? 1 : 0, sizes.shared_width, sizes.hidden, false);
   if (sizes.flavour == Flavour::qwen2) parameters_.shared_gate = drawn(prefix + "shared_gate", sizes.hidden, 0.5);
+  if (!sizes.float8) return;
+  make_float8(parameters_.experts.w13, sizes.width, sizes.hidden);
+  make_float8(parameters_.experts.w2, sizes.hidden, sizes.width);
+  make_float8(parameters_.shared.w13, sizes.shared_width, sizes.hidden);
+  make_float8(parameters_.shared.w2, sizes.hidden, sizes.shared_width);
+  for (double& weight : parameters_.gate) weight = std::nearbyint(weight * 128) / 128;  // so that the choice hangs on no rounding
 }
 
 Parameters Model::zeros() const {

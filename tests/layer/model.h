@@ -28,6 +28,7 @@ struct ModelSizes {
   std::int64_t hidden = 16;
   std::int64_t width = 8;         // of an expert
   std::int64_t shared_width = 8;  // of the shared one
+  bool float8 = false;  // weights but the gate's are such that float8 with a scale for 128 x 128 holds them; the width is a multiple of 128
 };
 
 // Tensors of one feed-forward, of E experts: w13 [E,2,I,H], w2 [E,H,I], w13_bias [E,2,I], w2_bias [E,H]; biases may be empty.

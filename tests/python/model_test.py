@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 
 import tokenyard as ty
-from support import FRAMEWORKS, is_of, numbers, on_ranks
+from support import FRAMEWORKS, is_of, numbers, on_ranks, torch
 from tokenyard import weights as tw
+
+if torch is not None:
+    import tokenyard.torch as tokenyard_torch
 
 # Of the published configuration files, what concerns MoE layers: with the preset they belong to.
 PUBLISHED = {
@@ -51,48 +54,105 @@ def test_files_that_say_nothing(content, text, tmp_path):
         ty.MoeModel.read(tmp_path if content is not None else tmp_path / "config.json")
 
 
-def fp8_checkpoint(folder, shape):
-    """A layer as DeepSeek-V3's files have it, blocks of 128 x 128; and what its experts are in float32."""
-    rng, full = np.random.default_rng(3), {}
-    plans, arrays = [("model.layers.4.mlp.gate.weight", "float32", [shape.num_experts, shape.hidden_size]),
-                     ("model.layers.4.mlp.gate.e_score_correction_bias", "float32", [shape.num_experts])], {}
-    arrays[plans[0][0]] = rng.normal(size=plans[0][2]).astype(np.float32)
-    arrays[plans[1][0]] = rng.normal(size=plans[1][2]).astype(np.float32)
+def fp8_checkpoint(folder, model):
+    """A layer as DeepSeek-V3's files have it, blocks of 128 x 128. ({name of a full tensor: in float32}, {the same: as in the files}, other tensors)"""
+    rng, full, kept = np.random.default_rng(3), {}, {}
+    plans = [("model.layers.4.mlp.gate.weight", "float32", [model.num_experts, model.hidden_size]),
+             ("model.layers.4.mlp.gate.e_score_correction_bias", "float32", [model.num_experts])]
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, _, shape in plans}
     with_sources = []
-    for tensor in ("w13", "w2"):
-        sizes = tw.full_shape(tensor, shape)
-        rows = rng.normal(size=(int(np.prod(sizes[:-1])), sizes[-1])).astype(np.float32)
-        q, _ = ty.quantise(rows)  # any fp8 numbers
-        scales = rng.uniform(0.5, 2, tw.full_shape(f"{tensor}_scale", shape)).astype(np.float32)
-        values = ty.dequantise(q, np.ones((len(q), (sizes[-1] + 127) // 128), np.float32), "float32").reshape(sizes)
-        full[tensor] = values * scales.repeat(128, -2).repeat(128, -1)[..., :sizes[-2], :sizes[-1]]
-        for name, array, dtype in ((tensor, q, "float8_e4m3"), (f"{tensor}_scale", scales, "float32")):
-            source = tw.expert_source("deepseek_v3", 4, name, shape)
-            plans += source.plans(dtype)
-            with_sources.append((source, array, dtype))
+    for prefix, shape, source_of in (("", model.shape, tw.expert_source), ("shared_", model.shared_shape, tw.shared_expert_source)):
+        for tensor in ("w13", "w2"):
+            sizes = tw.full_shape(tensor, shape)
+            rows = rng.normal(size=(int(np.prod(sizes[:-1])), sizes[-1])).astype(np.float32)
+            q, _ = ty.quantise(rows)  # any fp8 numbers
+            scales = rng.uniform(0.5e-4, 2e-4, tw.full_shape(f"{tensor}_scale", shape)).astype(np.float32)
+            values = ty.dequantise(q, np.ones((len(q), (sizes[-1] + 127) // 128), np.float32), "float32").reshape(sizes)
+            full[prefix + tensor] = values * scales.repeat(128, -2).repeat(128, -1)[..., :sizes[-2], :sizes[-1]]
+            for name, array, dtype in ((tensor, q, "float8_e4m3"), (f"{tensor}_scale", scales, "float32")):
+                kept[prefix + name] = array
+                source = source_of("deepseek_v3", 4, name, shape)
+                plans += source.plans(dtype)
+                with_sources.append((source, array, dtype))
     with tw.Writer(folder / "model.safetensors", plans) as writer:
         for name, array in arrays.items():
             writer.write(name, array)
         for source, array, dtype in with_sources:
             writer.write_full(source, array, dtype)
-    return full, arrays
+    return full, kept, arrays
+
+
+FP8_MODEL = ty.MoeModel("deepseek_v3", 4, 2, 256, 512, ty.Gate.bias_corrected(2), shared_expert_width=128)
+
+
+def on_fp8_groups(rank_main, **parallel):
+    """rank_main(world, group) on ranks of EP 2 x TP 2, or as said."""
+    parallel = {"ep": 2, "mlp_tp": 2, "dp": 4, "device_count": 4, **parallel}
+    return on_ranks(lambda world: rank_main(world, ty.ExpertGroup.of_model(world, ty.parallel.solve(**parallel), FP8_MODEL, 4)), parallel["device_count"])
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_fp8_experts_become_float32(framework, tmp_path):
-    model = ty.MoeModel("deepseek_v3", 4, 2, 256, 512, ty.Gate.bias_corrected(2))
-    full, arrays = fp8_checkpoint(tmp_path, model.shape)
+    full, _, arrays = fp8_checkpoint(tmp_path, FP8_MODEL)
 
-    def rank_main(world):
-        group = ty.ExpertGroup.of_model(world, ty.parallel.solve(ep=2, mlp_tp=2, dp=4, device_count=4), model, 4)
-        loaded = model.load(tw.Checkpoint(tmp_path), 4, group, framework=framework)
+    def rank_main(world, group):
+        loaded = FP8_MODEL.load(tw.Checkpoint(tmp_path), 4, group, framework=framework)
+        assert loaded.w13_scale is None and loaded.w2_scale is None
         for tensor in ("w13", "w2"):
-            expected = tw.cut(full[tensor], tw.expert_shard(tensor, model.shape, group.placement(4), world.rank))
+            expected = tw.cut(full[tensor], tw.expert_shard(tensor, FP8_MODEL.shape, group.placement(4), world.rank))
             assert is_of(getattr(loaded, tensor), framework)
             np.testing.assert_array_equal(numbers(getattr(loaded, tensor)).reshape(-1), expected)
+            np.testing.assert_array_equal(numbers(getattr(loaded, f"shared_{tensor}")), full[f"shared_{tensor}"])
         np.testing.assert_array_equal(numbers(loaded.gate_weight), arrays["model.layers.4.mlp.gate.weight"])
         np.testing.assert_array_equal(numbers(loaded.selection_bias), arrays["model.layers.4.mlp.gate.e_score_correction_bias"])
-        with pytest.raises(ty.UsageError, match="w13 is fp8 in the checkpoint, dtype = 'bfloat16'"):
-            model.load(tw.Checkpoint(tmp_path), 4, group, framework=framework, dtype="bfloat16")
+        if framework == "torch":
+            halves = FP8_MODEL.load(tw.Checkpoint(tmp_path), 4, group, framework=framework, dtype="bfloat16")
+            assert (halves.w13 == loaded.w13.bfloat16()).all() and halves.w13.dtype == loaded.w13.bfloat16().dtype
+        else:
+            with pytest.raises(ty.UsageError, match="from float32 to bfloat16 in NumPy"):
+                FP8_MODEL.load(tw.Checkpoint(tmp_path), 4, group, framework=framework, dtype="bfloat16")
 
-    on_ranks(rank_main, 4)
+    on_fp8_groups(rank_main)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_fp8_experts_stay_so_when_asked_to(framework, tmp_path):
+    """Bit for bit as in the files, with the scales of their blocks; and a layer of them gives what it gives of their numbers in float32."""
+    full, kept, _ = fp8_checkpoint(tmp_path, FP8_MODEL)
+    rows = np.random.default_rng(5).standard_normal((4, 4, 256), np.float32)
+
+    def rank_main(world, group):
+        checkpoint, options = tw.Checkpoint(tmp_path), {"framework": framework}
+        loaded = FP8_MODEL.load(checkpoint, 4, group, keep_fp8=True, **options)
+        for tensor in ("w13", "w2", "w13_scale", "w2_scale"):
+            expected = tw.cut(kept[tensor], tw.expert_shard(tensor, FP8_MODEL.shape, group.placement(4), world.rank))
+            array = getattr(loaded, tensor)
+            assert is_of(array, framework)
+            assert list(array.shape) == tw.local_shape(tensor, FP8_MODEL.shape, group.placement(4), world.rank)
+            bits = array.view(torch.uint8) if framework == "torch" and tensor in ("w13", "w2") else array
+            np.testing.assert_array_equal(np.asarray(bits).reshape(-1), expected)
+        np.testing.assert_array_equal(numbers(loaded.shared_w13), full["shared_w13"])  # which no layer takes in fp8
+        layer = ty.MoeLayer.from_checkpoint(group, checkpoint, 4, FP8_MODEL, keep_fp8=True, **options)
+        wide = ty.MoeLayer.from_checkpoint(group, checkpoint, 4, FP8_MODEL, **options)
+        out, expected = layer(rows[world.rank]), wide(rows[world.rank])
+        np.testing.assert_array_equal(out, expected)
+        assert np.abs(out).max() > 1e-3
+        with pytest.raises(ty.UsageError, match="float8_e4m3 goes forward only.*widen the weights"):
+            layer(rows[world.rank], saved=ty.Activations())
+        if framework == "torch":
+            module = tokenyard_torch.MoeLayer.from_checkpoint(group, checkpoint, 4, FP8_MODEL, keep_fp8=True)
+            assert {"w13", "w2", "w13_scale", "w2_scale"} <= {name for name, _ in module.named_buffers()}
+            with torch.no_grad():
+                np.testing.assert_array_equal(module(torch.from_numpy(rows[world.rank])).numpy(), expected)
+
+    on_fp8_groups(rank_main)
+
+
+def test_fp8_shards_that_would_cut_a_scale(tmp_path):
+    fp8_checkpoint(tmp_path, FP8_MODEL)
+
+    def rank_main(world, group):
+        with pytest.raises(ty.UsageError, match="w13_scale.*8"):
+            FP8_MODEL.load(tw.Checkpoint(tmp_path), 4, group, keep_fp8=True)
+
+    on_fp8_groups(rank_main, ep=1, mlp_tp=8, dp=8, device_count=8)

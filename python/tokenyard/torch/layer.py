@@ -39,7 +39,7 @@ class _Step(torch.autograd.Function):
 
 class MoeLayer(torch.nn.Module):
     """tokenyard.MoeLayer with gradients, its weights as parameters (selection_bias: a buffer) by the names of tokenyard.MoeWeights. On a
-    GPU gradients need a group made with gradients=True.
+    GPU gradients need a group made with gradients=True. Experts in fp8, and their scales, are buffers: call such a layer in torch.no_grad().
 
     Collective, forward and backward: ranks make layers and call them in the same order. Parameters of experts are shards with a map
     (see shard_of()), so that TrainingState saves and loads them in any layout. Of parameters that several ranks hold (gate, shared
@@ -54,7 +54,7 @@ class MoeLayer(torch.nn.Module):
         self._placement = placement
         held = placement or group.placement(weights.gate_weight.shape[0])
         for name, array in weights.items():
-            if name == "selection_bias":
+            if name in ("selection_bias", "w13_scale", "w2_scale") or (array is not None and array.dtype == torch.float8_e4m3fn):
                 self.register_buffer(name, array)
                 continue
             if array is not None and not isinstance(array, torch.nn.Parameter):
@@ -69,10 +69,12 @@ class MoeLayer(torch.nn.Module):
         self._layer()
 
     @staticmethod
-    def from_checkpoint(group, checkpoint, layer, model, *, dtype=None, placement=None) -> "MoeLayer":
-        """A layer of a tokenyard.weights.Checkpoint (or its path) and its tokenyard.MoeModel: this rank reads what it holds."""
+    def from_checkpoint(group, checkpoint, layer, model, *, dtype=None, keep_fp8=False, placement=None) -> "MoeLayer":
+        """A layer of a tokenyard.weights.Checkpoint (or its path) and its tokenyard.MoeModel: this rank reads what it holds. dtype, keep_fp8:
+        as for tokenyard.MoeModel.load()."""
         checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-        return MoeLayer._of_model(group, model, placement, model.load(checkpoint, layer, group, framework="torch", dtype=dtype, placement=placement))
+        return MoeLayer._of_model(group, model, placement, model.load(checkpoint, layer, group, framework="torch", dtype=dtype, keep_fp8=keep_fp8,
+                                                                      placement=placement))
 
     @staticmethod
     def _of_model(group, model, placement, weights):
@@ -125,8 +127,8 @@ class MoeLayer(torch.nn.Module):
         they are on the CPU all the same, and the GPU is waited for.
         """
         rows = x.reshape(-1, x.shape[-1])
-        if self.group.device == "cuda" and not self._wants_gradients(rows):
-            return self._forward_on_gpu(x, rows, mode, mask, given_ids, with_routing)
+        if not self._wants_gradients(rows):
+            return self._forward_alone(x, rows, mode, mask, given_ids, with_routing)
         options = {"mode": mode, "mask": mask, "given_ids": given_ids}
         out, logits = _Step.apply(self._layer(), options, with_routing, rows, *self._weights())
         out = out.view(x.shape)
@@ -139,11 +141,11 @@ class MoeLayer(torch.nn.Module):
 
     def _wants_gradients(self, rows):
         wants = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (rows, *self._weights()))
-        if wants and not self.group.gradients:
+        if wants and self.group.device == "cuda" and not self.group.gradients:
             raise UsageError("a forward that wants gradients, of a group on a GPU without them; make it with gradients=True, or call this in torch.no_grad()")
         return wants
 
-    def _forward_on_gpu(self, x, rows, mode, mask, given_ids, with_routing):
+    def _forward_alone(self, x, rows, mode, mask, given_ids, with_routing):
         logits = rows.new_empty((len(rows), len(self.gate_weight)), dtype=torch.float32) if with_routing else None
         out = self._layer().forward(rows.detach(), mode=mode, mask=mask, given_ids=given_ids, logits=logits).view(x.shape)
         return (out, self._gated(logits, mask, given_ids)) if with_routing else out

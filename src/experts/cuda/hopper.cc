@@ -16,4 +16,9 @@ std::optional<HopperKernel> hopper_kernel(Product product, Dtype dtype) {
   return {};
 }
 
+std::optional<ScaledKernel> scaled_kernel(Dtype out) {
+  if (out != Dtype::bfloat16 && out != Dtype::float16) return {};
+  return out == Dtype::bfloat16 ? forward_fp8_to_bf16() : forward_fp8_to_fp16();
+}
+
 }  // namespace tokenyard::experts_cuda

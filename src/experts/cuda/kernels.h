@@ -1,7 +1,7 @@
 #pragma once
 // What device_experts.cc enqueues. A failed launch is the runtime's last error.
 
-#include "experts/cuda/grouped.h"
+#include "experts/cuda/scaled.h"
 #include "tokenyard/experts.h"
 
 namespace tokenyard::experts_cuda {
@@ -21,6 +21,14 @@ HopperKernel dgrad_bf16();
 HopperKernel dgrad_fp16();
 HopperKernel wgrad_bf16();
 HopperKernel wgrad_fp16();
+
+// Products of float8 rows and weights, by the type of y. Likewise; chosen by scaled_kernel().
+struct ScaledKernel {
+  std::size_t (*workspace_bytes)(const ScaledArgs&);
+  bool (*run)(const ScaledArgs&);
+};
+ScaledKernel forward_fp8_to_bf16();
+ScaledKernel forward_fp8_to_fp16();
 
 // to[p] = from[rows[p]], rows of row_bytes; padding is left as it is. Row numbers outside [0, num_rows) give zeros.
 struct PermuteArgs {
@@ -81,6 +89,28 @@ struct ActivationArgs {
   std::byte* d_gate_up = nullptr;      // [places, 2, width]
 };
 void activate(const ActivationArgs& args, int num_sms, Stream stream);
+
+// Rows by place, dense: [places, columns] float8_e4m3, columns a multiple of 4, and [places, blocks()] float32.
+struct QuantisedRows {
+  std::byte* values = nullptr;
+  float* scales = nullptr;
+  std::int64_t columns = 0;
+  constexpr std::int64_t blocks() const { return scale_blocks(columns); }
+};
+// to[p] = rows[row of p]; padding is left as it is. Row numbers outside [0, num_rows) give zeros.
+struct QuantiseArgs {
+  Groups groups;
+  const std::int32_t* rows = nullptr;  // none: rows lie as places
+  std::int64_t num_rows = 0;
+  Dtype dtype = Dtype::bfloat16;  // or float16
+  const std::byte* from = nullptr;
+  std::int64_t from_stride = 0;  // elements
+  QuantisedRows to;
+};
+void quantise(const QuantiseArgs& args, int num_sms, Stream stream);
+// The activation, of gate_up in bfloat16 or float16, rounded once: to float8 in `to` instead of act. The width is a multiple of 128.
+void activate_quantised(const ActivationArgs& args, const QuantisedRows& to, int num_sms, Stream stream);
+
 // act again, and d_gate_up.
 void activate_backward(const ActivationArgs& args, int num_sms, Stream stream);
 

@@ -5,9 +5,6 @@
 namespace tokenyard::experts_cuda {
 
 std::optional<HopperKernel> hopper_kernel(Product /*product*/, Dtype /*dtype*/) { return {}; }
-
-bool has_scaled_product() { return false; }
-std::size_t scaled_workspace_bytes(const ScaledArgs& /*args*/) { return 0; }
-bool run_scaled_product(const ScaledArgs& /*args*/) { return false; }
+std::optional<ScaledKernel> scaled_kernel(Dtype /*out*/) { return {}; }
 
 }  // namespace tokenyard::experts_cuda

@@ -131,10 +131,11 @@ void Products::run_on_hopper(const HopperKernel& kernel, const GroupedArgs& args
 
 void Products::run_scaled(ScaledArgs args, Stream stream) {
   GroupedArgs& grouped = args.hopper.grouped;
-  if (!is_hopper_ || !has_scaled_product()) {
+  const std::optional<ScaledKernel> kernel = is_hopper_ ? scaled_kernel(args.out) : std::nullopt;
+  if (!kernel) {
     usage_error(
-        "products of float8 rows need a Hopper GPU and a build with CUTLASS (-DTY_CUTLASS=ON, './dev deps --cutlass'); widen the rows to "
-        "bfloat16 instead");
+        "products of float8 rows need a Hopper GPU and a build with CUTLASS (-DTY_CUTLASS=ON, './dev deps --cutlass'); widen rows and "
+        "weights to bfloat16 instead");
   }
   if (grouped.groups.num_groups == 0 || grouped.groups.places == 0) return;
   if (grouped.x_rows != nullptr) {
@@ -153,10 +154,10 @@ void Products::run_scaled(ScaledArgs args, Stream stream) {
   parts.put(args.hopper.table.shapes);
   args.hopper.num_sms = num_sms_;
   args.hopper.stream = stream;
-  args.hopper.workspace_bytes = scaled_workspace_bytes(args);
+  args.hopper.workspace_bytes = kernel->workspace_bytes(args);
   args.hopper.workspace = scratch_.take(Scratch::workspace, static_cast<std::int64_t>(args.hopper.workspace_bytes), stream);
   fill_scaled_table(args);
-  check_run(run_scaled_product(args));
+  check_run(kernel->run(args));
 }
 
 }  // namespace tokenyard::experts_cuda

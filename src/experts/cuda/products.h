@@ -13,7 +13,7 @@ namespace tokenyard::experts_cuda {
 // Memory that grows when a call needs more of a kind than any before, and not inside a graph capture.
 class Scratch {
  public:
-  enum Kind : std::uint8_t { table, workspace, rows, gate_up, act, d_act, d_gate_up, places, gathered, scales, kKinds };
+  enum Kind : std::uint8_t { table, workspace, rows, gate_up, act, d_act, d_gate_up, places, gathered, scales, act_scales, kKinds };
   explicit Scratch(int device) : device_(device) {}
   std::byte* take(Kind kind, std::int64_t bytes, Stream stream);
 
@@ -53,5 +53,6 @@ class Products {
 
 // None where CUTLASS is not built in, or for a type it does not serve here.
 std::optional<HopperKernel> hopper_kernel(Product product, Dtype dtype);
+std::optional<ScaledKernel> scaled_kernel(Dtype out);
 
 }  // namespace tokenyard::experts_cuda

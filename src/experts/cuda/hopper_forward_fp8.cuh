@@ -1,25 +1,24 @@
+#pragma once
 // float8 rows with a scale for 128 elements, weights with one for 128 x 128: the sums of 128 products are scaled and added in
 // float32. Scales lie as dispatch and checkpoints have them, along k.
 
 #include "experts/cuda/hopper.cuh"
 #include "experts/cuda/scaled.h"
 
-namespace tokenyard::experts_cuda {
-namespace hopper {
-namespace {
+namespace tokenyard::experts_cuda::hopper {
 
 struct CooperativeScaled {
   using Kernel = cutlass::gemm::KernelPtrArrayTmaWarpSpecializedCooperativeFP8Blockwise;
   using Epilogue = cutlass::epilogue::PtrArrayTmaWarpSpecializedCooperative;
 };
 
-struct ScaledKernel {
+template <class Out>
+struct Scaled {
   static constexpr bool kAccumulates = false;
   using Tile = Shape<_128, _128, _128>;
   using Cluster = Shape<_2, _1, _1>;
   using Element = cutlass::float_e4m3_t;
-  using Out = cutlass::bfloat16_t;
-  using Scales = cutlass::detail::Sm90BlockwiseScaleConfig<1, kScaleBlock, kScaleBlock, GMMA::Major::K, GMMA::Major::K>;
+  using Scales = cutlass::detail::Sm90BlockwiseScaleConfig<1, kQuantiseBlock, kQuantiseBlock, GMMA::Major::K, GMMA::Major::K>;
   using ScalesA = decltype(Scales::deduce_layoutSFA());
   using ScalesB = decltype(Scales::deduce_layoutSFB());
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
@@ -33,25 +32,24 @@ struct ScaledKernel {
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<cutlass::gemm::kernel::GemmUniversal<ProblemShape, Mainloop, Epilogue>>;
 };
 
-ScaledKernel::Gemm::Arguments scaled_arguments(const ScaledArgs& args) {
-  auto result = arguments_of<ScaledKernel>(args.hopper);
+template <class Out>
+typename Scaled<Out>::Gemm::Arguments scaled_arguments(const ScaledArgs& args) {
+  auto result = arguments_of<Scaled<Out>>(args.hopper);
   result.mainloop.ptr_SFA = args.a_scales;
   result.mainloop.ptr_SFB = args.b_scales;
   return result;
 }
 
-}  // namespace
-}  // namespace hopper
-
-bool has_scaled_product() { return true; }
-
+template <class Out>
 std::size_t scaled_workspace_bytes(const ScaledArgs& args) {
-  return hopper::ScaledKernel::Gemm::get_workspace_size(hopper::scaled_arguments(args));
+  return Scaled<Out>::Gemm::get_workspace_size(scaled_arguments<Out>(args));
 }
 
-bool run_scaled_product(const ScaledArgs& args) {
-  hopper::ScaledKernel::Gemm gemm;
-  return gemm.run(hopper::scaled_arguments(args), args.hopper.workspace, args.hopper.stream) == cutlass::Status::kSuccess;
+// False when CUTLASS refuses; the runtime's last error may say why.
+template <class Out>
+bool run_scaled(const ScaledArgs& args) {
+  typename Scaled<Out>::Gemm gemm;
+  return gemm.run(scaled_arguments<Out>(args), args.hopper.workspace, args.hopper.stream) == cutlass::Status::kSuccess;
 }
 
-}  // namespace tokenyard::experts_cuda
+}  // namespace tokenyard::experts_cuda::hopper

@@ -1,0 +1,8 @@
+#include "experts/cuda/hopper_forward_fp8.cuh"
+#include "experts/cuda/kernels.h"
+
+namespace tokenyard::experts_cuda {
+
+ScaledKernel forward_fp8_to_fp16() { return {hopper::scaled_workspace_bytes<cutlass::half_t>, hopper::run_scaled<cutlass::half_t>}; }
+
+}  // namespace tokenyard::experts_cuda
