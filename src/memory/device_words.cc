@@ -98,7 +98,7 @@ Failure DeviceWords::describe(const ErrorRecord& record) const {
       failure.detail = "its process ended, or its thread gave up";
       break;
     case FailureKind::aborted:
-      failure.detail = reason_of(record.peer);
+      failure.detail = reason_of(record.peer, record.call);
       break;
     default:
       break;
@@ -106,11 +106,13 @@ Failure DeviceWords::describe(const ErrorRecord& record) const {
   return failure;
 }
 
-std::string DeviceWords::reason_of(int peer) const {
+std::string DeviceWords::reason_of(int peer, std::uint64_t call) const {
   char text[protocol::kReasonBytes];
-  const std::int64_t box = layout().mailboxes + peer * layout().mailbox_bytes;
-  read(text, at(view_.rank, box) + offsetof(DeviceMailbox, reason), sizeof text);
-  return {text, strnlen(text, sizeof text)};
+  const std::byte* const box = at(view_.rank, layout().mailboxes + peer * layout().mailbox_bytes);
+  read(text, box + offsetof(DeviceMailbox, reason), sizeof text);
+  const std::string reason(text, strnlen(text, sizeof text));
+  const auto rejected = read<std::uint64_t>(box + offsetof(DeviceMailbox, aborted));
+  return rejected <= call ? reason : fmt::format("rejected this and later calls; of call {}: {}", rejected, reason);
 }
 
 void DeviceWords::set_reason(const std::string& reason) const {

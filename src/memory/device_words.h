@@ -72,8 +72,8 @@ class DeviceWords {
   }
 
  private:
-  // Why `peer` rejected its last call.
-  std::string reason_of(int peer) const;
+  // Why `peer` rejected this call, or a later one since: there is room for one text.
+  std::string reason_of(int peer, std::uint64_t call) const;
   void set_reason(const std::string& reason) const;
 
   int device_;

@@ -192,6 +192,30 @@ TEST_F(DeviceErrors, NoMemoryForPaddedCopiesIsTold) {
   });
 }
 
+// There is room for one text: of the first of two calls that were refused before anybody looked, it says that it speaks of the second.
+TEST_F(DeviceErrors, TwoRefusedCallsInARow) {
+  run_ranks(kRanks, [](World& world) {
+    Twin twin(world);
+    const DispatchOptions options{.stream = twin.batch.stream()};
+    const auto good = [&] { twin.device.dispatch(twin.batch.input(), options); };
+    good();
+    if (world.rank() == kCulprit) {
+      DispatchInput no_rows = twin.batch.input(), no_ids = twin.batch.input();
+      no_rows.rows = on_host({twin.batch.tokens(), 64});
+      no_ids.topk_ids = on_host({twin.batch.tokens(), 3}, Dtype::int64);
+      expect_usage_error("rows is", [&] { twin.device.dispatch(no_rows, options); });
+      expect_usage_error("topk_ids is", [&] { twin.device.dispatch(no_ids, options); });
+      cuda_check(cudaStreamSynchronize(twin.batch.stream()), "cudaStreamSynchronize");
+    }
+    world.barrier();
+    if (world.rank() != kCulprit) {
+      exchange_test::expect_aborted(world, kCulprit, "rejected this and later calls; of call 3: topk_ids is", good);
+      exchange_test::expect_aborted(world, kCulprit, "topk_ids is", good);
+    }
+    EXPECT_NO_THROW(good());
+  });
+}
+
 struct BadOption {
   std::string text;
   std::function<void(ExchangeOptions&)> spoil;
