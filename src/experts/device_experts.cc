@@ -254,7 +254,8 @@ void check_half(const char* what, const ConstTensorView& view) {
 kernels::ScaledArgs scaled_args(const Scaled& x, const DeviceRowGroups& groups, const Scaled& w, const ConstTensorView& bias,
                                 const TensorView& y) {
   const std::int64_t num_groups = size_at(groups.counts, 0), outputs = size_at(w.values, 1), inputs = size_at(w.values, 2);
-  const std::int64_t num_rows = groups.rows ? size_at(x.values, 0) : groups.places;
+  const bool is_by_place = !groups.rows && groups.places > 0;  // without places, any rows will do: none is read
+  const std::int64_t num_rows = is_by_place ? groups.places : size_at(x.values, 0);
   const auto blocks = [](std::int64_t elements) { return kernels::scale_blocks(elements); };
   check_scaled("x", x.values, Dtype::float8_e4m3, {num_rows, inputs});
   check_scaled("x's scales", x.scales, Dtype::float32, {num_rows, blocks(inputs)});

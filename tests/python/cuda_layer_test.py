@@ -116,7 +116,8 @@ def settle(world):
 
 
 def on_gpus(rank_main, ranks, on_one=2):
-    """So many ranks on a GPU at most: streams of more would share its hardware queues, and kernels wait for each other."""
+    """So many ranks on a GPU at most: streams of more would share its hardware queues, and kernels wait for each other. torch makes 32 streams
+    on each GPU by itself, as many as there are queues: with shards, which have more streams and waits, two ranks on a GPU have met in one."""
     if ranks > on_one * torch.cuda.device_count():
         pytest.skip(f"{ranks} ranks need {ranks // on_one} GPUs")
     on_ranks(rank_main, ranks)
@@ -140,7 +141,7 @@ def test_the_answer_of_one_process(ep, tp, expert_tp, dtype):
         settle(world)
         layer.group.check()
 
-    on_gpus(rank_main, ep * tp, on_one=1 if expert_tp == "gathered" else 2)  # collectives have streams of their own
+    on_gpus(rank_main, ep * tp, on_one=1 if tp > 1 else 2)
 
 
 def test_a_graph_follows_its_rows():
@@ -213,10 +214,11 @@ def test_fp8_experts_of_a_checkpoint(ep, tp, tmp_path):
         layer = tyt.MoeLayer.from_checkpoint(group, tmp_path, 4, FP8_MODEL, dtype="bfloat16", keep_fp8=True)
         assert layer.w13.dtype == torch.float8_e4m3fn and layer.w13.is_cuda and layer.w13_scale.is_cuda
         x = torch.randn(8 - 3 * (world.rank % 3), 256, generator=torch.Generator().manual_seed(world.rank)).bfloat16()
+        on_gpu = x.cuda()
         world.barrier()  # nobody allocates any more
         for mode in ("throughput", "latency"):
             with torch.no_grad():
-                out, gated = layer(x.cuda(), mode=mode, with_routing=True)
+                out, gated = layer(on_gpu, mode=mode, with_routing=True)
             rows = x.double()
             expected = feed_forward(rows, full["shared_w13"][0], full["shared_w2"][0])
             for t, (ids, weights) in enumerate(zip(gated.topk_ids, gated.topk_weights)):
@@ -226,4 +228,4 @@ def test_fp8_experts_of_a_checkpoint(ep, tp, tmp_path):
         settle(world)
         group.check()
 
-    on_gpus(rank_main, ep * tp)
+    on_gpus(rank_main, ep * tp, on_one=1 if tp > 1 else 2)

@@ -96,6 +96,7 @@ def test_work_is_ordered_on_the_current_stream():
 def test_waits_name_who_was_late(mode):
     """Rank 1 is late for dispatches, rank 0 for combines; what is there already stays, and a call that does not ask adds nothing."""
     late_s = 0.2
+    options = {"sizing": "capacity", "copy_out": True}  # no lease outlives its call
 
     def rank_main(world):
         device = gpu_of(world)
@@ -103,25 +104,25 @@ def test_waits_name_who_was_late(mode):
         exchange = make_exchange(world, "cuda", mode=mode)
         in_dispatch, in_combine = (torch.full((RANKS,), 5, dtype=torch.int64, device=device) for _ in range(2))
 
-        def late(who, call, *args, **options):
+        def late(who, call, *args, **named):
             torch.cuda.current_stream().synchronize()
             world.barrier()
             time.sleep(late_s if world.rank == who else 0)
-            return call(*args, **options)
+            return call(*args, **named)
 
         for _ in range(2):
-            out = late(1, exchange.dispatch, *given, sizing="capacity", waits=in_dispatch)
+            out = late(1, exchange.dispatch, *given, **options, waits=in_dispatch)
             late(0, exchange.combine, out.rows, out.handle, waits=in_combine)
-            out = late(1, exchange.start_dispatch, *given, sizing="capacity", waits=in_dispatch).finish()
+            out = late(1, exchange.start_dispatch, *given, **options, waits=in_dispatch).finish()
             late(0, exchange.start_combine, out.rows, out.handle, waits=in_combine).finish()
-            out = late(1, exchange.dispatch, *given, sizing="capacity")
+            out = late(1, exchange.dispatch, *given, **options)
             late(0, exchange.combine, out.rows, out.handle)
         for waits, who in ((in_dispatch.tolist(), 1), (in_combine.tolist(), 0)):
             assert waits[world.rank] == 5 and all(one >= 5 for one in waits)
             if world.rank != who:
                 assert waits[who] >= 4 * 0.5e9 * late_s, waits
         with pytest.raises(ty.UsageError, match="a tensor on cpu|takes torch tensors on its GPU"):
-            exchange.dispatch(*given, sizing="capacity", waits=torch.zeros(RANKS, dtype=torch.int64))
+            exchange.dispatch(*given, **options, waits=torch.zeros(RANKS, dtype=torch.int64))
 
     ty.run_ranks(rank_main, RANKS, processes=False, timeout_ms=60_000)
 
