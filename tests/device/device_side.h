@@ -12,7 +12,7 @@ namespace tokenyard::device_test {
 
 class DeviceSide final : public exchange_test::Side {
  public:
-  static constexpr std::size_t kPoolBytes = std::size_t{256} << 20;
+  static constexpr std::size_t kPoolBytes = std::size_t{1} << 30;
 
   // On the current GPU; the pool is another case's afterwards.
   DeviceSide(const DeviceBuffer& pool, int gpu, int ranks, Transport transport = Transport::automatic);
