@@ -98,7 +98,9 @@ void CudaEngine::make_scratch() {
   auto* const words = reinterpret_cast<std::int32_t*>(scratch_.data());
   row_numbers_ = {.number = words + at.number, .before = words + at.before, .base = words + at.base};
   counts_ = words + at.counts;
-  layout_table_ = {.counts = words + at.layout_counts, .chunk_rows = static_cast<std::int32_t>(protocol::layout_chunk_rows(shape_))};
+  layout_table_ = {.counts = words + at.layout_counts,
+                   .chunk_rows = static_cast<std::int32_t>(protocol::layout_chunk_rows(shape_)),
+                   .sums = words + at.layout_sums};
   cuda_check(cudaMemsetAsync(scratch_.data(), 0, scratch_.bytes(), stream_.get()), "clearing scratch memory");
   groups_ = {};
   const bool grouped = std::any_of(options_.reduction_groups.begin(), options_.reduction_groups.end(), [](int group) { return group > 0; });

@@ -7,9 +7,10 @@
 
 namespace tokenyard::protocol {
 
-constexpr int kPlanChunk = 128;         // tokens
-constexpr int kLayoutChunk = 128;       // received rows, or a multiple of it
-constexpr int kMostLayoutChunks = 256;  // a block each, which sums up what all of them hold
+constexpr int kPlanChunk = 128;          // tokens
+constexpr int kLayoutChunk = 128;        // received rows, or a multiple of it
+constexpr int kMostLayoutChunks = 256;   // a block each, which sums up what all of them hold
+constexpr int kFewestLayoutBlocks = 32;  // those without a chunk help to fill what no row goes to
 
 // Received rows in a chunk.
 TY_HOST_DEVICE constexpr std::int64_t layout_chunk_rows(const ArenaShape& shape) {
@@ -18,6 +19,14 @@ TY_HOST_DEVICE constexpr std::int64_t layout_chunk_rows(const ArenaShape& shape)
   return kLayoutChunk * (times > 1 ? times : 1);
 }
 
+TY_HOST_DEVICE constexpr std::int64_t layout_blocks(const ArenaShape& shape) {
+  const std::int64_t chunks = (shape.receive_rows + layout_chunk_rows(shape) - 1) / layout_chunk_rows(shape);
+  return chunks > kFewestLayoutBlocks ? chunks : kFewestLayoutBlocks;
+}
+// What a block of so many warps sums up. More columns than this do not fit into the shared memory of every GPU, not even for one warp.
+constexpr int kMostSharedColumns = 4097;
+TY_HOST_DEVICE constexpr std::int64_t layout_words(std::int64_t columns, int warps) { return columns * (3 + warps); }
+
 // Offsets in int32 words; every part starts on a cache line.
 struct DeviceScratch {
   std::int64_t number = 0;         // [M][R]: a token's row among those of its chunk for a rank
@@ -25,6 +34,7 @@ struct DeviceScratch {
   std::int64_t base = 0;           // [R]: rows of lower ranks
   std::int64_t counts = 0;         // [count_words()]
   std::int64_t layout_counts = 0;  // [ceil(receive_rows / layout_chunk_rows())][L + 1]
+  std::int64_t layout_sums = 0;    // [layout_blocks()][layout_words(L + 1, 1)] with more than kMostSharedColumns
   std::int64_t words = 0;
   constexpr std::int64_t bytes() const { return words * 4; }
 };
@@ -40,6 +50,8 @@ constexpr DeviceScratch device_scratch(const ArenaShape& shape) {
   scratch.base = part(shape.ranks);
   scratch.counts = part(shape.count_words());
   scratch.layout_counts = part(chunks(shape.receive_rows, layout_chunk_rows(shape)) * (shape.max_local_experts + 1));
+  const std::int64_t columns = shape.max_local_experts + 1;
+  scratch.layout_sums = part(columns > kMostSharedColumns ? layout_blocks(shape) * layout_words(columns, 1) : 0);
   return scratch;
 }
 

@@ -18,6 +18,7 @@ struct Large {
   bool quantise = false;
   bool gather_map = false;
   bool in_phases = false;  // on rank 0 alone
+  int experts = 8;
 };
 
 const Large kLarge[] = {
@@ -38,6 +39,7 @@ const Large kLarge[] = {
      .mode = Mode::latency,
      .copy_out = true,
      .in_phases = true},
+    {.name = "MoreExpertsThanSharedMemoryHas", .experts = 9000},
     {.name = "GatherMap", .layout = Layout::token_major, .gather_map = true},
     {.name = "GatherMapCopied", .layout = Layout::token_major, .copy_out = true, .gather_map = true},
 };
@@ -52,8 +54,10 @@ Received dispatch(Exchange& device, const DispatchInput& input, const DispatchOp
 }
 
 void run_rank(World& world, const Large& large) {
+  BatchShape shape = kShape;
+  shape.experts = large.experts;
   Twin twin(
-      world, [](ExchangeOptions& options) { options.max_scale_bytes = kShape.hidden_size / 128 * 4; }, kShape);
+      world, [](ExchangeOptions& options) { options.max_scale_bytes = kShape.hidden_size / 128 * 4; }, shape);
   DispatchOptions options;
   options.layout = large.layout;
   options.sizing = large.sizing;

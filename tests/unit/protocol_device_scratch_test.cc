@@ -15,7 +15,8 @@ TEST(DeviceScratch, PartsHoldWhatTheyShouldAndFollowEachOther) {
     for (const std::int64_t rows : {1, 128, 130, 9000, 100'000}) {
       const ArenaShape shape{.ranks = 5, .max_tokens_per_rank = tokens, .max_local_experts = 3, .receive_rows = rows};
       const DeviceScratch scratch = device_scratch(shape);
-      for (const std::int64_t begin : {scratch.number, scratch.before, scratch.base, scratch.counts, scratch.layout_counts}) {
+      for (const std::int64_t begin :
+           {scratch.number, scratch.before, scratch.base, scratch.counts, scratch.layout_counts, scratch.layout_sums}) {
         EXPECT_EQ(begin % 16, 0) << tokens << " tokens, " << rows << " rows";
       }
       EXPECT_GE(scratch.before - scratch.number, tokens * 5);
@@ -25,8 +26,22 @@ TEST(DeviceScratch, PartsHoldWhatTheyShouldAndFollowEachOther) {
       const std::int64_t chunk = layout_chunk_rows(shape);
       EXPECT_EQ(chunk % kLayoutChunk, 0) << rows;
       EXPECT_LE(rows, chunk * kMostLayoutChunks);
-      EXPECT_GE((scratch.words - scratch.layout_counts) * chunk, rows * (3 + 1));
+      EXPECT_GE((scratch.layout_sums - scratch.layout_counts) * chunk, rows * (3 + 1));
+      EXPECT_GE(layout_blocks(shape) * chunk, rows);
+      EXPECT_EQ(scratch.words, scratch.layout_sums) << "few experts are summed up in shared memory";
     }
+  }
+}
+
+// Every block of a layout has sums of its own where shared memory is too small for them.
+TEST(DeviceScratch, HoldsTheSumsOfMoreExpertsThanSharedMemoryHas) {
+  for (const int experts : {kMostSharedColumns - 1, kMostSharedColumns, 65'536}) {
+    const ArenaShape shape{.ranks = 2, .max_tokens_per_rank = 16, .max_local_experts = experts, .receive_rows = 9000};
+    const DeviceScratch scratch = device_scratch(shape);
+    const std::int64_t wanted = experts < kMostSharedColumns ? 0 : 71 * layout_words(experts + 1, 1);
+    EXPECT_EQ(layout_blocks(shape), 71);
+    EXPECT_GE(scratch.words - scratch.layout_sums, wanted) << experts;
+    EXPECT_EQ(scratch.words == scratch.layout_sums, wanted == 0) << experts;
   }
 }
 

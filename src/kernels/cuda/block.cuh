@@ -115,8 +115,9 @@ __device__ inline Number inclusive_sum(Number value) {
   return value;
 }
 
-// column[step * i] for i < count becomes the sum of what lay before it, from `sum` on; returns the sum of all. By one warp.
-__device__ inline std::int32_t exclusive_scan_column(std::int32_t* column, std::int64_t step, std::int64_t count, std::int32_t sum) {
+// column[step * i] for i < count becomes the sum of what lay before it; returns the sum of all. By one warp.
+__device__ inline std::int32_t exclusive_scan_column(std::int32_t* column, std::int64_t step, std::int64_t count) {
+  std::int32_t sum = 0;
   for (std::int64_t begin = 0; begin < count; begin += kLanes) {
     const std::int64_t i = begin + lane_index();
     const std::int32_t value = i < count ? column[i * step] : 0;

@@ -77,7 +77,7 @@ __device__ bool comes_last(std::uint32_t* ticket) {
 // By the last block: chunks behind each other, destinations behind each other.
 __device__ void add_up_chunks(const CollectivePlan& plan) {
   for (int rank = warp_index(); rank < plan.ranks; rank += warps_of_block()) {
-    const std::int32_t rows = exclusive_scan_column(plan.chunk_begin + rank, plan.ranks, gridDim.x, 0);
+    const std::int32_t rows = exclusive_scan_column(plan.chunk_begin + rank, plan.ranks, gridDim.x);
     if (lane_index() == 0) *plan.sent(rank) = rows;
   }
   __syncthreads();

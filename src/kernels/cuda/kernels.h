@@ -68,6 +68,7 @@ struct RowNumbers {
 struct LayoutTable {
   std::int32_t* counts = nullptr;  // [chunks][L + 1], the last column counts rows; zero between calls; null: no layout follows
   std::int32_t chunk_rows = 1;
+  std::int32_t* sums = nullptr;  // of blocks with more than protocol::kMostSharedColumns
 };
 
 struct PlanArgs {

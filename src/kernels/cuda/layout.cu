@@ -1,8 +1,6 @@
 // Layouts: which output row each received (row, k) becomes, and the metadata of the output. What landed has been counted as it came; a
 // block for each chunk of rows sums up what all chunks hold, and then places its own.
 
-#include <algorithm>
-
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/layout_parts.cuh"
 #include "kernels/cuda/preload.h"
@@ -11,7 +9,6 @@ namespace tokenyard::cuda {
 namespace {
 
 constexpr int kLayoutWarps = 32;
-constexpr int kFewestBlocks = 32;  // those without a chunk help to fill what no row goes to
 
 enum Ticket { kPlacedTicket };
 
@@ -53,9 +50,11 @@ __global__ void __launch_bounds__(kLayoutWarps* kLanes, 1) lay_out(const __grid_
   extern __shared__ std::int32_t shared[];
   __shared__ GroupsMemory memory;
   const int columns = layout_columns(args);
-  const LayoutMemory layout(shared, columns);
+  const std::int64_t words = protocol::layout_words(columns, warps_of_block());
+  std::int32_t* const sums = columns > protocol::kMostSharedColumns ? args.table.sums + blockIdx.x * words : shared;
+  const LayoutMemory layout(sums, columns);
   const auto chunk = static_cast<int>(blockIdx.x);
-  for (int i = threadIdx.x; i < layout_words(columns, warps_of_block()); i += static_cast<int>(blockDim.x)) shared[i] = 0;
+  for (int i = threadIdx.x; i < words; i += static_cast<int>(blockDim.x)) sums[i] = 0;
   const bool failed = block_has_failed(args.context);
   if (!failed) sum_chunks(args, layout, chunk, chunks);
   __syncthreads();
@@ -74,11 +73,12 @@ void launch_layout(const LayoutArgs& args, Stream stream) {
   const std::int64_t rows = args.context.shape.receive_rows;
   const auto chunks = static_cast<int>((rows + args.table.chunk_rows - 1) / args.table.chunk_rows);
   const int columns = args.local_experts + 1;
-  // As many warps as there is room for the counts of; 2^14 local experts leave it to one.
-  int warps = kLayoutWarps;
-  while (warps > 1 && layout_words(columns, warps) * 4 > most_shared_bytes()) warps /= 2;
-  const Launch launch(std::max(chunks, kFewestBlocks), warps * kLanes, static_cast<std::size_t>(layout_words(columns, warps)) * 4, stream,
-                      Resident::any);
+  const bool is_shared = columns <= protocol::kMostSharedColumns;
+  int warps = is_shared ? kLayoutWarps : 1;  // as many as there is room for the counts of
+  while (warps > 1 && protocol::layout_words(columns, warps) * 4 > most_shared_bytes()) warps /= 2;
+  const std::int64_t bytes = is_shared ? protocol::layout_words(columns, warps) * 4 : 0;
+  const auto blocks = static_cast<int>(protocol::layout_blocks(args.context.shape));
+  const Launch launch(blocks, warps * kLanes, static_cast<std::size_t>(bytes), stream, Resident::any);
   launch(lay_out, args, chunks);
 }
 

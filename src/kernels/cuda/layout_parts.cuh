@@ -47,16 +47,15 @@ struct GroupsMemory {
   int overflowing;  // the first local expert beyond its capacity
 };
 
-// Shared memory of a block that lays out.
+// What a block that lays out sums up, protocol::layout_words() in shared memory; in global memory where they are too many.
 struct LayoutMemory {
   std::int32_t* next;  // [columns]: where the chunk's next row of it goes, counted in its group
   Groups groups;
   std::int32_t* warp_counts;  // [warps][columns]: of one round, then where the warp's rows go; zero between rounds
 
-  __device__ LayoutMemory(std::int32_t* shared, int columns)
-      : next(shared), groups{shared + columns, shared + 2 * columns}, warp_counts(shared + 3 * columns) {}
+  __device__ LayoutMemory(std::int32_t* words, int columns)
+      : next(words), groups{words + columns, words + 2 * columns}, warp_counts(words + 3 * columns) {}
 };
-TY_HOST_DEVICE inline std::int64_t layout_words(int columns, int warps) { return std::int64_t{columns} * (3 + warps); }
 
 // What lies before a chunk, into layout.next, and in all chunks, into layout.groups.kept. By the block, and added to zeros.
 __device__ inline void sum_chunks(const LayoutArgs& args, const LayoutMemory& layout, int chunk, int chunks) {

@@ -190,7 +190,7 @@ __device__ void scan_chunks(const PlanArgs& args) {
   const Context& c = args.context;
   const int chunks = (args.routing.num_tokens + kPlanChunk - 1) / kPlanChunk;
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
-    exclusive_scan_column(args.numbers.before + rank, c.ranks, chunks, 0);
+    exclusive_scan_column(args.numbers.before + rank, c.ranks, chunks);
   }
 }
 
