@@ -156,6 +156,8 @@ class BenchRank {
     const Clock::time_point start = Clock::now();
     body();
     samples_[series].push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
+    // Where ranks share a core, what this one does next would be part of the time of one that has yet to notice its end.
+    barrier_->barrier();
   }
 
   template <class Body>

@@ -63,17 +63,17 @@ Expected<Landing> DirectTransport::exchange_rows(const RowsCall& call) {
 
 void DirectTransport::move_rows(const RowsCall& call, std::span<const int> buffers) {
   const SendPlan& plan = *call.plan;
-  const bool stream = cpu::should_stream(static_cast<std::int64_t>(plan.entries.size()) * call.source->row_bytes());
+  const StoreChoice::Stores stores(store_choice_, static_cast<std::int64_t>(plan.entries.size()) * call.source->row_bytes());
   constexpr std::int64_t kGrain = 8;
   pool_.parallel_for(plan.num_tokens, kGrain, [&](std::int64_t begin, std::int64_t end, int) {
     std::vector<std::byte> scratch(call.source->scratch_bytes());
-    for (std::int64_t token = begin; token < end; ++token) move_token(call, buffers, token, scratch.data(), stream);
-    if (stream) cpu::stream_fence();
+    for (std::int64_t token = begin; token < end; ++token) move_token(call, buffers, token, scratch.data(), stores);
+    if (stores.stream_to_peers()) cpu::stream_fence();
   });
 }
 
 void DirectTransport::move_token(const RowsCall& call, std::span<const int> buffers, std::int64_t token, std::byte* scratch,
-                                 bool stream) const {
+                                 const StoreChoice::Stores& stores) const {
   const SendPlan& plan = *call.plan;
   const std::span<const SendEntry> entries = plan.entries_of(token);
   if (entries.empty()) return;
@@ -89,7 +89,12 @@ void DirectTransport::move_token(const RowsCall& call, std::span<const int> buff
     const int buffer = buffers[entry.rank];
     const std::int64_t first = call.mode == Mode::latency ? arena_->rank() * shape.max_tokens_per_rank : 0;
     const std::int64_t row = first + (call.mode == Mode::latency ? token : entry.slot);
-    targets[waiting++] = arena_->rows(entry.rank, buffer) + row * row_bytes;
+    std::byte* const to = arena_->rows(entry.rank, buffer) + row * row_bytes;
+    if (entry.rank == arena_->rank() && stores.stream_to_self() != stores.stream_to_peers()) {
+      cpu::copy_row(to, from.row, row_bytes, stores.stream_to_self());
+    } else {
+      targets[waiting++] = to;
+    }
     if (scale_bytes != 0) std::memcpy(arena_->scales(entry.rank, buffer) + row * scale_bytes, from.scales, scale_bytes);
     if (call.known == nullptr) {
       protocol::Record record{arena_->records(entry.rank, buffer) + (first + entry.slot) * shape.record_bytes(), plan.top_k};
@@ -99,7 +104,7 @@ void DirectTransport::move_token(const RowsCall& call, std::span<const int> buff
       for (int k = 0; k < plan.top_k; ++k) record.weights()[k] = call.weights ? weight_at(call.weights, token, k) : 1.0F;
     }
     if (waiting == kAtOnce || i + 1 == entries.size()) {
-      cpu::copy_row_to_many(targets, waiting, from.row, row_bytes, stream);
+      cpu::copy_row_to_many(targets, waiting, from.row, row_bytes, stores.stream_to_peers());
       waiting = 0;
     }
   }

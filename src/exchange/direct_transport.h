@@ -9,6 +9,7 @@
 #include "exchange/lease_board.h"
 #include "exchange/peer_wait.h"
 #include "exchange/row_transport.h"
+#include "exchange/store_choice.h"
 
 namespace tokenyard::exchange_internal {
 
@@ -56,7 +57,8 @@ class DirectTransport final : public RowTransport {
   Expected<void> await(Phase phase, protocol::MessageKind kind, const protocol::CallHeader& header);
   Expected<void> await_grants(const protocol::CallHeader& header);
   void move_rows(const RowsCall& call, std::span<const int> buffers);
-  void move_token(const RowsCall& call, std::span<const int> buffers, std::int64_t token, std::byte* scratch, bool stream) const;
+  void move_token(const RowsCall& call, std::span<const int> buffers, std::int64_t token, std::byte* scratch,
+                  const StoreChoice::Stores& stores) const;
   Landing landing_of(const RowsCall& call);
 
   World world_;
@@ -65,6 +67,7 @@ class DirectTransport final : public RowTransport {
   PeerWait wait_;
   std::shared_ptr<Grants> grants_;
   std::vector<std::int64_t> link_bytes_;
+  StoreChoice store_choice_;
   std::uint64_t dispatch_epoch_ = 0;
   std::uint64_t unsettled_call_ = 0;  // a rejected or aborted call that some peer may not have left yet
   std::uint64_t last_combine_ = 0;    // the last call that used staging

@@ -19,6 +19,7 @@
 #include "exchange/lease_board.h"
 #include "exchange/row_memory.h"
 #include "exchange/row_transport.h"
+#include "exchange/store_choice.h"
 #include "tokenyard/exchange.h"
 
 namespace tokenyard::exchange_internal {
@@ -149,6 +150,7 @@ class Engine final : public ExchangeEngine {
 
   ThreadPool pool_;
   std::unique_ptr<RowTransport> transport_;
+  StoreChoice store_choice_;  // of partial sums
   std::uint64_t last_call_ = 0;
   std::shared_ptr<LeaseBoard> expert_board_;
   std::vector<RowMemory> expert_memory_;  // [depth], of the expert layouts

@@ -32,7 +32,7 @@ class LocalRows {
     return row(handle_.layout == Layout::token_major ? i : source * max_tokens_per_rank_ + handle_.received.source_token[i]);
   }
   // The partial sum of received row i over ks in [first, last), k ascending. weights: [N,K] or empty.
-  void fold(std::int64_t i, int first, int last, const std::vector<float>& weights, void* out) const {
+  void fold(std::int64_t i, int first, int last, const std::vector<float>& weights, void* out, bool stream) const {
     const void* rows[64];
     float terms[64];
     int count = 0;
@@ -43,8 +43,13 @@ class LocalRows {
       if (!weights.empty()) terms[count] = weights[i * handle_.top_k() + k];
       ++count;
     }
-    cpu::fold(
-        {.rows = rows, .weights = weights.empty() ? nullptr : terms, .count = count, .dtype = dtype_, .elements = elements_, .out = out});
+    cpu::fold({.rows = rows,
+               .weights = weights.empty() ? nullptr : terms,
+               .count = count,
+               .dtype = dtype_,
+               .elements = elements_,
+               .out = out,
+               .stream = stream});
   }
 
  private:
@@ -177,7 +182,8 @@ void Engine::fold_remote(const CombineJob& job, const CombineCall& call, const R
   const LocalRows local(handle, job.y, shape_.max_tokens_per_rank);
   const ReceivedRows& received = handle.received;
   const int k = handle.top_k();
-  const bool stream = cpu::should_stream(received.size() * call.row_bytes);
+  const StoreChoice::Stores stores(store_choice_, received.size() * call.row_bytes);
+  const bool stream = stores.stream_to_peers();
   constexpr std::int64_t kGrain = 8;
   // Every rank starts behind itself, so that no owner is written by all at once.
   for (int step = 1; step < shape_.ranks; ++step) {
@@ -188,10 +194,10 @@ void Engine::fold_remote(const CombineJob& job, const CombineCall& call, const R
         if (!handle.is_expert_layout()) {
           cpu::copy_row(targets.partials[i], local.token_row(i, source), call.row_bytes, stream);
         } else if (!call.unfolded) {
-          local.fold(i, 0, k, weights, targets.partials[i]);
+          local.fold(i, 0, k, weights, targets.partials[i], stream);
         } else {
           for (int j = 0; j < k; ++j) {
-            if (targets.partials[i * k + j] != nullptr) local.fold(i, j, j + 1, weights, targets.partials[i * k + j]);
+            if (targets.partials[i * k + j] != nullptr) local.fold(i, j, j + 1, weights, targets.partials[i * k + j], stream);
           }
         }
       }
@@ -251,7 +257,7 @@ void Engine::sum_tokens(const CombineJob& job, const CombineCall& call, const Ro
             partials.push_back(local.token_row(own_row(handle, entry), rank));
           } else {
             std::byte* const own = scratch.data() + j * call.row_bytes;
-            local.fold(own_row(handle, entry), call.unfolded ? j : 0, call.unfolded ? j + 1 : k, weights, own);
+            local.fold(own_row(handle, entry), call.unfolded ? j : 0, call.unfolded ? j + 1 : k, weights, own, false);
             partials.push_back(own);
           }
         }

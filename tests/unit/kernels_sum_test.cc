@@ -82,7 +82,7 @@ TEST(KernelsFold, AnyRowsWeightsAndLength) {
   SeededRandom random;
   testing::on_every_target([&] {
     for (int repeat = 0; repeat < 300; ++repeat) {
-      FoldArgs args{.dtype = random.pick(testing::kSummable), .elements = random.pick(testing::kLengths)};
+      FoldArgs args{.dtype = random.pick(testing::kSummable), .elements = random.pick(testing::kLengths), .stream = random.one_in(2)};
       args.count = static_cast<int>(random.between(0, 9));
       const Rows rows(random, args.count, args.dtype, args.elements);
       args.rows = rows.pointers.data();

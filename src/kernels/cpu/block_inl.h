@@ -1,5 +1,6 @@
 // A block of a row's elements in four vectors of accumulators, and the walk over a row in blocks; once per instruction set.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -162,6 +163,21 @@ HWY_INLINE void store_part(const Block<kDtype>& block, void* row, std::int64_t b
   } else {
     block.template store_all<kOut, false>(to);
   }
+}
+
+// Streaming needs aligned vectors: a first part of `lead` elements reaches the next cache line, or as near as whole blocks
+// allow. Elements that straddle lines never get there.
+struct RowStores {
+  bool stream = false;
+  std::int64_t lead = 0;
+};
+
+template <Dtype kDtype, Dtype kOut>
+RowStores row_stores(const void* out, std::int64_t elements, bool stream) {
+  constexpr std::int64_t kLine = 64, kSize = sizeof(Element<kOut>);
+  const auto to_line = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(out) % kLine);
+  if (!stream || to_line % kSize != 0) return {};
+  return {true, std::min(to_line / kSize % Block<kDtype>::kElements, elements)};
 }
 
 // At most twice per row: one copy of the code is enough.

@@ -17,6 +17,7 @@ namespace tokenyard::cpu::HWY_NAMESPACE {
 template <Dtype kDtype>
 struct FoldKernel {
   const FoldArgs& args;
+  bool stream;
 
   template <bool kFull>
   HWY_INLINE void part(std::int64_t begin, std::int64_t count) const {
@@ -29,12 +30,15 @@ struct FoldKernel {
         sum.add(row);
       }
     }
-    store_part<kDtype, kFull>(sum, args.out, begin, count, false);
+    store_part<kDtype, kFull>(sum, args.out, begin, count, stream);
   }
 };
 
 void fold(const FoldArgs& args) {
-  visit_summable(args.dtype, [&](auto dtype) { for_each_part<dtype.value>(FoldKernel<dtype.value>{args}, args.elements); });
+  visit_summable(args.dtype, [&](auto dtype) {
+    const auto [stream, lead] = row_stores<dtype.value, dtype.value>(args.out, args.elements, args.stream);
+    for_each_part<dtype.value>(FoldKernel<dtype.value>{args, stream}, args.elements, lead);
+  });
 }
 
 template <Dtype kDtype>

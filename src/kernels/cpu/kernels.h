@@ -32,6 +32,7 @@ struct FoldArgs {
   Dtype dtype = Dtype::float32;
   std::int64_t elements = 0;
   void* out = nullptr;  // may be one of rows
+  bool stream = false;  // as for copy_row
 };
 void fold(const FoldArgs& args);
 

@@ -82,12 +82,7 @@ bool reduce_few(const ReduceArgs& args, bool stream, std::int64_t lead) {
 
 template <Dtype kDtype, Dtype kOut>
 void reduce_row(const ReduceArgs& args) {
-  constexpr std::int64_t kLine = 64, kSize = sizeof(Element<kOut>);
-  // Streaming needs aligned vectors: a first part reaches the next cache line, or as near as whole blocks allow. Elements
-  // that straddle lines never get there.
-  const auto to_line = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(args.out) % kLine);
-  const bool stream = args.stream && to_line % kSize == 0;
-  const std::int64_t lead = stream ? std::min(to_line / kSize % Block<kDtype>::kElements, args.elements) : 0;
+  const auto [stream, lead] = row_stores<kDtype, kOut>(args.out, args.elements, args.stream);
   if constexpr (kDtype == kOut) {
     if (reduce_few<kDtype>(args, stream, lead)) return;
   }
