@@ -102,7 +102,10 @@ void CudaEngine::push_and_sum(const cuda::CombineArgs& args, cudaStream_t stream
     return;
   }
   phase("combine push", stream, [&] { cuda::launch_combine_push(args, stream); });
-  phase("combine sum", stream, [&] { cuda::launch_combine_sum(args, stream); });
+  phase("combine wait", stream, [&] { cuda::launch_wait_partials(args.context, stream); });
+  cuda::CombineArgs sum = args;
+  sum.blocks = multiprocessors_of(device_);
+  phase("combine sum", stream, [&] { cuda::launch_combine_sum(sum, stream); });
 }
 
 Combined CudaEngine::enqueue_combine(cuda::CombineArgs args, const Handle& handle, const CombineOptions& options, cudaStream_t stream) {

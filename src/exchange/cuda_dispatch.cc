@@ -1,4 +1,4 @@
-// The dispatch of the CUDA engine: plan, move, layout, spread; or in latency mode slots, and then layout and spread unless it pads.
+// The dispatch of the CUDA engine: plan, places, move, layout, spread; or in latency mode slots, and then layout and spread unless it pads.
 
 #include <algorithm>
 #include <chrono>
@@ -75,7 +75,13 @@ CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const Dispatc
   const bool has_output = halves == Halves::together || !options.copy_out || options.out_rows;
   job.pads = !job.cached && has_output && made.layout == Layout::expert_padded && made.mode == Mode::latency && made.local_experts > 0 &&
              cuda::can_pad(shape_, made.top_k);
-  if (job.pads) job.output = place_output(job, stream);
+  // Those of an exact dispatch have no memory before the host knows the counts.
+  const bool is_placed_early = has_output && made.is_expert_layout() && made.mode == Mode::throughput && made.local_experts > 0 &&
+                               budget_.multiprocessors >= cuda::kFewestOwnBlocks &&
+                               (job.cached || (options.sizing == Sizing::capacity && cuda::can_place_own(shape_))) &&
+                               cuda::moves_in_bulk(move_args(job, true));
+  if (job.pads || is_placed_early) job.output = place_output(job, stream);
+  job.places_own = is_placed_early && reinterpret_cast<std::uintptr_t>(job.output->rows) % 16 == 0;  // bulk copies need that
   return job;
 }
 
@@ -134,22 +140,45 @@ cuda::SourceArgs CudaEngine::source_args(const CudaDispatch& job) const {
   return args;
 }
 
+cuda::LayoutArgs CudaEngine::layout_args(const CudaDispatch& job) const {
+  const HandleShape& shape = job.handle->shape;
+  return {.context = arena_->context(),
+          .handle = job.handle->view,
+          .layout = shape.layout,
+          .mode = shape.mode,
+          .gather_map = shape.gather_map,
+          .alignment = job.layout_options.alignment,
+          .expert_capacity = shape.layout == Layout::expert_padded ? shape.expert_width : job.layout_options.expert_capacity,
+          .drop = job.layout_options.drop,
+          .local_experts = shape.local_experts,
+          .output_rows = shape.output_rows,
+          .map_rows = shape.map_rows,
+          .table = layout_table_,
+          .last = true};
+}
+
+// `last`: no layout follows.
+cuda::MoveArgs CudaEngine::move_args(const CudaDispatch& job, bool last) const {
+  return {.context = context(job.options.waits),
+          .header = job.header,
+          .buffer = job.buffer,
+          .routing = routing_args(job),
+          .source = source_args(job),
+          .handle = job.handle->view,
+          .numbers = row_numbers_,
+          .table = last ? cuda::LayoutTable() : layout_table_,
+          .own = job.places_own ? cuda::OwnRows{.places = own_places_, .rows = job.output->rows} : cuda::OwnRows(),
+          .cached = job.cached,
+          .last = last,
+          .blocks = budget_.multiprocessors};
+}
+
 void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
   const bool latency = static_cast<Mode>(job.header.mode) == Mode::latency;
   const HandleShape& shape = job.handle->shape;
-  const std::int64_t capacity = shape.layout == Layout::expert_padded ? shape.expert_width : job.layout_options.expert_capacity;
   const bool lays_out = !job.cached && !job.pads && (shape.is_expert_layout() || shape.is_compacted() || shape.gather_map);
-  const cuda::MoveArgs move{.context = context(job.options.waits),
-                            .header = job.header,
-                            .buffer = job.buffer,
-                            .routing = routing_args(job),
-                            .source = source_args(job),
-                            .handle = job.handle->view,
-                            .numbers = row_numbers_,
-                            .table = lays_out ? layout_table_ : cuda::LayoutTable(),
-                            .cached = job.cached,
-                            .last = !lays_out,
-                            .blocks = budget_.multiprocessors};
+  const cuda::MoveArgs move = move_args(job, !lays_out);
+  const cuda::LayoutArgs layout = layout_args(job);
   if (!job.cached) job.handle->counts->call = 0;
   if (latency) {
     cuda::PadArgs pad;
@@ -162,7 +191,7 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
           .header = job.header,
           .buffer = job.buffer,
           .routing = move.routing,
-          .limits = {.expert_capacity = capacity,
+          .limits = {.expert_capacity = layout.expert_capacity,
                      .max_layout_rows =
                          shape.layout == Layout::expert_major && job.options.sizing == Sizing::capacity ? options_.max_expert_rows : 0,
                      .alignment = job.layout_options.alignment,
@@ -171,28 +200,18 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
           .handle = job.handle->view,
           .numbers = row_numbers_,
           .counts = counts_,
+          .own_counts = job.places_own ? own_counts_ : nullptr,
           // What only an exact dispatch waits for costs the device a trip to the host's memory.
           .host = job.options.sizing == Sizing::exact ? job.handle->counts.get() : nullptr};
       phase("dispatch plan", stream, [&] { cuda::launch_plan(plan, stream); });
+      if (job.places_own) {
+        const cuda::PlaceOwnArgs place{.layout = layout, .routing = move.routing, .counts = own_counts_, .places = own_places_};
+        phase("dispatch places", stream, [&] { cuda::launch_place_own(place, stream); });
+      }
     }
     phase("dispatch rows", stream, [&] { cuda::launch_move(move, stream); });
   }
-  if (lays_out) {
-    const cuda::LayoutArgs layout{.context = arena_->context(),
-                                  .handle = job.handle->view,
-                                  .layout = shape.layout,
-                                  .mode = shape.mode,
-                                  .gather_map = shape.gather_map,
-                                  .alignment = job.layout_options.alignment,
-                                  .expert_capacity = capacity,
-                                  .drop = job.layout_options.drop,
-                                  .local_experts = shape.local_experts,
-                                  .output_rows = shape.output_rows,
-                                  .map_rows = shape.map_rows,
-                                  .table = layout_table_,
-                                  .last = true};
-    phase("dispatch layout", stream, [&] { cuda::launch_layout(layout, stream); });
-  }
+  if (lays_out) phase("dispatch layout", stream, [&] { cuda::launch_layout(layout, stream); });
   cuda_check(cudaGetLastError(), "enqueueing a dispatch");
 }
 
@@ -227,8 +246,8 @@ Received CudaEngine::finish_dispatch(CudaDispatch& job, cudaStream_t stream) {
   if (source.scale_bytes() > 0) state->scales = shaped(arena_->scales(job.buffer), source.scale_dtype(), rows, source.scale_columns());
   state->lease = job.lease;
   if (!job.in_place) {
+    if (!job.output) job.output = place_output(job, stream);
     if (!job.pads) {
-      job.output = place_output(job, stream);
       phase("dispatch spread", stream, [&] { cuda::launch_spread(spread_args(job), stream); });
       cuda_check(cudaGetLastError(), "enqueueing the copy of received rows");
     }
@@ -254,6 +273,7 @@ cuda::SpreadArgs CudaEngine::spread_args(const CudaDispatch& job) const {
           .rows = job.output->rows,
           .scales = job.output->scales,
           .output_rows = job.handle->total_rows(),
+          .own_placed = job.places_own,
           .zero_padding = job.options.zero_padding,
           .blocks = multiprocessors_of(device_)};
 }

@@ -98,6 +98,8 @@ void CudaEngine::make_scratch() {
   auto* const words = reinterpret_cast<std::int32_t*>(scratch_.data());
   row_numbers_ = {.number = words + at.number, .before = words + at.before, .base = words + at.base};
   counts_ = words + at.counts;
+  own_counts_ = words + at.own_counts;
+  own_places_ = words + at.own_places;
   layout_table_ = {.counts = words + at.layout_counts,
                    .chunk_rows = static_cast<std::int32_t>(protocol::layout_chunk_rows(shape_)),
                    .sums = words + at.layout_sums};

@@ -46,8 +46,9 @@ struct CudaDispatch {
   std::shared_ptr<void> lease;
   int expert_buffer = 0;  // unless in place or copied out
   std::shared_ptr<void> expert_lease;
-  bool in_place = false;  // rows are used where they land
-  bool pads = false;      // the kernel that lands rows also lays them out and copies them
+  bool in_place = false;    // rows are used where they land
+  bool pads = false;        // the kernel that lands rows also lays them out and copies them
+  bool places_own = false;  // this rank's own rows go straight to their places
   std::optional<OutputRows> output;
 };
 enum class Halves : std::uint8_t { together, apart };  // start and finish
@@ -113,6 +114,8 @@ class CudaEngine final : public ExchangeEngine {
   Received finish_dispatch(CudaDispatch& job, cudaStream_t stream);
   OutputRows place_output(const CudaDispatch& job, cudaStream_t stream);
   cuda::SpreadArgs spread_args(const CudaDispatch& job) const;
+  cuda::LayoutArgs layout_args(const CudaDispatch& job) const;
+  cuda::MoveArgs move_args(const CudaDispatch& job, bool last) const;
   std::byte* expert_memory(int buffer, std::int64_t bytes, cudaStream_t stream);
   // Behind whatever still reads the buffers that the dispatch is about to fill, and before whoever fills them next.
   void enter_buffers(const CudaDispatch& job, cudaStream_t stream);
@@ -154,6 +157,7 @@ class CudaEngine final : public ExchangeEngine {
   DeviceBuffer scratch_;
   cuda::RowNumbers row_numbers_;
   std::int32_t* counts_ = nullptr;
+  std::int32_t *own_counts_ = nullptr, *own_places_ = nullptr;
   cuda::LayoutTable layout_table_;
   DeviceBuffer groups_;
   std::vector<DeviceTable> tables_;

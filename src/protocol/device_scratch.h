@@ -8,6 +8,7 @@
 namespace tokenyard::protocol {
 
 constexpr int kPlanChunk = 128;          // tokens
+constexpr int kHistogramWords = 2048;    // up to so many counts a block adds up in shared memory first
 constexpr int kLayoutChunk = 128;        // received rows, or a multiple of it
 constexpr int kMostLayoutChunks = 256;   // a block each, which sums up what all of them hold
 constexpr int kFewestLayoutBlocks = 32;  // those without a chunk help to fill what no row goes to
@@ -33,6 +34,8 @@ struct DeviceScratch {
   std::int64_t before = 0;         // [ceil(M / kPlanChunk)][R]: rows of earlier chunks
   std::int64_t base = 0;           // [R]: rows of lower ranks
   std::int64_t counts = 0;         // [count_words()]
+  std::int64_t own_counts = 0;     // [ceil(M / kPlanChunk)][L]: how often this rank's tokens ask for its own experts
+  std::int64_t own_places = 0;     // [M][K]: where this rank's rows go among those of its own experts
   std::int64_t layout_counts = 0;  // [ceil(receive_rows / layout_chunk_rows())][L + 1]
   std::int64_t layout_sums = 0;    // [layout_blocks()][layout_words(L + 1, 1)] with more than kMostSharedColumns
   std::int64_t words = 0;
@@ -49,6 +52,8 @@ constexpr DeviceScratch device_scratch(const ArenaShape& shape) {
   scratch.before = part(chunks(shape.max_tokens_per_rank, kPlanChunk) * shape.ranks);
   scratch.base = part(shape.ranks);
   scratch.counts = part(shape.count_words());
+  scratch.own_counts = part(chunks(shape.max_tokens_per_rank, kPlanChunk) * shape.max_local_experts);
+  scratch.own_places = part(shape.max_tokens_per_rank * shape.top_k);
   scratch.layout_counts = part(chunks(shape.receive_rows, layout_chunk_rows(shape)) * (shape.max_local_experts + 1));
   const std::int64_t columns = shape.max_local_experts + 1;
   scratch.layout_sums = part(columns > kMostSharedColumns ? layout_blocks(shape) * layout_words(columns, 1) : 0);

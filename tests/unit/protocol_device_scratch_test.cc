@@ -13,16 +13,19 @@ namespace {
 TEST(DeviceScratch, PartsHoldWhatTheyShouldAndFollowEachOther) {
   for (const std::int64_t tokens : {1, 127, 128, 129, 4096}) {
     for (const std::int64_t rows : {1, 128, 130, 9000, 100'000}) {
-      const ArenaShape shape{.ranks = 5, .max_tokens_per_rank = tokens, .max_local_experts = 3, .receive_rows = rows};
+      const ArenaShape shape{.ranks = 5, .max_tokens_per_rank = tokens, .top_k = 7, .max_local_experts = 3, .receive_rows = rows};
       const DeviceScratch scratch = device_scratch(shape);
       for (const std::int64_t begin :
-           {scratch.number, scratch.before, scratch.base, scratch.counts, scratch.layout_counts, scratch.layout_sums}) {
+           {scratch.number, scratch.before, scratch.base, scratch.counts, scratch.own_counts, scratch.own_places, scratch.layout_counts,
+            scratch.layout_sums}) {
         EXPECT_EQ(begin % 16, 0) << tokens << " tokens, " << rows << " rows";
       }
       EXPECT_GE(scratch.before - scratch.number, tokens * 5);
       EXPECT_GE((scratch.base - scratch.before) * kPlanChunk, tokens * 5);
       EXPECT_GE(scratch.counts - scratch.base, 5);
-      EXPECT_GE(scratch.layout_counts - scratch.counts, 5 * (1 + 3));
+      EXPECT_GE(scratch.own_counts - scratch.counts, 5 * (1 + 3));
+      EXPECT_GE((scratch.own_places - scratch.own_counts) * kPlanChunk, tokens * 3);
+      EXPECT_GE(scratch.layout_counts - scratch.own_places, tokens * 7);
       const std::int64_t chunk = layout_chunk_rows(shape);
       EXPECT_EQ(chunk % kLayoutChunk, 0) << rows;
       EXPECT_LE(rows, chunk * kMostLayoutChunks);

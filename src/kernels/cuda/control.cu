@@ -34,7 +34,11 @@ __global__ void wait_weights(const __grid_constant__ Context c) {
   if (!block_has_failed(c)) wait_for_all(c, Flag::weights, Phase::combine_weights, call_number(c), true);
 }
 
-const Preloaded preloaded({{reject_call}, {wait_reads}, {wait_weights}});
+__global__ void wait_partials(const __grid_constant__ Context c) {
+  if (!block_has_failed(c)) wait_for_all(c, Flag::partials, Phase::combine_rows, call_number(c), true);
+}
+
+const Preloaded preloaded({{reject_call}, {wait_reads}, {wait_weights}, {wait_partials}});
 
 }  // namespace
 
@@ -61,5 +65,7 @@ void launch_reject(const Context& context, const char* reason, Stream stream) {
 void launch_wait_reads(const Context& context, Stream stream) { wait_reads<<<1, kControlThreads, 0, stream>>>(context); }
 
 void launch_wait_weights(const Context& context, Stream stream) { wait_weights<<<1, kControlThreads, 0, stream>>>(context); }
+
+void launch_wait_partials(const Context& context, Stream stream) { wait_partials<<<1, kControlThreads, 0, stream>>>(context); }
 
 }  // namespace tokenyard::cuda

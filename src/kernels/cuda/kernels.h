@@ -71,6 +71,13 @@ struct LayoutTable {
   std::int32_t* sums = nullptr;  // of blocks with more than protocol::kMostSharedColumns
 };
 
+// Where this rank's own rows go at once, of expert layouts in throughput mode: to each of their places, not to where others' land.
+struct OwnRows {
+  const std::int32_t* places = nullptr;  // [T][K] output rows, -1: none; of a cached dispatch the handle has them by slot
+  std::byte* rows = nullptr;             // dense output on 16 bytes; null: own rows land as all others do
+};
+constexpr int kFewestOwnBlocks = 32;  // fewer would be busy with them for longer than with the links (docs/kernels.md)
+
 struct PlanArgs {
   Context context;
   protocol::CallHeader header;  // call and handle_call are filled in by the kernel
@@ -79,8 +86,9 @@ struct PlanArgs {
   LimitArgs limits;
   HandleView handle;
   RowNumbers numbers;
-  std::int32_t* counts = nullptr;  // scratch: this rank's row of the count matrix, zero between kernels
-  HostCounts* host = nullptr;      // pinned
+  std::int32_t* counts = nullptr;      // scratch: this rank's row of the count matrix, zero between kernels
+  std::int32_t* own_counts = nullptr;  // scratch: for launch_place_own; null: it does not follow
+  HostCounts* host = nullptr;          // pinned
 };
 
 // Rows as the caller has them; quantised on the way when asked.
@@ -107,6 +115,7 @@ struct MoveArgs {
   HandleView handle;
   RowNumbers numbers;  // of the plan; throughput mode, unless cached
   LayoutTable table;
+  OwnRows own;
   bool cached = false;  // slots are the handle's, no records travel
   bool last = false;    // ends the call
   int blocks = 1;       // of the grid: at most what may be resident at once beside everything else on the device
@@ -129,6 +138,15 @@ struct LayoutArgs {
   bool last = false;
 };
 
+// Finds the places of this rank's own rows before they move: as the layout will, from the plan's counts.
+struct PlaceOwnArgs {
+  LayoutArgs layout;
+  RoutingArgs routing;
+  const std::int32_t* counts = nullptr;  // PlanArgs::own_counts
+  std::int32_t* places = nullptr;        // OwnRows::places
+};
+inline bool can_place_own(const protocol::ArenaShape& shape) { return shape.count_words() <= protocol::kHistogramWords; }
+
 // Copies rows and scales from where they landed to their places in the output (handle.output_row; identity without it).
 struct SpreadArgs {
   Context context;
@@ -141,6 +159,7 @@ struct SpreadArgs {
   std::byte* rows = nullptr;  // dense output
   std::byte* scales = nullptr;
   std::int64_t output_rows = 0;
+  bool own_placed = false;    // this rank's own rows are in their places, their scales are not
   bool zero_padding = false;  // output rows without a source (handle.out_source_rank < 0) are zeroed
   int blocks = 1;
 };
@@ -197,7 +216,12 @@ void launch_reject(const Context& context, const char* reason, Stream stream);
 void launch_wait_reads(const Context& context, Stream stream);
 // Within a combine, at_source: waits until every rank's weights are here.
 void launch_wait_weights(const Context& context, Stream stream);
+// Within a combine by push: waits until every rank's partial sums are here, so that the blocks that add them up wait for nobody.
+void launch_wait_partials(const Context& context, Stream stream);
 void launch_plan(const PlanArgs& args, Stream stream);
+void launch_place_own(const PlaceOwnArgs& args, Stream stream);  // behind its plan
+// Whether rows go by bulk copies, so that MoveArgs::own may be used.
+bool moves_in_bulk(const MoveArgs& args);
 // Throughput: every row once to each of its ranks, into its slot, which the handle learns; then waits for every source, and turns its
 // records into the handle's received rows [0, receive_rows).
 void launch_move(const MoveArgs& args, Stream stream);
@@ -208,7 +232,7 @@ void launch_spread(const SpreadArgs& args, Stream stream);  // local, behind its
 
 void launch_combine_weights(const CombineArgs& args, Stream stream);  // at_source: this rank's weights go to where its rows went
 void launch_combine_push(const CombineArgs& args, Stream stream);     // fold or copy, into the owners' staging
-void launch_combine_sum(const CombineArgs& args, Stream stream);      // waits for all partial sums, adds them up
+void launch_combine_sum(const CombineArgs& args, Stream stream);      // local: adds up all partial sums, which are here
 void launch_combine_pull(const CombineArgs& args, Stream stream);     // sums straight from the peers' expert rows
 void launch_combine_fused(const CombineArgs& args, Stream stream);    // push and sum in one kernel: small batches
 

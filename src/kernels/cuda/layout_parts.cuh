@@ -233,31 +233,43 @@ __device__ inline void scan_warps(const LayoutArgs& args, const LayoutMemory& la
   }
 }
 
-// Places a chunk by the block, a pair for each thread in their order, and as many again. Begins with a barrier.
-__device__ inline void place_rows(const LayoutArgs& args, const LayoutMemory& layout, Chunk chunk) {
-  __syncthreads();  // groups are final
-  const bool compacts = is_compacted(args);
-  if (compacts && warp_index() == 0) compact_rows(args, chunk, layout.next[args.local_experts]);
-  if (!is_expert_layout(args) && !args.gather_map && !compacts) return;
+// Finds for each pair of [begin, end) its number in its group, by the block: a pair for each thread in their order, and as many again.
+// local_of(pair) is its local expert or -1; put(pair, local, number) takes the answer.
+template <class LocalOf, class Put>
+__device__ inline void place_pairs(const LayoutArgs& args, const LayoutMemory& layout, std::int64_t begin, std::int64_t end,
+                                   LocalOf&& local_of, Put&& put) {
   std::int32_t* const of_warp = layout.warp_counts + warp_index() * layout_columns(args);
   const auto threads = static_cast<std::int64_t>(blockDim.x);
-  const std::int64_t end = static_cast<std::int64_t>(chunk.end) * args.handle.top_k;
-  for (std::int64_t begin = static_cast<std::int64_t>(chunk.begin) * args.handle.top_k; begin < end; begin += threads) {
+  for (; begin < end; begin += threads) {
     const std::int64_t pair = begin + threadIdx.x;
-    const std::int32_t local = pair < end ? local_id_at(args, pair) : -1;
+    const std::int32_t local = pair < end ? local_of(pair) : -1;
     const unsigned alike = __match_any_sync(kAllLanes, local);
     const int before = __popc(alike & lanes_below());
     if (local >= 0 && before == 0) of_warp[local] = __popc(alike);
     __syncthreads();
     scan_warps(args, layout);
     __syncthreads();
-    if (pair < end) place_pair(args, layout.groups, pair, local, local >= 0 ? of_warp[local] + before : 0);
-    if (compacts && pair < end) compact_pair(args.handle, pair);
+    if (pair < end) put(pair, local, local >= 0 ? of_warp[local] + before : 0);
     if (begin + threads >= end) break;
     __syncthreads();
     for (int i = threadIdx.x; i < layout_columns(args) * warps_of_block(); i += static_cast<int>(threads)) layout.warp_counts[i] = 0;
     __syncthreads();
   }
+}
+
+// Places a chunk by the block. Begins with a barrier.
+__device__ inline void place_rows(const LayoutArgs& args, const LayoutMemory& layout, Chunk chunk) {
+  __syncthreads();  // groups are final
+  const bool compacts = is_compacted(args);
+  if (compacts && warp_index() == 0) compact_rows(args, chunk, layout.next[args.local_experts]);
+  if (!is_expert_layout(args) && !args.gather_map && !compacts) return;
+  const std::int64_t top_k = args.handle.top_k;
+  place_pairs(
+      args, layout, chunk.begin * top_k, chunk.end * top_k, [&](std::int64_t pair) { return local_id_at(args, pair); },
+      [&](std::int64_t pair, std::int32_t local, std::int32_t number) {
+        place_pair(args, layout.groups, pair, local, number);
+        if (compacts) compact_pair(args.handle, pair);
+      });
 }
 
 // What no row goes to, by all threads of the grid: the defaults of Received. Rows that are placed are left alone, so that

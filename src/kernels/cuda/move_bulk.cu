@@ -60,6 +60,21 @@ __device__ void quantise_row(const MoveJob& job, std::int32_t token, const Mover
   __syncwarp();
 }
 
+// One of this rank's own rows to all its places at once. By the warp; lane 0 issues the stores.
+__device__ void store_own_row(const MoveArgs& args, std::int32_t token, std::int32_t slot, const std::byte* row, std::uint32_t bytes) {
+  const int top_k = args.handle.top_k;
+  const std::int32_t* places =
+      args.cached ? args.handle.output_row + std::int64_t{slot} * top_k : args.own.places + std::int64_t{token} * top_k;
+  for (int begin = 0; begin < top_k; begin += kLanes) {
+    const int k = begin + lane_index();
+    const std::int32_t place = k < top_k ? places[k] : -1;
+    for (unsigned left = __ballot_sync(kAllLanes, place >= 0); left != 0; left &= left - 1) {
+      std::byte* to = args.own.rows + __shfl_sync(kAllLanes, place, __ffs(left) - 1) * std::int64_t{bytes};
+      if (lane_index() == 0) bulk::store(to, row, bytes);
+    }
+  }
+}
+
 // By the warp; lane 0 issues one store per rank.
 __device__ void store_row(const MoveJob& job, std::int32_t token, const std::byte* row) {
   const Context& c = job.args.context;
@@ -67,6 +82,10 @@ __device__ void store_row(const MoveJob& job, std::int32_t token, const std::byt
   for (int first = 0; first < c.ranks; first += kLanes) {
     const Targets targets = targets_of(job, token, first);
     for_each_lane(targets.present, start_lane(c, token, first), [&](int lane) {
+      if (job.args.own.rows != nullptr && first + lane == c.rank) {
+        store_own_row(job.args, token, __shfl_sync(kAllLanes, targets.slot, lane), row, bytes);
+        return;
+      }
       std::byte* to = of_lane(targets.row, lane);
       if (lane_index() == 0) bulk::store(to, row, bytes);
     });
@@ -137,14 +156,17 @@ const Preloaded preloaded({{move_rows_bulk<false>, kAllSharedMemory}, {move_rows
 
 }  // namespace
 
-bool launch_move_bulk(const MoveJob& job, Stream stream) {
+bool can_move_bulk(const MoveJob& job) {
+  const bool aligned = job.args.source.quantise || job.row_width == 16;
+  return aligned && has_bulk_copies() && most_shared_bytes() >= mover_bytes(job);
+}
+
+void launch_move_bulk(const MoveJob& job, Stream stream) {
   const std::int64_t bytes = mover_bytes(job);
   const std::int64_t movers = std::min<std::int64_t>(kMaxMovers, most_shared_bytes() / bytes);
-  if (movers < 1) return false;
   const Launch launch(job.args.blocks, static_cast<int>(movers + kClerks) * kLanes, static_cast<std::size_t>(movers * bytes), stream,
                       Resident::together);
   launch(job.args.source.quantise ? move_rows_bulk<true> : move_rows_bulk<false>, job);
-  return true;
 }
 
 }  // namespace tokenyard::cuda

@@ -49,7 +49,8 @@ inline MoveJob move_job(const MoveArgs& args) {
 }
 
 void launch_move_vector(const MoveJob& job, Stream stream);
-// False: a row does not fit into the shared memory of a block. Needs compute capability 9.0, and aligned rows unless it quantises them.
-bool launch_move_bulk(const MoveJob& job, Stream stream);
+// Needs compute capability 9.0, rows that fit into the shared memory of a block, and aligned ones unless it quantises them.
+bool can_move_bulk(const MoveJob& job);
+void launch_move_bulk(const MoveJob& job, Stream stream);
 
 }  // namespace tokenyard::cuda

@@ -11,12 +11,12 @@ namespace tokenyard::cuda {
 namespace {
 
 using protocol::ExpertTally;
+using protocol::kHistogramWords;
 using protocol::Overflow;
 
 constexpr int kPlanThreads = 1024;
-constexpr int kMaskRanks = 64;         // up to so many ranks the masks of a tile are built in shared memory
-constexpr int kTileMasks = 4096;       // tokens x ranks of a tile
-constexpr int kHistogramWords = 2048;  // up to so many counts are added up in shared memory first
+constexpr int kMaskRanks = 64;    // up to so many ranks the masks of a tile are built in shared memory
+constexpr int kTileMasks = 4096;  // tokens x ranks of a tile
 
 enum Ticket { kPlanTicket };
 
@@ -106,6 +106,11 @@ __device__ void count_chunk(const PlanArgs& args, ChunkMemory& memory) {
   }
   for (int i = threadIdx.x; few_counts && i < words; i += kPlanThreads) {
     if (counts[i] != 0) atomicAdd(&args.counts[i], counts[i]);
+  }
+  if (args.own_counts == nullptr) return;
+  const int experts = args.routing.local_experts;
+  for (int local = threadIdx.x; local < experts; local += kPlanThreads) {
+    args.own_counts[static_cast<std::int64_t>(blockIdx.x) * experts + local] = counts[c.shape.instance_word(c.rank, local)];
   }
 }
 

@@ -15,17 +15,19 @@ __global__ void __launch_bounds__(kSpreadThreads, 1) spread_rows(const __grid_co
   const Context& c = args.context;
   if (block_has_failed(c)) return;
   const bool latency = args.mode == Mode::latency;
-  const std::int64_t rows = latency ? received_capacity(c, args.mode) : args.handle.header->num_rows;
+  const SpreadRows placed(args);
+  const std::int64_t rows = latency ? received_capacity(c, args.mode) : placed.count;
   const int pieces = spread_pieces(args);
   const int parts = latency ? pieces : 1;
   for (std::int64_t share = grid_warp(); share < rows * parts; share += grid_warps()) {
-    const std::int64_t i = share / parts;
-    const int first = static_cast<int>(share - i * parts);
+    const std::int64_t i = placed.at(share / parts);
+    const int first = static_cast<int>(share % parts);
     for (int k = 0; k < targets_per_row(args); k += kLanes) {
       const std::int32_t target = target_of(args, i, k + lane_index());
       for (int piece = first; piece < pieces; piece += parts) spread_piece(job, i, piece, target);
     }
   }
+  spread_own_scales(job, placed);
   zero_padding(job);
 }
 

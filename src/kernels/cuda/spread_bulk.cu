@@ -43,27 +43,29 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, 1) spread_rows_bulk(const _
   if (block_has_failed(args.context)) return;
   std::byte* const stages = shared + warp_index() * kStages * args.row_bytes;
   bulk::Barrier* const mine = barriers[warp_index()];
-  const std::int64_t rows = args.handle.header->num_rows, step = grid_warps();
+  const SpreadRows rows(args);
+  const std::int64_t step = grid_warps();
   std::int64_t i = grid_warp();
   if (lane_index() == 0) {
     for (int stage = 0; stage < kStages; ++stage) mine[stage].init(1);
     bulk::publish_barriers();
-    if (i < rows) prefetch(args, i, stages, mine[0]);
+    if (i < rows.count) prefetch(args, rows.at(i), stages, mine[0]);
   }
   __syncwarp();
   int stage = 0;
-  for (std::uint32_t parity = 0; i < rows; i += step) {
-    if (lane_index() == 0 && i + step < rows) {
+  for (std::uint32_t parity = 0; i < rows.count; i += step) {
+    if (lane_index() == 0 && i + step < rows.count) {
       bulk::wait_read<0>();  // the stores of the row before have read the other stage
-      prefetch(args, i + step, stages + (stage ^ 1) * args.row_bytes, mine[stage ^ 1]);
+      prefetch(args, rows.at(i + step), stages + (stage ^ 1) * args.row_bytes, mine[stage ^ 1]);
     }
     mine[stage].wait(parity);
-    store_row(job, i, stages + stage * args.row_bytes);
+    store_row(job, rows.at(i), stages + stage * args.row_bytes);
     __syncwarp();
     stage ^= 1;
     if (stage == 0) parity ^= 1;
   }
   if (lane_index() == 0) bulk::drain();
+  spread_own_scales(job, rows);
   zero_padding(job);
 }
 

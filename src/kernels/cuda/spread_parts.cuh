@@ -38,6 +38,22 @@ __device__ inline std::int32_t target_of(const SpreadArgs& args, std::int64_t i,
   return static_cast<std::int32_t>(i);
 }
 
+// The received rows that are to be copied: all but this rank's own where those are in their places.
+struct SpreadRows {
+  std::int64_t count = 0;
+  std::int64_t own_begin = 0;
+  std::int64_t own_count = 0;
+
+  __device__ explicit SpreadRows(const SpreadArgs& args) : count(args.handle.header->num_rows) {
+    if (!args.own_placed) return;
+    const std::int32_t* begin = args.handle.source_begin + args.context.rank;
+    own_begin = begin[0];
+    own_count = begin[1] - begin[0];
+    count -= own_count;
+  }
+  __device__ std::int64_t at(std::int64_t i) const { return i < own_begin ? i : i + own_count; }
+};
+
 constexpr int kSpreadUnroll = 7;  // loads under way in each lane
 constexpr int kSpreadBytes = kSpreadUnroll * kLanes * 16;
 __device__ inline int spread_pieces(const SpreadArgs& args) { return static_cast<int>((args.row_bytes + kSpreadBytes - 1) / kSpreadBytes); }
@@ -98,6 +114,16 @@ __device__ inline void spread_piece(const SpreadJob& job, std::int64_t i, int pi
     }
   }
   if (piece == 0) spread_scales(job, i, target);
+}
+
+// The scales of this rank's own rows, which came without them. By all warps of the grid.
+__device__ inline void spread_own_scales(const SpreadJob& job, const SpreadRows& rows) {
+  if (job.args.scale_bytes == 0) return;
+  for (std::int64_t i = grid_warp(); i < rows.own_count; i += grid_warps()) {
+    for (int k = 0; k < targets_per_row(job.args); k += kLanes) {
+      spread_scales(job, rows.own_begin + i, target_of(job.args, rows.own_begin + i, k + lane_index()));
+    }
+  }
 }
 
 __device__ inline void zero_row(const SpreadJob& job, std::int64_t row) {
