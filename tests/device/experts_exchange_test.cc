@@ -59,6 +59,8 @@ Tensor local_weights(const Placement& placement, int rank) {
   return Tensor(Dtype::float32, mine, {static_cast<std::int64_t>(local.size()), kHidden, kHidden});
 }
 
+using Stream = std::shared_ptr<CUstream_st>;
+
 struct Way {
   Layout layout;
   Mode mode = Mode::throughput;
@@ -75,11 +77,11 @@ void rehearse(DeviceExperts& experts, OnDevice& device, const TensorView& w, con
   cuda_check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }
 
-void through(World& world, Exchange& exchange, const Placement& placement, const Way& way) {
+// On a stream that stays this rank's: an exchange hands a buffer on behind the stream that read it last, whoever uses that by then.
+void through(World& world, Exchange& exchange, const Placement& placement, const Way& way, const Stream& stream) {
   const int gpu = exchange.options().device_index;
   const Tokens tokens(world.rank());
   OnDevice device(gpu);
-  const auto stream = value_or_throw(borrow_cuda_stream());
   const TensorView x = device.copy(Tensor(Dtype::float32, tokens.rows, {tokens.count, kHidden}).view());
   const TensorView ids = device.copy({tokens.ids.data(), Dtype::int64, {tokens.count, kTopK}});
   const TensorView weights = device.copy(Tensor(Dtype::float32, tokens.weights, {tokens.count, kTopK}).view());
@@ -142,9 +144,10 @@ TEST_F(DeviceExpertsExchange, GroupsOfADispatch) {
                                 .sm_budget = sm_budget_of(gpu, world.size()),
                                 .timeout_ms = 5'000});
       exchange.add(placement);
+      const Stream stream = value_or_throw(borrow_cuda_stream());
       for (const Way& way : kWays) {
         SCOPED_TRACE(fmt::format("{} {} {}, {} ranks", name(way.layout), name(way.mode), name(way.sizing), world.size()));
-        through(world, exchange, placement, way);
+        through(world, exchange, placement, way, stream);
       }
     });
   }

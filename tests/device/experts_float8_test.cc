@@ -122,8 +122,10 @@ TEST_F(DeviceFloat8Experts, ComputeWhatTheirStepsGiveInFloat64) {
     fetch(y_there, y);
     const Quantised rows(e.x.view());
     const std::vector<double> expected = e.expected(rows, activation);
+    // Of either type: sums of float8 products are not float32's to the last bit, and an activation near the middle of two float8
+    // numbers becomes the other one, an eighth away.
     expect_near(
-        y, e.c.groups, [&](int, std::int64_t p, std::int64_t h) { return expected[p * hidden + h]; }, "y");
+        y, e.c.groups, [&](int, std::int64_t p, std::int64_t h) { return expected[p * hidden + h]; }, "y", 1e-2);
 
     // Rows that come as float8: those that the device makes are the same, bit for bit.
     const ConstTensorView values = shaped(upload.numbers(rows.values, Dtype::float8_e4m3), {e.c.num_rows, hidden});

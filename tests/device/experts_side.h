@@ -92,7 +92,7 @@ void for_each_place(const RowGroups& groups, Fn&& fn) {
 
 // Rows of groups are near expected(group, place, column); padding still holds NaN.
 template <class Expected>
-void expect_near(const Buffer& out, const RowGroups& groups, Expected&& expected, const char* what) {
+void expect_near(const Buffer& out, const RowGroups& groups, Expected&& expected, const char* what, double bound) {
   Nearness near;
   for_each_place(groups, [&](int group, std::int64_t p) {
     for (std::int64_t c = 0; c < out.columns(); ++c) {
@@ -103,7 +103,11 @@ void expect_near(const Buffer& out, const RowGroups& groups, Expected&& expected
       }
     }
   });
-  near.expect_within(relative_bound(out.dtype()), what);
+  near.expect_within(bound, what);
+}
+template <class Expected>
+void expect_near(const Buffer& out, const RowGroups& groups, Expected&& expected, const char* what) {
+  expect_near(out, groups, expected, what, relative_bound(out.dtype()));
 }
 
 }  // namespace tokenyard::device_test

@@ -26,6 +26,11 @@ struct Cooperative {
   using Epilogue = cutlass::epilogue::PtrArrayTmaWarpSpecializedCooperative;
 };
 
+struct PingPong {
+  using Kernel = cutlass::gemm::KernelPtrArrayTmaWarpSpecializedPingpong;
+  using Epilogue = cutlass::epilogue::PtrArrayTmaWarpSpecializedPingpong;
+};
+
 // y = accumulator + bias[group][n]; zeros for no bias.
 template <class Tile, class Element>
 using AddBias = cutlass::epilogue::fusion::Sm90EVT<
@@ -50,6 +55,8 @@ struct Blocking {
 // Chosen by measurement, see docs/experts.md. Pairs share the weights' tiles; wgrad has few tiles per group, and a pair would often be
 // half empty.
 using ForwardBlocks = Blocking<Shape<_128, _192, _64>, Shape<_2, _1, _1>, Cooperative>;
+// Reading the weights is all that takes time: no pair, of which one half would find no rows, and many loads under way.
+using FewRowsBlocks = Blocking<Shape<_64, _128, _128>, Shape<_1, _1, _1>, PingPong>;
 using DgradBlocks = Blocking<Shape<_128, _256, _64>, Shape<_2, _1, _1>, Cooperative>;
 using WgradBlocks = Blocking<Shape<_128, _256, _64>, Shape<_1, _1, _1>, Cooperative>;
 
@@ -109,6 +116,12 @@ typename K::Gemm::Arguments arguments_of(const HopperArgs& args) {
   using Order = decltype(result.scheduler.raster_order);
   result.scheduler.raster_order = K::kAccumulates ? Order::AlongM : Order::AlongN;
   return result;
+}
+
+template <class K>
+void load() {
+  cudaFuncAttributes attributes;
+  static_cast<void>(cudaFuncGetAttributes(&attributes, cutlass::device_kernel<typename K::Gemm::GemmKernel>));
 }
 
 template <class K>

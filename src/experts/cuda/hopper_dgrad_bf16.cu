@@ -10,6 +10,6 @@ using Chosen = Kernel<Rows, cutlass::bfloat16_t, DgradBlocks>;
 
 }  // namespace
 
-HopperKernel dgrad_bf16() { return {workspace_bytes<Chosen>, run<Chosen>}; }
+HopperKernel dgrad_bf16() { return {.workspace_bytes = workspace_bytes<Chosen>, .run = run<Chosen>, .load = load<Chosen>}; }
 
 }  // namespace tokenyard::experts_cuda

@@ -10,6 +10,6 @@ using Chosen = Kernel<Rows, cutlass::half_t, ForwardBlocks>;
 
 }  // namespace
 
-HopperKernel forward_fp16() { return {workspace_bytes<Chosen>, run<Chosen>}; }
+HopperKernel forward_fp16() { return {.workspace_bytes = workspace_bytes<Chosen>, .run = run<Chosen>, .load = load<Chosen>}; }
 
 }  // namespace tokenyard::experts_cuda

@@ -2,9 +2,15 @@
 #include "experts/cuda/kernels.h"
 
 namespace tokenyard::experts_cuda {
+namespace {
+
+using namespace hopper;  // NOLINT(google-build-using-namespace): this file is a part of it
+using Chosen = Scaled<cutlass::bfloat16_t, ScaledBlocks>;
+
+}  // namespace
 
 ScaledKernel forward_fp8_to_bf16() {
-  return {hopper::scaled_workspace_bytes<cutlass::bfloat16_t>, hopper::run_scaled<cutlass::bfloat16_t>};
+  return {.workspace_bytes = scaled_workspace_bytes<Chosen>, .run = run_scaled<Chosen>, .load = load<Chosen>};
 }
 
 }  // namespace tokenyard::experts_cuda

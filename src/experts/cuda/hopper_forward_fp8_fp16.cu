@@ -2,7 +2,15 @@
 #include "experts/cuda/kernels.h"
 
 namespace tokenyard::experts_cuda {
+namespace {
 
-ScaledKernel forward_fp8_to_fp16() { return {hopper::scaled_workspace_bytes<cutlass::half_t>, hopper::run_scaled<cutlass::half_t>}; }
+using namespace hopper;  // NOLINT(google-build-using-namespace): this file is a part of it
+using Chosen = Scaled<cutlass::half_t, ScaledBlocks>;
+
+}  // namespace
+
+ScaledKernel forward_fp8_to_fp16() {
+  return {.workspace_bytes = scaled_workspace_bytes<Chosen>, .run = run_scaled<Chosen>, .load = load<Chosen>};
+}
 
 }  // namespace tokenyard::experts_cuda

@@ -10,6 +10,6 @@ using Chosen = Kernel<Rows, float, WgradBlocks>;
 
 }  // namespace
 
-HopperKernel wgrad_bf16() { return {workspace_bytes<Chosen>, run<Chosen>}; }
+HopperKernel wgrad_bf16() { return {.workspace_bytes = workspace_bytes<Chosen>, .run = run<Chosen>, .load = load<Chosen>}; }
 
 }  // namespace tokenyard::experts_cuda

@@ -12,11 +12,15 @@ void grouped_product(const GroupedArgs& args, int num_sms, Stream stream);
 void fill_group_table(const GroupedArgs& args, const GroupTable& table, Stream stream);
 // One file each; chosen by hopper_kernel(). run: false when CUTLASS refused.
 struct HopperKernel {
-  std::size_t (*workspace_bytes)(const HopperArgs&);
-  bool (*run)(const HopperArgs&);
+  std::size_t (*workspace_bytes)(const HopperArgs&) = nullptr;
+  bool (*run)(const HopperArgs&) = nullptr;
+  void (*load)() = nullptr;                                           // onto the current device
+  std::size_t (*other_workspace_bytes)(const HopperArgs&) = nullptr;  // of the kernel for other numbers of rows, if there is one
 };
 HopperKernel forward_bf16();
 HopperKernel forward_fp16();
+HopperKernel forward_few_bf16();
+HopperKernel forward_few_fp16();
 HopperKernel dgrad_bf16();
 HopperKernel dgrad_fp16();
 HopperKernel wgrad_bf16();
@@ -24,10 +28,14 @@ HopperKernel wgrad_fp16();
 
 // Products of float8 rows and weights, by the type of y. Likewise; chosen by scaled_kernel().
 struct ScaledKernel {
-  std::size_t (*workspace_bytes)(const ScaledArgs&);
-  bool (*run)(const ScaledArgs&);
+  std::size_t (*workspace_bytes)(const ScaledArgs&) = nullptr;
+  bool (*run)(const ScaledArgs&) = nullptr;
+  void (*load)() = nullptr;
+  std::size_t (*other_workspace_bytes)(const ScaledArgs&) = nullptr;
 };
 ScaledKernel forward_fp8_to_bf16();
+ScaledKernel forward_few_fp8_to_bf16();
+ScaledKernel forward_few_fp8_to_fp16();
 ScaledKernel forward_fp8_to_fp16();
 
 // to[p] = from[rows[p]], rows of row_bytes; padding is left as it is. Row numbers outside [0, num_rows) give zeros.

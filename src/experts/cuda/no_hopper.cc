@@ -4,7 +4,8 @@
 
 namespace tokenyard::experts_cuda {
 
-std::optional<HopperKernel> hopper_kernel(Product /*product*/, Dtype /*dtype*/) { return {}; }
-std::optional<ScaledKernel> scaled_kernel(Dtype /*out*/) { return {}; }
+void load_hopper_kernels() {}
+std::optional<HopperKernel> hopper_kernel(const GroupedArgs& /*args*/) { return {}; }
+std::optional<ScaledKernel> scaled_kernel(const ScaledArgs& /*args*/) { return {}; }
 
 }  // namespace tokenyard::experts_cuda

@@ -51,11 +51,12 @@ Products::Products(int device, int sm_margin) : scratch_(device) {
     usage_error("sm_margin = {}; GPU {} has {} multiprocessors, leave it at least one", sm_margin, device, sms);
   num_sms_ = sms - sm_margin;
   is_hopper_ = attribute(cudaDevAttrComputeCapabilityMajor, device) == kHopperMajor;
+  if (is_hopper_) load_hopper_kernels();
 }
 
 void Products::run(GroupedArgs args, Stream stream) {
   if (args.groups.num_groups == 0 || args.n == 0 || args.k == 0 || args.groups.places == 0) return;
-  const auto kernel = is_hopper_ && fits_hopper(args) ? hopper_kernel(args.product, args.dtype) : std::nullopt;
+  const auto kernel = is_hopper_ && fits_hopper(args) ? hopper_kernel(args) : std::nullopt;
   if (!kernel) {
     grouped_product(args, num_sms_, stream);
     return;
@@ -109,6 +110,12 @@ class Parts {
   int count_;
 };
 
+template <class Kernel, class Args>
+std::size_t workspace_bytes(const Kernel& kernel, const Args& args) {
+  const std::size_t other = kernel.other_workspace_bytes == nullptr ? 0 : kernel.other_workspace_bytes(args);
+  return std::max(kernel.workspace_bytes(args), other);
+}
+
 void check_run(bool done) {
   if (done) return;
   cuda_check(cudaGetLastError(), "launch of a grouped product");
@@ -123,7 +130,7 @@ void Products::run_on_hopper(const HopperKernel& kernel, const GroupedArgs& args
   HopperArgs hopper = {.grouped = args, .table = {}, .num_sms = num_sms_, .stream = stream};
   parts.put(hopper.table);
   parts.put(hopper.table.shapes);  // the smallest last: all lie aligned
-  hopper.workspace_bytes = kernel.workspace_bytes(hopper);
+  hopper.workspace_bytes = workspace_bytes(kernel, hopper);
   hopper.workspace = scratch_.take(Scratch::workspace, static_cast<std::int64_t>(hopper.workspace_bytes), stream);
   fill_group_table(args, hopper.table, stream);
   check_run(kernel.run(hopper));
@@ -131,7 +138,7 @@ void Products::run_on_hopper(const HopperKernel& kernel, const GroupedArgs& args
 
 void Products::run_scaled(ScaledArgs args, Stream stream) {
   GroupedArgs& grouped = args.hopper.grouped;
-  const std::optional<ScaledKernel> kernel = is_hopper_ ? scaled_kernel(args.out) : std::nullopt;
+  const std::optional<ScaledKernel> kernel = is_hopper_ ? scaled_kernel(args) : std::nullopt;
   if (!kernel) {
     usage_error(
         "products of float8 rows need a Hopper GPU and a build with CUTLASS (-DTY_CUTLASS=ON, './dev deps --cutlass'); widen rows and "
@@ -154,7 +161,7 @@ void Products::run_scaled(ScaledArgs args, Stream stream) {
   parts.put(args.hopper.table.shapes);
   args.hopper.num_sms = num_sms_;
   args.hopper.stream = stream;
-  args.hopper.workspace_bytes = kernel->workspace_bytes(args);
+  args.hopper.workspace_bytes = workspace_bytes(*kernel, args);
   args.hopper.workspace = scratch_.take(Scratch::workspace, static_cast<std::int64_t>(args.hopper.workspace_bytes), stream);
   fill_scaled_table(args);
   check_run(kernel->run(args));

@@ -51,8 +51,17 @@ class Products {
   Scratch scratch_;
 };
 
+// Groups of few rows each, as in decoding, have kernels of their own. Of the places that there may be: how many there are only the
+// device knows.
+inline bool has_few_rows(const Groups& groups) {
+  constexpr std::int64_t kFewRows = 64;  // by measurement, see docs/experts.md
+  return groups.places <= kFewRows * groups.num_groups;
+}
+
+// All of them, onto the current device: a kernel that is loaded when it is first called may wait for kernels that wait for peers.
+void load_hopper_kernels();
 // None where CUTLASS is not built in, or for a type it does not serve here.
-std::optional<HopperKernel> hopper_kernel(Product product, Dtype dtype);
-std::optional<ScaledKernel> scaled_kernel(Dtype out);
+std::optional<HopperKernel> hopper_kernel(const GroupedArgs& args);
+std::optional<ScaledKernel> scaled_kernel(const ScaledArgs& args);
 
 }  // namespace tokenyard::experts_cuda

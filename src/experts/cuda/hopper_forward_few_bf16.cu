@@ -1,0 +1,15 @@
+#include "experts/cuda/hopper.cuh"
+#include "experts/cuda/kernels.h"
+
+namespace tokenyard::experts_cuda {
+namespace {
+
+using namespace hopper;  // NOLINT(google-build-using-namespace): this file is a part of it
+using Rows = Operands<cutlass::bfloat16_t, RowMajor, ColumnMajor>;
+using Chosen = Kernel<Rows, cutlass::bfloat16_t, FewRowsBlocks>;
+
+}  // namespace
+
+HopperKernel forward_few_bf16() { return {.workspace_bytes = workspace_bytes<Chosen>, .run = run<Chosen>, .load = load<Chosen>}; }
+
+}  // namespace tokenyard::experts_cuda
