@@ -15,9 +15,8 @@ TEST(DeviceScratch, PartsHoldWhatTheyShouldAndFollowEachOther) {
     for (const std::int64_t rows : {1, 128, 130, 9000, 100'000}) {
       const ArenaShape shape{.ranks = 5, .max_tokens_per_rank = tokens, .top_k = 7, .max_local_experts = 3, .receive_rows = rows};
       const DeviceScratch scratch = device_scratch(shape);
-      for (const std::int64_t begin :
-           {scratch.number, scratch.before, scratch.base, scratch.counts, scratch.own_counts, scratch.own_places, scratch.layout_counts,
-            scratch.layout_sums}) {
+      for (const std::int64_t begin : {scratch.number, scratch.before, scratch.base, scratch.counts, scratch.own_counts, scratch.own_places,
+                                       scratch.layout_counts, scratch.layout_sums}) {
         EXPECT_EQ(begin % 16, 0) << tokens << " tokens, " << rows << " rows";
       }
       EXPECT_GE(scratch.before - scratch.number, tokens * 5);
