@@ -4,7 +4,8 @@
 
 theirs: gate in float32, torch's routing, counts exchanged and waited for, rows by all_to_all_single, torch._grouped_mm, the shared expert
 while rows travel. "per_expert" sends a row for each (token, expert), as it is commonly written; "per_rank" one for each (token, rank), and
-sums where the experts are. "float8" is ours with experts in float8: half the bytes to send and of weights to read. Weights and rows are random; all must agree with each other before anything is timed.
+sums where the experts are. "float8" is ours with experts in float8: half the bytes to send and of weights to read. Weights and rows
+are random; all must agree with "ours" before anything is timed.
 """
 import argparse
 import dataclasses

@@ -79,7 +79,7 @@ CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const Dispatc
   const bool is_placed_early = has_output && made.is_expert_layout() && made.mode == Mode::throughput && made.local_experts > 0 &&
                                budget_.multiprocessors >= cuda::kFewestOwnBlocks &&
                                (job.cached || (options.sizing == Sizing::capacity && cuda::can_place_own(shape_))) &&
-                               cuda::moves_in_bulk(move_args(job, true));
+                               cuda::moves_in_bulk(source_args(job));
   if (job.pads || is_placed_early) job.output = place_output(job, stream);
   job.places_own = is_placed_early && reinterpret_cast<std::uintptr_t>(job.output->rows) % 16 == 0;  // bulk copies need that
   return job;

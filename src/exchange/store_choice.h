@@ -1,5 +1,5 @@
 #pragma once
-// How a call's rows are stored into peers' memory: ordinarily, or past the caches.
+// How a call's rows are stored where peers read them, be it peers' memory or what MPI sends from: ordinarily, or past the caches.
 
 #include <algorithm>
 #include <array>
@@ -10,9 +10,9 @@
 
 namespace tokenyard::exchange_internal {
 
-// Ordinary stores win where the ranks' cores share a cache; where they do not, every line is fetched from another core
-// before it is overwritten, which takes four times as long as storing past the caches (docs/performance.md). Schedulers
-// and hypervisors move ranks about, so both kinds are timed, the worse one now and then.
+// Ordinary stores win at some times, and at others take four times as long as stores past the caches (docs/performance.md):
+// presumably where ranks' cores share no cache, and every line is fetched from another core before it is overwritten.
+// Schedulers and hypervisors move ranks about, so both kinds are timed, the worse one now and then.
 class StoreChoice {
  public:
   static constexpr int kSamples = 5;

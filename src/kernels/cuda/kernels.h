@@ -220,8 +220,8 @@ void launch_wait_weights(const Context& context, Stream stream);
 void launch_wait_partials(const Context& context, Stream stream);
 void launch_plan(const PlanArgs& args, Stream stream);
 void launch_place_own(const PlaceOwnArgs& args, Stream stream);  // behind its plan
-// Whether rows go by bulk copies, so that MoveArgs::own may be used.
-bool moves_in_bulk(const MoveArgs& args);
+// Whether these rows go by bulk copies, so that MoveArgs::own may be used.
+bool moves_in_bulk(const SourceArgs& source);
 // Throughput: every row once to each of its ranks, into its slot, which the handle learns; then waits for every source, and turns its
 // records into the handle's received rows [0, receive_rows).
 void launch_move(const MoveArgs& args, Stream stream);

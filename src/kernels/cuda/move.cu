@@ -4,7 +4,11 @@
 
 namespace tokenyard::cuda {
 
-bool moves_in_bulk(const MoveArgs& args) { return can_move_bulk(move_job(args)); }
+bool moves_in_bulk(const SourceArgs& source) {
+  MoveArgs args;
+  args.source = source;
+  return can_move_bulk(move_job(args));
+}
 
 void launch_move(const MoveArgs& args, Stream stream) {
   const MoveJob job = move_job(args);
