@@ -162,6 +162,7 @@ Pending<Combined> CudaEngine::start_combine(const ConstTensorView& y, const Hand
   pending->ready = [done] { return cudaEventQuery(done->get()) == cudaSuccess; };
   pending->finish = [combined, done, caller, kept = handle] {
     cuda_check(cudaStreamWaitEvent(caller, done->get()), "cudaStreamWaitEvent");
+    BlockPool::continue_on(combined->memory, caller);
     return std::move(*combined);
   };
   return Pending<Combined>(std::move(pending));

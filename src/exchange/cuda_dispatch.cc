@@ -100,7 +100,7 @@ void CudaEngine::lease_buffer(CudaDispatch& job) {
   const auto mode = static_cast<Mode>(job.header.mode);
   job.in_place = !job.options.copy_out && (layout == Layout::rank_slots || (layout == Layout::token_major && mode == Mode::throughput));
   receive_board_->reserve("receive buffers");
-  const std::string holder = fmt::format("rows of call {} ({})", last_call_, name(layout));
+  const LeaseBoard::Holder holder{last_call_, layout};
   job.buffer = receive_board_->front();
   job.lease = receive_board_->lease(holder);
   if (job.in_place || job.options.copy_out) return;
@@ -238,7 +238,7 @@ cuda::HostCounts CudaEngine::await_counts(const DeviceHandle& handle) {
 Received CudaEngine::finish_dispatch(CudaDispatch& job, cudaStream_t stream) {
   if (!job.cached && job.options.sizing == Sizing::exact) job.handle->set_counts(await_counts(*job.handle));
   const std::vector<std::int64_t>& rows = job.handle->rows_shape();
-  leave_buffers(job, stream);
+  continue_on(job, stream);
   auto state = std::make_shared<ReceivedState>();
   state->handle = Handle(job.handle);
   const RowSource& source = *job.source;
@@ -316,7 +316,13 @@ std::byte* CudaEngine::expert_memory(int buffer, std::int64_t bytes, cudaStream_
     std::vector<int> growing = expert_board_->free_buffers();
     growing.push_back(buffer);
     for (const int each : growing) {
-      if (expert_memory_[each].bytes < bytes) expert_memory_[each] = {blocks_->take(bytes, stream), bytes};
+      ExpertMemory& memory = expert_memory_[each];
+      if (memory.bytes >= bytes) continue;
+      if (memory.data != nullptr) {  // its last user's stream may be gone
+        orders_->expert[each].enter(stream);
+        BlockPool::continue_on(memory.data, stream);
+      }
+      memory = {blocks_->take(bytes, stream), bytes};
     }
   }
   const std::shared_ptr<std::byte>& data = expert_memory_[buffer].data;
@@ -325,17 +331,13 @@ std::byte* CudaEngine::expert_memory(int buffer, std::int64_t bytes, cudaStream_
 }
 
 void CudaEngine::enter_buffers(const CudaDispatch& job, cudaStream_t stream) {
-  const auto wait_for = [&](cudaStream_t user) {
-    const bool together = user != stream && capture_id(user) == capture_id(stream);  // a capture waits for nothing outside of it
-    if (together) order_streams(user, stream, entered_);
-  };
-  wait_for(receive_streams_[job.buffer]);
-  if (job.expert_lease != nullptr) wait_for(expert_streams_[job.expert_buffer]);
+  orders_->receive[job.buffer].enter(stream);
+  if (job.expert_lease != nullptr) orders_->expert[job.expert_buffer].enter(stream);
 }
 
-void CudaEngine::leave_buffers(const CudaDispatch& job, cudaStream_t stream) {
-  receive_streams_[job.buffer] = stream;
-  if (job.expert_lease != nullptr) expert_streams_[job.expert_buffer] = stream;
+void CudaEngine::continue_on(const CudaDispatch& job, cudaStream_t stream) {
+  orders_->receive[job.buffer].continue_on(stream);
+  if (job.expert_lease != nullptr) orders_->expert[job.expert_buffer].continue_on(stream);
 }
 
 Received CudaEngine::dispatch(const DispatchInput& input, const DispatchOptions& options, const Handle* cached) {

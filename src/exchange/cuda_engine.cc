@@ -74,11 +74,14 @@ CudaEngine::CudaEngine(const World& world, const ExchangeOptions& options)
   make_scratch();
   arena_ = std::make_unique<DeviceArena>(world_, options_, shape_);
   watch_ = arena_->watch(world_);
-  receive_board_ = std::make_shared<LeaseBoard>(options_.depth, [](int) {});
-  expert_board_ = std::make_shared<LeaseBoard>(options_.depth, [](int) {});
+  orders_ = std::make_shared<BufferOrders>();
+  for (int buffer = 0; buffer < options_.depth; ++buffer) {
+    orders_->receive.emplace_back(device_);
+    orders_->expert.emplace_back(device_);
+  }
+  receive_board_ = std::make_shared<LeaseBoard>(options_.depth, [orders = orders_](int buffer) { orders->receive[buffer].give_back(); });
+  expert_board_ = std::make_shared<LeaseBoard>(options_.depth, [orders = orders_](int buffer) { orders->expert[buffer].give_back(); });
   expert_memory_.resize(options_.depth);
-  receive_streams_.assign(options_.depth, stream_.get());
-  expert_streams_.assign(options_.depth, stream_.get());
   world_.barrier();  // nobody waits in a kernel while another rank still allocates
 }
 

@@ -117,9 +117,9 @@ class CudaEngine final : public ExchangeEngine {
   cuda::LayoutArgs layout_args(const CudaDispatch& job) const;
   cuda::MoveArgs move_args(const CudaDispatch& job, bool last) const;
   std::byte* expert_memory(int buffer, std::int64_t bytes, cudaStream_t stream);
-  // Behind whatever still reads the buffers that the dispatch is about to fill, and before whoever fills them next.
+  // Behind whatever still reads the buffers that the dispatch is about to fill; then who uses them goes on on this stream.
   void enter_buffers(const CudaDispatch& job, cudaStream_t stream);
-  void leave_buffers(const CudaDispatch& job, cudaStream_t stream);
+  void continue_on(const CudaDispatch& job, cudaStream_t stream);
   cuda::RoutingArgs routing_args(const CudaDispatch& job) const;
   cuda::SourceArgs source_args(const CudaDispatch& job) const;
   LayoutOptions layout_options(const DispatchOptions& options, int placement) const;
@@ -152,8 +152,10 @@ class CudaEngine final : public ExchangeEngine {
   };
   std::vector<ExpertMemory> expert_memory_;                      // [depth], of the expert layouts
   std::set<std::shared_ptr<std::byte>> captured_expert_memory_;  // replays use it, also when it has grown since
-  // [depth]: where the last rows of a buffer were used; its next user waits for what is there.
-  std::vector<cudaStream_t> receive_streams_, expert_streams_;
+  struct BufferOrders {
+    std::vector<MemoryOrder> receive, expert;  // [depth]
+  };
+  std::shared_ptr<BufferOrders> orders_;  // leases that outlive the exchange still come back
   DeviceBuffer scratch_;
   cuda::RowNumbers row_numbers_;
   std::int32_t* counts_ = nullptr;

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/log.h"
 #include "core/usage.h"
-#include "memory/cuda_stream.h"
 
 namespace tokenyard::exchange_internal {
 namespace {
@@ -23,14 +23,6 @@ class BesideCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Takes a block of at least `bytes`, and not of far more, out of these; null without one.
-std::byte* take_from(std::multimap<std::int64_t, std::byte*>& blocks, std::int64_t bytes, std::int64_t& size) {
-  const auto found = blocks.lower_bound(bytes);
-  if (found == blocks.end() || found->first > 2 * bytes + (1 << 20)) return nullptr;
-  size = found->first;
-  return blocks.extract(found).mapped();
-}
-
 }  // namespace
 
 BlockPool::BlockPool(int device) : device_(device), stream_(value_or_throw(borrow_cuda_stream())) {
@@ -45,7 +37,14 @@ BlockPool::BlockPool(int device) : device_(device), stream_(value_or_throw(borro
 BlockPool::~BlockPool() {
   const CudaDeviceScope scope(device_);
   free_.merge(free_captured_);
-  for (const auto& [bytes, block] : free_) cudaFreeAsync(block, stream_.get());
+  for (const auto& [bytes, block] : free_) {
+    try {
+      block.order->enter(stream_.get());
+    } catch (const std::exception& error) {
+      log_info("memory of GPU {} is freed as it is: {}", device_, error.what());
+    }
+    cudaFreeAsync(block.data, stream_.get());
+  }
   cudaStreamSynchronize(stream_.get());
   cudaMemPoolDestroy(memory_);
 }
@@ -64,18 +63,37 @@ void BlockPool::reserve(std::int64_t bytes) {
   cuda_check(cudaStreamSynchronize(stream_.get()), "reserving memory");
 }
 
+// A block of at least `bytes`, and not of far more, out of these.
+std::optional<BlockPool::Block> BlockPool::take_from(Blocks& blocks, std::int64_t bytes) {
+  const auto found = blocks.lower_bound(bytes);
+  if (found == blocks.end() || found->first > 2 * bytes + (1 << 20)) return {};
+  return std::move(blocks.extract(found).mapped());
+}
+
 std::shared_ptr<std::byte> BlockPool::take(std::int64_t bytes, cuda::Stream stream) {
   bytes = std::max<std::int64_t>(bytes, 1);
   const bool captured = is_capturing(stream);
-  const std::lock_guard lock(mutex_);
-  std::int64_t size = bytes;
-  std::byte* block = captured ? take_from(free_captured_, bytes, size) : nullptr;
-  if (block == nullptr) block = take_from(free_, bytes, size);
-  if (block == nullptr) block = allocate(bytes);
-  return {block, [pool = shared_from_this(), size, captured](std::byte* back) {
-            const std::lock_guard returning(pool->mutex_);
-            (captured ? pool->free_captured_ : pool->free_).emplace(size, back);
-          }};
+  std::optional<Block> block;
+  {
+    const std::lock_guard lock(mutex_);
+    if (captured) block = take_from(free_captured_, bytes);
+    if (!block) block = take_from(free_, bytes);
+  }
+  if (!block) block = {.data = allocate(bytes), .bytes = bytes, .order = std::make_shared<MemoryOrder>(device_)};
+  block->captured = captured;
+  const std::shared_ptr<std::byte> taken(block->data, GiveBack{shared_from_this(), *block});
+  block->order->enter(stream);
+  return taken;
+}
+
+void BlockPool::continue_on(const std::shared_ptr<void>& block, cuda::Stream stream) {
+  std::get_deleter<GiveBack>(block)->block.order->continue_on(stream);
+}
+
+void BlockPool::GiveBack::operator()(std::byte* /*data*/) const {
+  block.order->give_back();
+  const std::lock_guard lock(pool->mutex_);
+  (block.captured ? pool->free_captured_ : pool->free_).emplace(block.bytes, block);
 }
 
 void CountsPool::add_slab() {

@@ -4,32 +4,48 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "exchange/handle_facts.h"
 #include "exchange/handle_shape.h"
 #include "kernels/cuda/kernels.h"
 #include "memory/cuda_buffer.h"
 #include "memory/cuda_handle.h"
+#include "memory/cuda_stream.h"
 
 namespace tokenyard::exchange_internal {
 
-// Device memory that is used again: blocks come back when their last owner goes, and kernels that still read them run before
-// those of later calls. Thread-safe; outlives the exchange as long as a block does.
+// Device memory that is used again: blocks come back when their last owner goes, and their next user waits for what their last one had
+// enqueued by then. Thread-safe; outlives the exchange as long as a block does.
 class BlockPool : public std::enable_shared_from_this<BlockPool> {
  public:
   explicit BlockPool(int device);
   ~BlockPool();
   BlockPool(const BlockPool&) = delete;
   BlockPool& operator=(const BlockPool&) = delete;
-  // At least `bytes`, from what came back before, else allocated. What is taken while `stream` captures a graph comes back for later
-  // captures alone: replays write to it for as long as the graph lives.
+  // At least `bytes` for use on `stream`, from what came back before, else allocated. What is taken while `stream` captures a graph comes
+  // back for later captures alone: replays write to it for as long as the graph lives.
   std::shared_ptr<std::byte> take(std::int64_t bytes, cuda::Stream stream);
+  // From now on the block is used on another stream.
+  static void continue_on(const std::shared_ptr<void>& block, cuda::Stream stream);
   // Takes memory from the system now, so that later blocks come out of it: what the system gives later may wait for kernels.
   void reserve(std::int64_t bytes);
 
  private:
-  using Blocks = std::multimap<std::int64_t, std::byte*>;  // by size
+  struct Block {
+    std::byte* data = nullptr;
+    std::int64_t bytes = 0;
+    bool captured = false;
+    std::shared_ptr<MemoryOrder> order;
+  };
+  using Blocks = std::multimap<std::int64_t, Block>;  // by size
+  struct GiveBack {
+    std::shared_ptr<BlockPool> pool;
+    Block block;
+    void operator()(std::byte* data) const;
+  };
 
+  static std::optional<Block> take_from(Blocks& blocks, std::int64_t bytes);
   std::byte* allocate(std::int64_t bytes);
 
   int device_;

@@ -28,6 +28,7 @@ class StepMemory {
       memory_ = blocks.take(bytes_, stream);
       held_bytes_ = bytes_;
     }
+    exchange_internal::BlockPool::continue_on(memory_, stream);
     for (const auto& [view, at] : parts_) view->data = memory_.get() + at;
   }
 

@@ -1,5 +1,7 @@
 #include "memory/cuda_stream.h"
 
+#include "core/log.h"
+
 namespace tokenyard {
 
 unsigned long long capture_id(cudaStream_t stream) {
@@ -38,6 +40,28 @@ void CallOrder::leave(cudaStream_t stream) {
 
 void CallOrder::wait() const {
   if (eager_.any) cuda_check(cudaEventSynchronize(eager_.event.get()), "waiting for the last call");
+}
+
+MemoryOrder::MemoryOrder(int device)
+    : device_(device), order_([&] {
+        const CudaDeviceScope scope(device);
+        return CallOrder();
+      }()) {}
+
+void MemoryOrder::enter(cudaStream_t stream) {
+  order_.enter(stream);
+  user_ = stream;
+}
+
+void MemoryOrder::give_back() noexcept {
+  if (!user_) return;
+  const CudaDeviceScope scope(device_);
+  try {
+    order_.leave(*user_);
+  } catch (const std::exception& error) {  // while the process ends, or the stream is gone
+    log_info("memory that is given back waits for nothing: {}", error.what());
+  }
+  user_.reset();
 }
 
 }  // namespace tokenyard

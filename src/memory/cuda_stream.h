@@ -1,7 +1,9 @@
 #pragma once
-// Order between the streams on which the calls of one exchange run.
+// Order between the streams on which the calls of one exchange run, and on which its memory is used.
 
 #include <cuda_runtime_api.h>
+
+#include <optional>
 
 #include "memory/cuda_handle.h"
 
@@ -36,6 +38,24 @@ class CallOrder {
   };
   Tail& tail_of(unsigned long long capture) { return capture == 0 ? eager_ : captured_; }
   Tail eager_, captured_;
+};
+
+// Memory that streams use one after the other, and that the host gives back in between: the next user waits for what the last one had
+// enqueued by then. Later work of that stream is none of its business: it may be another rank's by then, and wait for this one.
+class MemoryOrder {
+ public:
+  explicit MemoryOrder(int device);
+  // `stream` uses the memory from now on, behind its last user.
+  void enter(cudaStream_t stream);
+  // The same user, on another stream.
+  void continue_on(cudaStream_t stream) { user_ = stream; }
+  // From any thread; the user's stream is still there.
+  void give_back() noexcept;
+
+ private:
+  int device_;
+  CallOrder order_;
+  std::optional<cudaStream_t> user_;
 };
 
 }  // namespace tokenyard

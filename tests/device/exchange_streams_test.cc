@@ -236,6 +236,70 @@ const Reader kReaders[] = {
 };
 INSTANTIATE_TEST_SUITE_P(Readers, ExchangeLease, testing::ValuesIn(kReaders), [](const auto& info) { return info.param.name; });
 
+// Streams come from pools: what was one rank's is another's once the first is done with it. By then nothing waits for it any more.
+TEST_F(ExchangeStreams, RanksTakeOverEachOthersStreams) {
+  const int gpus = gpu_count(), ranks = 2 * gpus;  // rank r and r + gpus are on one GPU
+  for (const Layout layout : {Layout::token_major, Layout::expert_major}) {
+    std::vector<Stream> streams(ranks);
+    run_ranks(ranks, [&](World& world) {
+      Twin twin(world, [](ExchangeOptions& options) { options.depth = 1; });
+      streams[world.rank()] = value_or_throw(borrow_cuda_stream());
+      world.barrier();
+      DispatchOptions options = token_major(nullptr);
+      options.layout = layout;
+      const Received expected = twin.expected(options).received;
+      const bool is_late = world.rank() < gpus;
+      for (int round = 0; round < 4; ++round) {
+        options.stream = streams[(world.rank() + round * gpus) % ranks].get();
+        if (is_late) world.barrier();  // others' kernels, which wait for this rank, are on the stream that was this rank's
+        {
+          const Received received = twin.device.dispatch(twin.batch.input(), options);
+          if (!is_late) world.barrier();
+          synchronize(static_cast<cudaStream_t>(options.stream));
+          twin.device.check();
+          twin.expect_same(received, expected, "round " + std::to_string(round));
+        }
+        world.barrier();
+      }
+    });
+  }
+}
+
+// The sums of a combine are memory of the exchange, too: whoever gets it next, on another stream, waits for what reads it here.
+TEST_F(ExchangeStreams, SumsAreReadToTheEndBeforeTheirMemoryIsUsedAgain) {
+  for (const bool phases : {false, true}) {
+    run_ranks(2, [&](World& world) {
+      Twin twin(world);
+      Gate gate;
+      const cudaStream_t stream = twin.batch.stream();
+      const Stream other = value_or_throw(borrow_cuda_stream());
+      const CudaEvent event = value_or_throw(make_cuda_event());
+      const Received received = twin.device.dispatch(twin.batch.input(), token_major(stream));
+      const RoundTrip expected = twin.expected(token_major(stream));
+      const TensorView zeros(twin.batch.reserve(received.rows().num_elements() * sizeof(float)), Dtype::float32,
+                             {received.rows().shape[0], received.rows().shape[1]});
+      Combined sums = phases ? twin.device.start_combine(received.rows(), received.handle(), {.stream = stream}).finish()
+                             : twin.device.combine(received.rows(), received.handle(), {.stream = stream});
+      Combined copy = sums;
+      copy.memory = nullptr;
+      copy.out.data = twin.batch.reserve(sums.out.num_elements() * sizeof(float));
+      synchronize(stream);
+      gate.close_on(stream);
+      cuda_check(cudaMemcpyAsync(copy.out.data, sums.out.data, sums.out.num_elements() * sizeof(float), cudaMemcpyDeviceToDevice, stream),
+                 "reading sums");
+      const void* const used = sums.out.data;
+      sums = {};
+      const Combined next = twin.device.combine(zeros, received.handle(), {.stream = other.get()});
+      ASSERT_EQ(next.out.data, used);
+      EXPECT_FALSE(comes_true(kTooEarlyMs, reached(other.get()))) << "memory was used again while it was read";
+      gate.open();
+      for (const cudaStream_t used_by : {stream, other.get()}) synchronize(used_by);
+      twin.expect_same({.received = received, .combined = copy}, expected, "what was read");
+      twin.device.check();
+    });
+  }
+}
+
 TEST_F(ExchangeStreams, ExhaustedLeasesNameTheirHolders) {
   constexpr int kCulprit = 1;
   for (const Layout layout : {Layout::token_major, Layout::expert_major}) {

@@ -235,6 +235,20 @@ def listed_in_cmake(repository):
             yield f"{path}:1: not in {folder}/CMakeLists.txt: it is never built"
 
 
+KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(")
+LISTED = re.compile(r"\bPreloaded preloaded\((.*?)\);|constexpr auto\* k\w+ = (\w+)<", re.DOTALL)
+
+
+def kernels_are_preloaded(repository):
+    sources = dict(repository.code("src", suffixes={".cu", ".cuh"}))
+    listed = {word for text in sources.values() for names in LISTED.findall(text) for word in re.findall(r"\w+", " ".join(names))}
+    for path, text in sources.items():
+        for kernel in KERNEL.finditer(text):
+            if kernel.group(1) not in listed:
+                line = text.count("\n", 0, kernel.start()) + 1
+                yield f"{path}:{line}: {kernel.group(1)} is in no Preloaded list: loading it later may wait for kernels that wait for peers"
+
+
 # Pages that show a file: whoever copies from the page gets what was compiled and run.
 SHOWN = {
     "examples/01_hello_exchange/main.cc": "README.md",
@@ -262,7 +276,7 @@ def errors_are_documented(repository):
 
 RULES = [
     file_sizes, function_sizes, parameters, macros, dependency_direction, public_headers_are_light, names_are_snake_case, pragma_once,
-    conditions, forbidden_words, layout, listed_in_cmake, pages_show_examples, errors_are_documented,
+    conditions, forbidden_words, layout, listed_in_cmake, kernels_are_preloaded, pages_show_examples, errors_are_documented,
 ]
 
 

@@ -112,6 +112,16 @@ class RulesCanFail(unittest.TestCase):
                    {"src/kernels/cuda/a.cu": "", "src/kernels/cuda/CMakeLists.txt": "file(GLOB s ${HERE}/*.cu)"})
         self.breaks(tidy.listed_in_cmake, {"src/kernels/cuda/a.cc": "", "src/kernels/cuda/CMakeLists.txt": "file(GLOB s ${HERE}/*.cu)"})
 
+    def test_rule_kernels_are_preloaded(self):
+        kernel = "template <int kN>\n__global__ void __launch_bounds__(f(1) * 2) sum(const __grid_constant__ Args args) {\n}\n"
+        self.breaks(tidy.kernels_are_preloaded, {"src/kernels/cuda/a.cu": kernel},
+                    {"src/kernels/cuda/a.cu": kernel + "const Preloaded preloaded({{sum_up<1>}});\n"},
+                    {"src/kernels/cuda/a.cuh": "__global__ void sum(Args args);\n"})
+        self.keeps(tidy.kernels_are_preloaded, {"src/kernels/cuda/a.cu": kernel + "const cuda::Preloaded preloaded({{other},\n  {sum<1>}});\n"},
+                   {"src/kernels/cuda/a.cuh": kernel, "src/kernels/cuda/a.cu": "const Preloaded preloaded({{sum<1>, kAllSharedMemory}});\n"},
+                   {"src/kernels/cuda/a.cu": kernel + "constexpr auto* kSum = sum<1>;\nconst Preloaded preloaded({{kSum}});\n"},
+                   {"tests/device/hold.cu": kernel})
+
     def test_rule_pages_show_examples(self):
         example = {"examples/01_hello_exchange/main.cc": "int main() {}\n"}
         self.breaks(tidy.pages_show_examples, {**example, "README.md": README.replace("main", "f")}, example)

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "core/preload.h"
 #include "experts/cuda/elements.cuh"
 #include "experts/cuda/gated.cuh"
 #include "experts/cuda/kernels.h"
@@ -85,6 +86,16 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows) column_sums(const __gri
   float* to = args.sums + blockIdx.y * args.columns + column;
   *to = *to + total;
 }
+
+const cuda::Preloaded preloaded({{forward<Dtype::float32>},
+                                 {forward<Dtype::bfloat16>},
+                                 {forward<Dtype::float16>},
+                                 {backward<Dtype::float32>},
+                                 {backward<Dtype::bfloat16>},
+                                 {backward<Dtype::float16>},
+                                 {column_sums<Dtype::float32>},
+                                 {column_sums<Dtype::bfloat16>},
+                                 {column_sums<Dtype::float16>}});
 
 }  // namespace
 

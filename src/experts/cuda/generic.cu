@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "core/preload.h"
 #include "experts/cuda/kernels.h"
 #include "experts/cuda/tiles.cuh"
 
@@ -120,6 +121,16 @@ void launch(const GroupedArgs& args, int blocks, Stream stream) {
   if (args.product == Product::dgrad) product<Element, Product::dgrad><<<blocks, kBlockThreads, 0, stream>>>(args);
   if (args.product == Product::wgrad) product<Element, Product::wgrad><<<blocks, kBlockThreads, 0, stream>>>(args);
 }
+
+const cuda::Preloaded preloaded({{product<float, Product::forward>},
+                                 {product<float, Product::dgrad>},
+                                 {product<float, Product::wgrad>},
+                                 {product<__nv_bfloat16, Product::forward>},
+                                 {product<__nv_bfloat16, Product::dgrad>},
+                                 {product<__nv_bfloat16, Product::wgrad>},
+                                 {product<__half, Product::forward>},
+                                 {product<__half, Product::dgrad>},
+                                 {product<__half, Product::wgrad>}});
 
 }  // namespace
 

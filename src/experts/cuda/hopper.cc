@@ -15,16 +15,6 @@ Kernel by_rows(const Groups& groups, Kernel few, Kernel many) {
 
 }  // namespace
 
-void load_hopper_kernels() {
-  for (const HopperKernel& kernel :
-       {forward_bf16(), forward_fp16(), forward_few_bf16(), forward_few_fp16(), dgrad_bf16(), dgrad_fp16(), wgrad_bf16(), wgrad_fp16()}) {
-    kernel.load();
-  }
-  for (const ScaledKernel& kernel : {forward_fp8_to_bf16(), forward_fp8_to_fp16(), forward_few_fp8_to_bf16(), forward_few_fp8_to_fp16()}) {
-    kernel.load();
-  }
-}
-
 std::optional<HopperKernel> hopper_kernel(const GroupedArgs& args) {
   if (args.dtype != Dtype::bfloat16 && args.dtype != Dtype::float16) return {};
   const bool is_bf16 = args.dtype == Dtype::bfloat16;

@@ -11,6 +11,7 @@
 #include <cutlass/gemm/group_array_problem_shape.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
+#include "core/preload.h"
 #include "experts/cuda/grouped.h"
 
 namespace tokenyard::experts_cuda::hopper {
@@ -116,12 +117,6 @@ typename K::Gemm::Arguments arguments_of(const HopperArgs& args) {
   using Order = decltype(result.scheduler.raster_order);
   result.scheduler.raster_order = K::kAccumulates ? Order::AlongM : Order::AlongN;
   return result;
-}
-
-template <class K>
-void load() {
-  cudaFuncAttributes attributes;
-  static_cast<void>(cudaFuncGetAttributes(&attributes, cutlass::device_kernel<typename K::Gemm::GemmKernel>));
 }
 
 template <class K>

@@ -7,9 +7,10 @@ namespace {
 using namespace hopper;  // NOLINT(google-build-using-namespace): this file is a part of it
 using Rows = Operands<cutlass::bfloat16_t, RowMajor, RowMajor>;
 using Chosen = Kernel<Rows, cutlass::bfloat16_t, DgradBlocks>;
+const cuda::Preloaded preloaded({{cutlass::device_kernel<Chosen::Gemm::GemmKernel>}});
 
 }  // namespace
 
-HopperKernel dgrad_bf16() { return {.workspace_bytes = workspace_bytes<Chosen>, .run = run<Chosen>, .load = load<Chosen>}; }
+HopperKernel dgrad_bf16() { return {.workspace_bytes = workspace_bytes<Chosen>, .run = run<Chosen>}; }
 
 }  // namespace tokenyard::experts_cuda

@@ -6,11 +6,10 @@ namespace {
 
 using namespace hopper;  // NOLINT(google-build-using-namespace): this file is a part of it
 using Chosen = Scaled<cutlass::bfloat16_t, ScaledBlocks>;
+const cuda::Preloaded preloaded({{cutlass::device_kernel<Chosen::Gemm::GemmKernel>}});
 
 }  // namespace
 
-ScaledKernel forward_fp8_to_bf16() {
-  return {.workspace_bytes = scaled_workspace_bytes<Chosen>, .run = run_scaled<Chosen>, .load = load<Chosen>};
-}
+ScaledKernel forward_fp8_to_bf16() { return {.workspace_bytes = scaled_workspace_bytes<Chosen>, .run = run_scaled<Chosen>}; }
 
 }  // namespace tokenyard::experts_cuda

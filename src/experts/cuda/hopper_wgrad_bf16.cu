@@ -7,9 +7,10 @@ namespace {
 using namespace hopper;  // NOLINT(google-build-using-namespace): this file is a part of it
 using Rows = Operands<cutlass::bfloat16_t, ColumnMajor, RowMajor>;
 using Chosen = Kernel<Rows, float, WgradBlocks>;
+const cuda::Preloaded preloaded({{cutlass::device_kernel<Chosen::Gemm::GemmKernel>}});
 
 }  // namespace
 
-HopperKernel wgrad_bf16() { return {.workspace_bytes = workspace_bytes<Chosen>, .run = run<Chosen>, .load = load<Chosen>}; }
+HopperKernel wgrad_bf16() { return {.workspace_bytes = workspace_bytes<Chosen>, .run = run<Chosen>}; }
 
 }  // namespace tokenyard::experts_cuda

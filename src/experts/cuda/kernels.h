@@ -14,7 +14,6 @@ void fill_group_table(const GroupedArgs& args, const GroupTable& table, Stream s
 struct HopperKernel {
   std::size_t (*workspace_bytes)(const HopperArgs&) = nullptr;
   bool (*run)(const HopperArgs&) = nullptr;
-  void (*load)() = nullptr;                                           // onto the current device
   std::size_t (*other_workspace_bytes)(const HopperArgs&) = nullptr;  // of the kernel for other numbers of rows, if there is one
 };
 HopperKernel forward_bf16();
@@ -30,7 +29,6 @@ HopperKernel wgrad_fp16();
 struct ScaledKernel {
   std::size_t (*workspace_bytes)(const ScaledArgs&) = nullptr;
   bool (*run)(const ScaledArgs&) = nullptr;
-  void (*load)() = nullptr;
   std::size_t (*other_workspace_bytes)(const ScaledArgs&) = nullptr;
 };
 ScaledKernel forward_fp8_to_bf16();

@@ -4,7 +4,6 @@
 
 namespace tokenyard::experts_cuda {
 
-void load_hopper_kernels() {}
 std::optional<HopperKernel> hopper_kernel(const GroupedArgs& /*args*/) { return {}; }
 std::optional<ScaledKernel> scaled_kernel(const ScaledArgs& /*args*/) { return {}; }
 

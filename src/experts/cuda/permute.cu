@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "core/preload.h"
 #include "experts/cuda/elements.cuh"
 #include "experts/cuda/kernels.h"
 
@@ -180,6 +181,18 @@ __global__ void __launch_bounds__(kThreads) unfold_kernel(const __grid_constant_
     if (args.d_row_weights != nullptr && term < terms && lane == 0) args.d_row_weights[term] = sum;
   }
 }
+
+const cuda::Preloaded preloaded({{permute_kernel},
+                                 {count_kernel},
+                                 {gather_kernel},
+                                 {clear_places},
+                                 {find_places_kernel},
+                                 {fold_kernel<Dtype::float32>},
+                                 {fold_kernel<Dtype::bfloat16>},
+                                 {fold_kernel<Dtype::float16>},
+                                 {unfold_kernel<Dtype::float32>},
+                                 {unfold_kernel<Dtype::bfloat16>},
+                                 {unfold_kernel<Dtype::float16>}});
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "core/usage.h"
+#include "kernels/cuda/kernels.h"
 #include "memory/cuda_error.h"
 #include "memory/cuda_stream.h"
 
@@ -51,7 +52,7 @@ Products::Products(int device, int sm_margin) : scratch_(device) {
     usage_error("sm_margin = {}; GPU {} has {} multiprocessors, leave it at least one", sm_margin, device, sms);
   num_sms_ = sms - sm_margin;
   is_hopper_ = attribute(cudaDevAttrComputeCapabilityMajor, device) == kHopperMajor;
-  if (is_hopper_) load_hopper_kernels();
+  cuda::preload_kernels();
 }
 
 void Products::run(GroupedArgs args, Stream stream) {

@@ -58,8 +58,6 @@ inline bool has_few_rows(const Groups& groups) {
   return groups.places <= kFewRows * groups.num_groups;
 }
 
-// All of them, onto the current device: a kernel that is loaded when it is first called may wait for kernels that wait for peers.
-void load_hopper_kernels();
 // None where CUTLASS is not built in, or for a type it does not serve here.
 std::optional<HopperKernel> hopper_kernel(const GroupedArgs& args);
 std::optional<ScaledKernel> scaled_kernel(const ScaledArgs& args);

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include "core/preload.h"
 #include "experts/cuda/elements.cuh"
 #include "experts/cuda/gated.cuh"
 #include "experts/cuda/kernels.h"
@@ -94,6 +95,11 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     store_block(to, place, block, x);
   });
 }
+
+const cuda::Preloaded preloaded({{quantise_kernel<Dtype::bfloat16>},
+                                 {quantise_kernel<Dtype::float16>},
+                                 {activate_kernel<Dtype::bfloat16>},
+                                 {activate_kernel<Dtype::float16>}});
 
 // Calls the launcher for one of the two types that rows of float8 products come from.
 template <class Fn>

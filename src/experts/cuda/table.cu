@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include "core/preload.h"
 #include "experts/cuda/groups.cuh"
 #include "experts/cuda/kernels.h"
 #include "experts/cuda/scaled.h"
@@ -74,6 +75,8 @@ __global__ void fill_scaled(const __grid_constant__ ScaledArgs scaled) {
   scaled.a_scales[g] = scaled.x_scales + span.begin * scale_blocks(args.k);
   scaled.b_scales[g] = scaled.w_scales + g * scale_blocks(args.n) * scale_blocks(args.k);
 }
+
+const cuda::Preloaded preloaded({{fill}, {fill_scaled}});
 
 }  // namespace
 

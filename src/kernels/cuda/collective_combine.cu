@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
+#include "core/preload.h"
 #include "kernels/cuda/collective.cuh"
 #include "kernels/cuda/ordered_sum.cuh"
-#include "kernels/cuda/preload.h"
 
 namespace tokenyard::cuda {
 namespace {

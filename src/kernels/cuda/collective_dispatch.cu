@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "core/preload.h"
 #include "kernels/cuda/collective.cuh"
-#include "kernels/cuda/preload.h"
 #include "kernels/cuda/routing.cuh"
 
 namespace tokenyard::cuda {

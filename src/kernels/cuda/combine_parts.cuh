@@ -3,12 +3,12 @@
 
 #include <algorithm>
 
+#include "core/preload.h"
 #include "kernels/cuda/block.cuh"
 #include "kernels/cuda/combine_arithmetic.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/numbers.cuh"
-#include "kernels/cuda/preload.h"
 
 namespace tokenyard::cuda {
 

@@ -2,9 +2,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include "core/preload.h"
 #include "kernels/cuda/block.cuh"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/preload.h"
 
 namespace tokenyard::cuda {
 namespace {

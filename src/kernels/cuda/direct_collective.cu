@@ -3,11 +3,11 @@
 
 #include "kernels/cuda/direct_collective.h"
 
+#include "core/preload.h"
 #include "kernels/cuda/block.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ordered_sum.cuh"
-#include "kernels/cuda/preload.h"
 
 namespace tokenyard::cuda {
 namespace {

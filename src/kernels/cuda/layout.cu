@@ -1,9 +1,9 @@
 // Layouts: which output row each received (row, k) becomes, and the metadata of the output. What landed has been counted as it came; a
 // block for each chunk of rows sums up what all chunks hold, and then places its own.
 
+#include "core/preload.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/layout_parts.cuh"
-#include "kernels/cuda/preload.h"
 
 namespace tokenyard::cuda {
 namespace {

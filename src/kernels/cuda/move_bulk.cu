@@ -5,10 +5,10 @@
 
 #include <algorithm>
 
+#include "core/preload.h"
 #include "kernels/cuda/bulk.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/move.cuh"
-#include "kernels/cuda/preload.h"
 
 namespace tokenyard::cuda {
 namespace {

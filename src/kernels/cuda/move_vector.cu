@@ -1,8 +1,8 @@
 // Moves rows with register copies, one warp a row: any device, any alignment. A row is read once and stored once per rank.
 
+#include "core/preload.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/move.cuh"
-#include "kernels/cuda/preload.h"
 
 namespace tokenyard::cuda {
 namespace {

@@ -1,8 +1,8 @@
 // Where this rank's own rows go among those of its experts, before they move: a block for each chunk of tokens that the plan counted.
 
+#include "core/preload.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/layout_parts.cuh"
-#include "kernels/cuda/preload.h"
 #include "kernels/cuda/routing.cuh"
 
 namespace tokenyard::cuda {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/preload.h"
+#include "core/preload.h"
 #include "kernels/cuda/received.cuh"
 #include "kernels/cuda/routing.cuh"
 #include "protocol/overflow.h"

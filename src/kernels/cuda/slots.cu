@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
+#include "core/preload.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/pad.cuh"
-#include "kernels/cuda/preload.h"
 #include "kernels/cuda/received.cuh"
 #include "kernels/cuda/routing.cuh"
 #include "kernels/cuda/source.cuh"

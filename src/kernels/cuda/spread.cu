@@ -1,7 +1,7 @@
 // Copies rows and scales from where they landed to their places in the output. Purely local.
 
+#include "core/preload.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/preload.h"
 #include "kernels/cuda/spread_parts.cuh"
 
 namespace tokenyard::cuda {

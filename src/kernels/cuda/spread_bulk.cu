@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
+#include "core/preload.h"
 #include "kernels/cuda/bulk.cuh"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/preload.h"
 #include "kernels/cuda/spread_parts.cuh"
 
 namespace tokenyard::cuda {

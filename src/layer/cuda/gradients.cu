@@ -7,8 +7,8 @@
 
 #include <algorithm>
 
+#include "core/preload.h"
 #include "experts/cuda/elements.cuh"
-#include "kernels/cuda/preload.h"
 #include "layer/cuda/block_sum.cuh"
 #include "layer/cuda/kernels.h"
 

@@ -2,8 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include "core/preload.h"
 #include "experts/cuda/elements.cuh"
-#include "kernels/cuda/preload.h"
 #include "layer/cuda/block_sum.cuh"
 #include "layer/cuda/kernels.h"
 #include "protocol/lanes.h"

@@ -1,5 +1,6 @@
 // Gates: a warp for each token. Selection as in route.cc: the best first, ties to the lower id.
 
+#include "core/preload.h"
 #include "routing/cuda/row.cuh"
 
 namespace tokenyard::routing_cuda {
@@ -199,6 +200,8 @@ __global__ void update_bias_kernel(float* bias, const std::int64_t* load, int nu
     if (excess < 0) bias[e] = bias[e] + gamma;
   }
 }
+
+const cuda::Preloaded preloaded({{route_kernel}, {update_bias_kernel}});
 
 }  // namespace
 

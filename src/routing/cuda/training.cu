@@ -1,5 +1,6 @@
 // Gradients, statistics and losses of gates. Sums over tokens do not depend on the order in which tokens come.
 
+#include "core/preload.h"
 #include "routing/cuda/row.cuh"
 
 namespace tokenyard::routing_cuda {
@@ -178,6 +179,14 @@ __global__ void z_gradient_kernel(const __grid_constant__ LossArgs args) {
     for (int e = lane_index(); e < args.of.num_experts; e += kWarp) out[e] = out[e] + factor * row.scores[e];
   });
 }
+
+const cuda::Preloaded preloaded({{weights_gradient_kernel},
+                                 {statistics_kernel},
+                                 {finish_statistics_kernel},
+                                 {balance_loss_kernel},
+                                 {z_loss_kernel},
+                                 {balance_gradient_kernel},
+                                 {z_gradient_kernel}});
 
 template <class Args>
 void launch(void (*kernel)(Args), const Args& args, Stream stream) {
