@@ -10,9 +10,9 @@
 namespace tokenyard::cli {
 namespace {
 
+using exchange_internal::read_weights;
 using exchange_internal::RowMemory;
 using exchange_internal::SendEntry;
-using exchange_internal::weight_at;
 
 constexpr std::int64_t kGrain = 8;
 
@@ -80,7 +80,7 @@ void PlainExchange::pack(const DispatchInput& input) {
         const protocol::Record to{record(packed_records_, row), plan_.top_k};
         to.source_token() = static_cast<std::int32_t>(token);
         std::copy_n(&plan_.local_ids[entry * plan_.top_k], plan_.top_k, to.local_ids());
-        for (int k = 0; k < plan_.top_k; ++k) to.weights()[k] = weight_at(input.topk_weights, token, k);
+        read_weights(input.topk_weights, token, std::span(to.weights(), plan_.top_k));
       }
       cpu::copy_row_to_many(targets.data(), static_cast<int>(targets.size()), input.rows.row(token), shape_.row_bytes, stream);
     }

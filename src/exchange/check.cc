@@ -213,16 +213,17 @@ void check_values(const ExchangeEngine& engine, const DispatchInput& input, int 
   if (!engine.options().validate) return;
   const int num_experts = engine.placements()[placement].placement.num_experts();
   const int top_k = top_k_of(input.topk_ids);
+  std::vector<std::int64_t> ids(top_k);
+  std::vector<float> weights(top_k, 0.0F);
   for (std::int64_t token = 0; token < input.topk_ids.shape[0]; ++token) {
+    read_ids(input.topk_ids, token, ids);
+    if (input.topk_weights) read_weights(input.topk_weights, token, weights);
     for (int k = 0; k < top_k; ++k) {
-      const std::int64_t expert = id_at(input.topk_ids, token, k);
-      if (expert >= num_experts) {
+      if (ids[k] >= num_experts) {
         usage_error("topk_ids[{}, {}] = {} but the placement has {} experts; use ids 0 to {}, or a negative one for no expert", token, k,
-                    expert, num_experts, num_experts - 1);
+                    ids[k], num_experts, num_experts - 1);
       }
-      if (input.topk_weights && !std::isfinite(weight_at(input.topk_weights, token, k))) {
-        usage_error("topk_weights[{}, {}] = {}; expected a finite weight", token, k, weight_at(input.topk_weights, token, k));
-      }
+      if (!std::isfinite(weights[k])) usage_error("topk_weights[{}, {}] = {}; expected a finite weight", token, k, weights[k]);
     }
   }
 }

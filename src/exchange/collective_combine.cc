@@ -30,7 +30,8 @@ Expected<std::vector<float>> CollectiveTransport::exchange_weights(const Combine
   next[rank_] = in.data() + handle.received.source_begin[rank_] * k;
   for (std::int64_t token = 0; token < handle.sent.num_tokens; ++token) {
     for (const SendEntry& entry : handle.sent.entries_of(token)) {
-      for (int j = 0; j < k; ++j) *next[entry.rank]++ = weight_at(source_weights, token, j);
+      read_weights(source_weights, token, std::span(next[entry.rank], k));
+      next[entry.rank] += k;
     }
   }
   auto moved = attempt(Phase::combine_weights, [&] {

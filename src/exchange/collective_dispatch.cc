@@ -53,7 +53,7 @@ Expected<Landing> CollectiveTransport::exchange_rows(const RowsCall& call) {
   result.begin = starts(received_);
   for (int source = 0; call.mode == Mode::latency && source < ranks_; ++source) result.begin[source] = source * shape_.max_tokens_per_rank;
   const RowMemory& buffer = buffers_[board_->front()];
-  auto lease = board_->lease(fmt::format("rows of call {} ({})", call.header.call, name(call.layout)));
+  auto lease = board_->lease({call.header.call, call.layout});
   result.lease = std::shared_ptr<void>(buffer.data.get(), [kept_alive = buffer.data, lease = std::move(lease)](void*) {});
   return result;
 }
@@ -157,21 +157,12 @@ void CollectiveTransport::pack(const RowsCall& call, const Planes& packed, const
         const std::int64_t row = own && by_token ? offset[rank_] + token : index;
         targets.push_back(to.rows.at(row));
         if (scale_bytes > 0) std::memcpy(to.scales.at(row), from.scales, scale_bytes);
-        if (call.known == nullptr) write_record(call, token, at, to.records.at(index));
+        if (call.known == nullptr) call.write_record(token, at, to.records.at(index));
       }
       cpu::copy_row_to_many(targets.data(), static_cast<int>(targets.size()), from.row, row_bytes, stream);
     }
     if (stream) cpu::stream_fence();
   });
-}
-
-void CollectiveTransport::write_record(const RowsCall& call, std::int64_t token, std::int64_t entry, std::byte* to) const {
-  const SendPlan& plan = *call.plan;
-  const protocol::Record record{to, plan.top_k};
-  record.source_token() = static_cast<std::int32_t>(token);
-  record.partial_slot() = plan.entries[entry].partial_slot;
-  std::copy_n(&plan.local_ids[entry * plan.top_k], plan.top_k, record.local_ids());
-  for (int k = 0; k < plan.top_k; ++k) record.weights()[k] = call.weights ? weight_at(call.weights, token, k) : 1.0F;
 }
 
 // From the order of arrival to the slot of each (source rank, token).

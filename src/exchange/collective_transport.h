@@ -90,7 +90,6 @@ class CollectiveTransport final : public RowTransport {
   Expected<void> learn_counts(const RowsCall& call);
   Planes landing_planes(const RowsCall& call) const;
   void pack(const RowsCall& call, const Planes& packed, const Planes& landing);
-  void write_record(const RowsCall& call, std::int64_t token, std::int64_t entry, std::byte* to) const;
   void exchange_in_place(const RowsCall& call, const Planes& landing);
   void exchange_packed(const RowsCall& call, const Planes& landing);
   void unpack(const RowsCall& call, const Planes& arrived, const Planes& landing);

@@ -37,7 +37,7 @@ Expected<std::vector<float>> DirectTransport::exchange_weights(const CombineCall
   for (std::int64_t token = 0; token < handle.sent.num_tokens; ++token) {
     for (const SendEntry& entry : handle.sent.entries_of(token)) {
       float* to = arena_->weights_in(entry.rank) + record_index(handle, shape, rank, entry.slot) * shape.top_k;
-      for (int j = 0; j < k; ++j) to[j] = weight_at(source_weights, token, j);
+      read_weights(source_weights, token, std::span(to, k));
     }
   }
   for (int i = 0; i < arena_->ranks(); ++i) send((rank + i) % arena_->ranks(), MessageKind::weights, call.header, {});

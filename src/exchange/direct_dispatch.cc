@@ -1,15 +1,11 @@
 // The dispatch half of the direct exchange: count, place, move, publish.
 
-#include <fmt/core.h>
-
 #include <algorithm>
 #include <cstring>
-#include <optional>
 
 #include "exchange/direct_transport.h"
 #include "kernels/cpu/kernels.h"
 #include "protocol/flags.h"
-#include "protocol/record.h"
 
 namespace tokenyard::exchange_internal {
 
@@ -44,12 +40,14 @@ Expected<void> DirectTransport::await_grants(const CallHeader& header) {
 Expected<Landing> DirectTransport::exchange_rows(const RowsCall& call) {
   if (auto granted = await_grants(call.header); !granted) return unexpected(granted.error());
   const int ranks = arena_->ranks();
-  std::vector<int> buffers(ranks);
+  std::vector<Target> targets;
+  targets.reserve(ranks);
   for (int peer = 0; peer < ranks; ++peer) {
-    buffers[peer] =
+    const int buffer =
         protocol::granted_buffer(load_acquire(arena_->mailbox(arena_->rank(), peer).grants[dispatch_epoch_ % protocol::kMaxDepth]));
+    targets.push_back({arena_->rows(peer, buffer), arena_->scales(peer, buffer), arena_->records(peer, buffer)});
   }
-  move_rows(call, buffers);
+  move_rows(call, targets);
   for (int i = 0; i < ranks; ++i) {
     const int peer = (arena_->rank() + i) % ranks;
     const std::int64_t rows = call.plan->counts[peer];
@@ -61,18 +59,18 @@ Expected<Landing> DirectTransport::exchange_rows(const RowsCall& call) {
   return landing_of(call);
 }
 
-void DirectTransport::move_rows(const RowsCall& call, std::span<const int> buffers) {
+void DirectTransport::move_rows(const RowsCall& call, std::span<const Target> targets) {
   const SendPlan& plan = *call.plan;
   const StoreChoice::Stores stores(store_choice_, static_cast<std::int64_t>(plan.entries.size()) * call.source->row_bytes());
   constexpr std::int64_t kGrain = 8;
   pool_.parallel_for(plan.num_tokens, kGrain, [&](std::int64_t begin, std::int64_t end, int) {
     std::vector<std::byte> scratch(call.source->scratch_bytes());
-    for (std::int64_t token = begin; token < end; ++token) move_token(call, buffers, token, scratch.data(), stores);
+    for (std::int64_t token = begin; token < end; ++token) move_token(call, targets, token, scratch.data(), stores);
     if (stores.stream_to_peers()) cpu::stream_fence();
   });
 }
 
-void DirectTransport::move_token(const RowsCall& call, std::span<const int> buffers, std::int64_t token, std::byte* scratch,
+void DirectTransport::move_token(const RowsCall& call, std::span<const Target> targets, std::int64_t token, std::byte* scratch,
                                  const StoreChoice::Stores& stores) const {
   const SendPlan& plan = *call.plan;
   const std::span<const SendEntry> entries = plan.entries_of(token);
@@ -81,30 +79,27 @@ void DirectTransport::move_token(const RowsCall& call, std::span<const int> buff
   const RowSource::Row from = call.source->at(token, scratch);
   const std::int64_t row_bytes = call.source->row_bytes();
   const std::int64_t scale_bytes = call.source->scale_bytes();
+  const std::int64_t first = call.mode == Mode::latency ? arena_->rank() * shape.max_tokens_per_rank : 0;
   constexpr int kAtOnce = 16;
-  void* targets[kAtOnce];
+  void* copies[kAtOnce];
   int waiting = 0;
   for (std::size_t i = 0; i < entries.size(); ++i) {
     const SendEntry& entry = entries[i];
-    const int buffer = buffers[entry.rank];
-    const std::int64_t first = call.mode == Mode::latency ? arena_->rank() * shape.max_tokens_per_rank : 0;
+    const Target& target = targets[entry.rank];
     const std::int64_t row = first + (call.mode == Mode::latency ? token : entry.slot);
-    std::byte* const to = arena_->rows(entry.rank, buffer) + row * row_bytes;
+    std::byte* const to = target.rows + row * row_bytes;
     if (entry.rank == arena_->rank() && stores.stream_to_self() != stores.stream_to_peers()) {
       cpu::copy_row(to, from.row, row_bytes, stores.stream_to_self());
     } else {
-      targets[waiting++] = to;
+      copies[waiting++] = to;
     }
-    if (scale_bytes != 0) std::memcpy(arena_->scales(entry.rank, buffer) + row * scale_bytes, from.scales, scale_bytes);
+    if (scale_bytes != 0) std::memcpy(target.scales + row * scale_bytes, from.scales, scale_bytes);
     if (call.known == nullptr) {
-      protocol::Record record{arena_->records(entry.rank, buffer) + (first + entry.slot) * shape.record_bytes(), plan.top_k};
-      record.source_token() = static_cast<std::int32_t>(token);
-      record.partial_slot() = entry.partial_slot;
-      std::copy_n(&plan.local_ids[(plan.token_begin[token] + static_cast<std::int64_t>(i)) * plan.top_k], plan.top_k, record.local_ids());
-      for (int k = 0; k < plan.top_k; ++k) record.weights()[k] = call.weights ? weight_at(call.weights, token, k) : 1.0F;
+      const std::int64_t at = plan.token_begin[token] + static_cast<std::int64_t>(i);
+      call.write_record(token, at, target.records + (first + entry.slot) * shape.record_bytes());
     }
     if (waiting == kAtOnce || i + 1 == entries.size()) {
-      cpu::copy_row_to_many(targets, waiting, from.row, row_bytes, stores.stream_to_peers());
+      cpu::copy_row_to_many(copies, waiting, from.row, row_bytes, stores.stream_to_peers());
       waiting = 0;
     }
   }
@@ -125,7 +120,7 @@ Landing DirectTransport::landing_of(const RowsCall& call) {
     landing.count.push_back(count);
     begin += count;
   }
-  landing.lease = grants_->board->lease(fmt::format("rows of call {} ({})", call.header.call, name(call.layout)));
+  landing.lease = grants_->board->lease({call.header.call, call.layout});
   return landing;
 }
 

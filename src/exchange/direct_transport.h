@@ -56,8 +56,14 @@ class DirectTransport final : public RowTransport {
   void send(int peer, protocol::MessageKind kind, const protocol::CallHeader& header, MessageExtra extra);
   Expected<void> await(Phase phase, protocol::MessageKind kind, const protocol::CallHeader& header);
   Expected<void> await_grants(const protocol::CallHeader& header);
-  void move_rows(const RowsCall& call, std::span<const int> buffers);
-  void move_token(const RowsCall& call, std::span<const int> buffers, std::int64_t token, std::byte* scratch,
+  // Where a peer's rows go.
+  struct Target {
+    std::byte* rows;
+    std::byte* scales;
+    std::byte* records;
+  };
+  void move_rows(const RowsCall& call, std::span<const Target> targets);
+  void move_token(const RowsCall& call, std::span<const Target> targets, std::int64_t token, std::byte* scratch,
                   const StoreChoice::Stores& stores) const;
   Landing landing_of(const RowsCall& call);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <numeric>
 
 #include "core/usage.h"
 #include "exchange/engine.h"
@@ -64,11 +65,12 @@ class LocalRows {
 // The order in which the partial sums of one token are added, and where groups end. Indices are entries of the plan.
 struct SumOrder {
   std::vector<std::int64_t> entries;
-  std::vector<int> group_ends;
+  std::vector<int> group_ends;  // where there are groups
   // Sorts by (group, order); entries are ascending in rank to begin with.
   void arrange(const SendPlan& plan, std::int64_t token, Order order, const std::vector<int>& groups) {
     entries.resize(plan.token_begin[token + 1] - plan.token_begin[token]);
-    for (std::size_t i = 0; i < entries.size(); ++i) entries[i] = plan.token_begin[token] + static_cast<std::int64_t>(i);
+    std::iota(entries.begin(), entries.end(), plan.token_begin[token]);
+    if (order == Order::rank_ascending && groups.empty()) return;
     auto group_of = [&](std::int64_t at) { return groups.empty() ? 0 : groups[plan.entries[at].rank]; };
     auto key_of = [&](std::int64_t at) {
       const int last_k = order == Order::topk ? std::bit_width(plan.entries[at].k_mask) : 0;
@@ -152,7 +154,8 @@ Expected<Combined> Engine::combine_steps(CombineJob& job) {
   const std::int64_t tokens = handle.sent.num_tokens;
   const std::int64_t elements = job.y ? job.y.shape[job.y.ndim - 1] : 0;
   const std::int64_t row_part = job.options.out || !job.y ? 0 : protocol::align_up(tokens * job.header.row_bytes, 64);
-  const RowMemory memory = allocate_rows(row_part + tokens * handle.top_k() * 4);
+  const std::int64_t weight_part = job.header.row_weights != 0 ? tokens * handle.top_k() * 4 : 0;
+  const RowMemory memory = row_part + weight_part > 0 ? allocate_rows(row_part + weight_part) : RowMemory();
   result.memory = memory.data;
   if (job.y) {
     result.out = job.options.out ? job.options.out : TensorView(memory.data.get(), job.y.dtype, {tokens, elements});

@@ -243,7 +243,7 @@ Expected<void> Engine::place_output(DispatchJob& job, const HandleState& handle,
     RowMemory& kept = expert_memory_[expert_board_->front()];
     if (kept.bytes < bytes) kept = allocate_rows(bytes);
     memory = kept;
-    auto lease = expert_board_->lease(fmt::format("rows of call {} ({})", job.header.call, name(job.layout())));
+    auto lease = expert_board_->lease({job.header.call, job.layout()});
     job.holds_expert_buffer = false;
     state.lease = std::shared_ptr<void>(memory.data.get(), [kept_alive = memory.data, lease = std::move(lease)](void*) {});
   }

@@ -4,7 +4,7 @@
 
 namespace tokenyard::exchange_internal {
 
-LeaseBoard::LeaseBoard(int buffers, std::function<void(int)> on_free) : buffers_(buffers), on_free_(std::move(on_free)) {
+LeaseBoard::LeaseBoard(int buffers, std::function<void(int)> on_free) : holders_(buffers), on_free_(std::move(on_free)) {
   for (int buffer = 0; buffer < buffers; ++buffer) free_.push_back(buffer);
 }
 
@@ -15,9 +15,13 @@ void LeaseBoard::reserve(const char* what) {
     return;
   }
   std::string text;
-  for (const auto& [buffer, holder] : holders_) text += fmt::format("{}buffer {}: {}", text.empty() ? "" : "; ", buffer, holder);
+  for (std::size_t buffer = 0; buffer < holders_.size(); ++buffer) {
+    const std::optional<Holder>& holder = holders_[buffer];
+    if (!holder) continue;
+    text += fmt::format("{}buffer {}: rows of call {} ({})", text.empty() ? "" : "; ", buffer, holder->call, name(holder->layout));
+  }
   if (reserved_ > 0) text += fmt::format("{}{} promised to dispatches that were started", text.empty() ? "" : "; ", reserved_);
-  usage_error("all {} {} are held ({}); release a Received, or raise depth", buffers_, what, text);
+  usage_error("all {} {} are held ({}); release a Received, or raise depth", holders_.size(), what, text);
 }
 
 void LeaseBoard::unreserve() {
@@ -31,13 +35,13 @@ int LeaseBoard::front() const {
   return free_.front();
 }
 
-std::shared_ptr<void> LeaseBoard::lease(std::string holder) {
+std::shared_ptr<void> LeaseBoard::lease(Holder holder) {
   const std::lock_guard lock(mutex_);
   TY_ASSERT(!free_.empty() && reserved_ > 0);
   const int buffer = free_.front();
   free_.pop_front();
   --reserved_;
-  holders_[buffer] = std::move(holder);
+  holders_[buffer] = holder;
   // Points to something, so that it is not taken for no lease.
   return {static_cast<void*>(this), [board = shared_from_this(), buffer](void*) { board->give_back(buffer); }};
 }
@@ -55,7 +59,7 @@ void LeaseBoard::restart(const std::function<void()>& begin, const std::function
 
 void LeaseBoard::give_back(int buffer) {
   const std::lock_guard lock(mutex_);
-  holders_.erase(buffer);
+  holders_[buffer].reset();
   free_.push_back(buffer);
   on_free_(buffer);
 }

@@ -5,11 +5,12 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <mutex>
-#include <string>
+#include <optional>
 #include <vector>
+
+#include "tokenyard/options.h"
 
 namespace tokenyard::exchange_internal {
 
@@ -23,8 +24,12 @@ class LeaseBoard : public std::enable_shared_from_this<LeaseBoard> {
   void unreserve();
   // The buffer of the oldest free grant, which the running call has reserved.
   int front() const;
-  // Takes front(); `holder` describes the lease for error texts.
-  std::shared_ptr<void> lease(std::string holder);
+  // Takes front(); error texts say whose rows it holds.
+  struct Holder {
+    std::uint64_t call = 0;
+    Layout layout = Layout::token_major;
+  };
+  std::shared_ptr<void> lease(Holder holder);
   std::vector<int> free_buffers() const;
   // Under the lock, so that no lease comes back in between: begin(), then announce(buffer) for every free one in order.
   void restart(const std::function<void()>& begin, const std::function<void(int)>& announce) const;
@@ -33,10 +38,9 @@ class LeaseBoard : public std::enable_shared_from_this<LeaseBoard> {
   void give_back(int buffer);
 
   mutable std::mutex mutex_;
-  int buffers_;
   int reserved_ = 0;
   std::deque<int> free_;
-  std::map<int, std::string> holders_;
+  std::vector<std::optional<Holder>> holders_;  // [buffers]
   std::function<void(int)> on_free_;
 };
 

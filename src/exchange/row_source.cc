@@ -1,7 +1,9 @@
+#include <algorithm>
 #include <cstring>
 
 #include "exchange/row_transport.h"
 #include "kernels/cpu/kernels.h"
+#include "protocol/record.h"
 
 namespace tokenyard::exchange_internal {
 
@@ -39,6 +41,19 @@ RowSource::Row RowSource::at(std::int64_t token, std::byte* scratch) const {
     std::memcpy(scratch + column * element, scales_.row(token) + column * scales_.strides[1] * element, element);
   }
   return {rows_.row(token), scratch};
+}
+
+void RowTransport::RowsCall::write_record(std::int64_t token, std::int64_t entry, std::byte* to) const {
+  const int k = plan->top_k;
+  const protocol::Record record{to, k};
+  record.source_token() = static_cast<std::int32_t>(token);
+  record.partial_slot() = plan->entries[entry].partial_slot;
+  std::copy_n(&plan->local_ids[entry * k], k, record.local_ids());
+  if (weights) {
+    read_weights(weights, token, std::span(record.weights(), k));
+  } else {
+    std::fill_n(record.weights(), k, 1.0F);
+  }
 }
 
 }  // namespace tokenyard::exchange_internal

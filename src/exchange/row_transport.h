@@ -88,6 +88,8 @@ class RowTransport {
     const ReceivedRows* known = nullptr;  // cached dispatch: what arrives
     Mode mode = Mode::throughput;
     Layout layout = Layout::token_major;  // for error texts: who holds a lease
+    // What travels with the row of an entry of the plan.
+    void write_record(std::int64_t token, std::int64_t entry, std::byte* to) const;
   };
   virtual Expected<Landing> exchange_rows(const RowsCall& call) = 0;
   // Throws UsageError when all receive buffers are held; counts dispatches started and not yet run.

@@ -41,9 +41,9 @@ struct PlanInput {
   std::int64_t token_base = 0;
 };
 
-// The k-th id of a token, whatever the dtype and strides.
-std::int64_t id_at(const ConstTensorView& ids, std::int64_t token, int k);
-float weight_at(const ConstTensorView& weights, std::int64_t token, int k);
+// The ids, or weights, of a token, whatever the dtype and strides. out: [K]
+void read_ids(const ConstTensorView& ids, std::int64_t token, std::span<std::int64_t> out);
+void read_weights(const ConstTensorView& weights, std::int64_t token, std::span<float> out);
 
 SendPlan make_send_plan(const PlanInput& input, const placement_internal::TableView& table, const protocol::ArenaShape& shape);
 
