@@ -23,6 +23,13 @@ void bind_products(nb::class_<DeviceExperts>& experts) {
           },
           nb::arg("x_w_bias"), nb::arg("groups"), nb::arg("y"), nb::arg("stream"))
       .def(
+          "grouped_gemm_scaled",
+          [](DeviceExperts& self, const Tensors& in, const DeviceRowGroups& groups, const Tensor& y, std::uintptr_t stream) {
+            self.grouped_gemm_scaled({in.at(0)->view(), in.at(1)->view()}, groups, {in.at(2)->view(), in.at(3)->view()},
+                                     view_or_none(in.at(4)), y.writable(), as_stream(stream));
+          },
+          nb::arg("x_scales_w_scales_bias"), nb::arg("groups"), nb::arg("y"), nb::arg("stream"))
+      .def(
           "grouped_gemm_dgrad",
           [](DeviceExperts& self, const Tensors& in, const DeviceRowGroups& groups, const Tensor& dx, std::uintptr_t stream) {
             self.grouped_gemm_dgrad(in.at(0)->view(), groups, in.at(1)->view(), dx.writable(), as_stream(stream));
@@ -43,8 +50,8 @@ void bind_products(nb::class_<DeviceExperts>& experts) {
 }
 
 void forward(DeviceExperts& self, const FeedForward& what, const Tensors& rows, const DeviceRowGroups& groups, std::uintptr_t stream) {
-  self.experts_forward({.x = rows.at(0)->view(), .gate_up = writable_or_none(rows.at(2))}, groups, what.weights, what.activation,
-                       rows.at(1)->writable(), as_stream(stream));
+  self.experts_forward({.x = rows.at(0)->view(), .gate_up = writable_or_none(rows.at(2)), .x_scales = view_or_none(rows.at(3))}, groups,
+                       what.weights, what.activation, rows.at(1)->writable(), as_stream(stream));
 }
 
 void backward(DeviceExperts& self, const FeedForward& what, const Tensors& rows, const DeviceRowGroups& groups, const Tensors& gradients,
@@ -68,7 +75,7 @@ void bind_device_experts(nb::module_& m) {
       "__init__", [](DeviceExperts* self, int device) { new (self) DeviceExperts(DeviceExpertsOptions{.device = device}); },
       nb::arg("device"));
   bind_products(experts);
-  experts.def("forward", forward, nb::arg("feed_forward"), nb::arg("x_y_gate_up"), nb::arg("groups"), nb::arg("stream"))
+  experts.def("forward", forward, nb::arg("feed_forward"), nb::arg("x_y_gate_up_scales"), nb::arg("groups"), nb::arg("stream"))
       .def("backward", backward, nb::arg("feed_forward"), nb::arg("x_gate_up_dy_dx"), nb::arg("groups"), nb::arg("gradients"),
            nb::arg("stream"));
 }

@@ -73,6 +73,8 @@ void bind_permutation(nb::module_& m) {
 
 void make_feed_forward(FeedForward* self, const Tensors& weights, const nb::tuple& activation) {
   new (self) FeedForward{expert_weights(weights, 0), parse_activation(activation)};
+  self->weights.w13_scale = view_or_none(weights.at(4));
+  self->weights.w2_scale = view_or_none(weights.at(5));
 }
 
 void forward(const FeedForward& self, const Tensor& x, const RowGroups& groups, const Tensor& y, ExpertActivations* saved) {

@@ -141,7 +141,9 @@ class Cpu:
     def unpermute(self, places, local_ids, row_weights, out):
         _core.unpermute(places, local_ids, row_weights, self._groups, out)
 
-    def forward(self, what, x, y, saves):
+    def forward(self, what, x, y, saves, x_scales=None):
+        if x_scales is not None:
+            raise UsageError("x_scales of rows on the CPU; experts take float8 rows on GPUs alone: widen them with dequantise()")
         saved = _core.ExpertActivations() if saves else None
         what.core.forward(x, self._groups, y, saved)
         return saved
@@ -168,6 +170,10 @@ class Gpu:
     def product(self, x, w, bias, y):
         self._core.grouped_gemm([x, w, bias], self._groups, y, self._stream)
 
+    def scaled_product(self, x, w, bias, y):
+        """x and w: (values, scales)."""
+        self._core.grouped_gemm_scaled([*x, *w, bias], self._groups, y, self._stream)
+
     def dgrad(self, dy, w, dx):
         self._core.grouped_gemm_dgrad([dy, w], self._groups, dx, self._stream)
 
@@ -177,11 +183,11 @@ class Gpu:
     def unpermute(self, places, local_ids, row_weights, out):
         self._core.unpermute([places, local_ids, row_weights], self._groups, out, self._stream)
 
-    def forward(self, what, x, y, saves):
+    def forward(self, what, x, y, saves, x_scales=None):
         gate_up = None
         if saves:
             gate_up = torch_if_used().empty((self._places, 2 * what.arrays[0].shape[2]), dtype=self._x.dtype, device=self._x.device)
-        self._core.forward(what.core, [x, y, None if gate_up is None else tensor(gate_up, "gate_up")], self._groups, self._stream)
+        self._core.forward(what.core, [x, y, None if gate_up is None else tensor(gate_up, "gate_up"), x_scales], self._groups, self._stream)
         return gate_up
 
     def backward(self, what, x, saved, dy, dx, gradients):
@@ -193,10 +199,10 @@ def backend(groups, x):
     return (Gpu if on_device(x) else Cpu)(groups, x)
 
 
-def by_place(like, groups, columns, dtype=None):
-    """Memory [places, columns] where `like` [N,..] is; padding is zero."""
+def by_place(like, groups, columns, dtype=None, of=None):
+    """Memory [places, columns] where `like` [N,..] is; padding is zero. of: its type on a GPU, unless that of `like`."""
     shape = (groups.places_of(like), columns)
-    out = like.new_empty(shape) if on_device(like) else Frame.of(like).empty(shape, dtype or tensor(like, "x").dtype)
+    out = like.new_empty(shape, dtype=of) if on_device(like) else Frame.of(like).empty(shape, dtype or tensor(like, "x").dtype)
     if groups.has_padding():
         out[...] = 0
     return out
@@ -236,13 +242,44 @@ def product(x, groups, w, bias, dtype=None):
     return y
 
 
-def grouped_gemm(x, groups, w, bias=None, *, dtype=None):
+def _of_float8(x, dtype):
+    """The type of what is made of float8 weights on a GPU: that of 16-bit rows, else as asked, or bfloat16. None on the CPU: as ever."""
+    if not on_device(x):
+        return None
+    torch = torch_if_used()
+    return x.dtype if x.dtype in (torch.bfloat16, torch.float16) else getattr(torch, dtype or "bfloat16")
+
+
+def _scales(array, what, x):
+    return None if array is None else tensor(_beside(array, what, x), what)
+
+
+def _scaled_product(x, groups, w, bias, scales, dtype):
+    """grouped_gemm() of float8; scales: of x and of w."""
+    if any(array is None for array in scales):
+        raise UsageError(f"{'x' if scales[0] is None else 'w'}_scales are absent; a product of float8 numbers has scales of x and of w: give both, or none")
+    x = _flat(x, "x")
+    if not on_device(x):
+        raise UsageError("x is on the CPU; products of float8 are for CUDA tensors: widen rows and weights with dequantise()")
+    w, bias = _beside(w, "w", x), None if bias is None else tensor(_beside(bias, "bias", x), "bias")
+    y = by_place(x, groups, w.shape[1], of=_of_float8(x, dtype))
+    values = [tensor(array, what, "float8_e4m3") for array, what in ((x, "x"), (w, "w"))]
+    backend(groups, x).scaled_product((values[0], _scales(scales[0], "x_scales", x)), (values[1], _scales(scales[1], "w_scales", x)), bias, tensor(y, "y"))
+    return y
+
+
+def grouped_gemm(x, groups, w, bias=None, *, x_scales=None, w_scales=None, dtype=None):
     """y[p] = x[row of p] w[g]^T + bias[g] for the places p of every expert g: [P,M]; 0 in padding.
 
     x [N,K] (or [L,C,K]), w [L,M,K], bias [L,M], all float32, bfloat16 or float16; dtype where the arrays cannot say. Products and sums
     are float32, each result is rounded once. Torch tensors that require gradients get them: of x through a product with w, of w and
     bias in float32, rounded once. On the CPU, or, for CUDA tensors, on torch's current stream. UsageError names what does not fit.
+
+    With scales, x and w are float8_e4m3 CUDA tensors (Hopper): x_scales [N, ceil(K/128)] as dispatch delivers them, w_scales
+    [L, ceil(M/128), ceil(K/128)], float32. The result is bfloat16, or dtype = "float16", as the bias; without gradients.
     """
+    if x_scales is not None or w_scales is not None:
+        return _scaled_product(as_array(x, "x"), groups, w, bias, (x_scales, w_scales), dtype)
     if _wants_gradients(x, w, bias):
         from .torch.experts import grouped_gemm as with_gradients
 
@@ -253,32 +290,57 @@ def grouped_gemm(x, groups, w, bias=None, *, dtype=None):
 class FeedForward:
     """Weights and activation of the gated feed-forward, checked and as views that keep them alive; all where x is."""
 
-    def __init__(self, x, w13, w2, w13_bias, w2_bias, activation, dtype=None):
-        self._dtype = dtype
+    def __init__(self, x, weights, activation, dtype=None, scales=(None, None)):
+        """weights: w13, w2, and their biases or None. scales: of float8 weights."""
+        self._dtype, self._is_float8 = dtype, any(array is not None for array in scales)
         names = ("w13", "w2", "w13_bias", "w2_bias")
-        self.arrays = [None if a is None else _beside(a, name, x) for name, a in zip(names, (w13, w2, w13_bias, w2_bias))]
-        self._views = [None if a is None else tensor(a, name, dtype) for name, a in zip(names, self.arrays)]
+        types = ("float8_e4m3",) * 2 if self._is_float8 else (dtype,) * 2
+        self.arrays = [None if a is None else _beside(a, name, x) for name, a in zip(names, weights)]
+        self._views = [None if a is None else tensor(a, name, of) for name, a, of in zip(names, self.arrays, (*types, dtype, dtype))]
+        self._views += [_scales(a, f"{name}_scale", x) for name, a in zip(names, scales)]
         self.core = _core.FeedForward(self._views, activation)
 
-    def forward(self, x, groups, saves=False):
+    def forward(self, x, groups, saves=False, x_scales=None):
         """(y, what backward needs)."""
         x = _flat(x, "x")
-        y = by_place(x, groups, x.shape[1], self._dtype)
-        return y, backend(groups, x).forward(self, tensor(x, "x", self._dtype), tensor(y, "y", self._dtype), saves)
+        if not self._is_float8:
+            y = by_place(x, groups, x.shape[1], self._dtype)
+            return y, backend(groups, x).forward(self, tensor(x, "x", self._dtype), tensor(y, "y", self._dtype), saves)
+        y = by_place(x, groups, x.shape[1], self._dtype, of=_of_float8(x, self._dtype))
+        rows = tensor(x, "x", self._dtype if x_scales is None else "float8_e4m3")
+        kept = None if on_device(x) else self._dtype
+        return y, backend(groups, x).forward(self, rows, tensor(y, "y", kept), saves, _scales(x_scales, "x_scales", x))
 
 
-def feed_forward(x, groups, w13, w2, *, w13_bias=None, w2_bias=None, activation="silu", limit=7.0, alpha=1.702, dtype=None):
+def feed_forward(x, groups, w13, w2, *, w13_bias=None, w2_bias=None, w13_scale=None, w2_scale=None, x_scales=None, activation="silu", limit=7.0,
+                 alpha=1.702, dtype=None):
     """y[p] = w2 act(w13 x[row of p] + w13_bias) + w2_bias of the expert of each place p: [P,H]; 0 in padding.
 
     x [N,H] (or [L,C,H]), w13 [L,2,I,H] (gate, up), w2 [L,H,I], w13_bias [L,2,I], w2_bias [L,H] (with tensor parallelism on shard 0
     alone). activation: "silu", or "clamped" with limit and alpha (gpt-oss). Elements, gradients and errors as in grouped_gemm().
+
+    With w13_scale [L, 2, I/128, ceil(H/128)] and w2_scale [L, ceil(H/128), I/128] the weights are float8_e4m3 (uint8 in NumPy), as DeepSeek's
+    checkpoints have them, and go forward alone. On a GPU (Hopper) rows become float8, too, or are, with x_scales [N, ceil(H/128)], as dispatch
+    delivers them; the result is of x's type, of float8 rows bfloat16 or dtype = "float16". The CPU widens the weights.
     """
+    scales = w13_scale, w2_scale
+    given = sum(array is not None for array in scales)
+    if x_scales is not None and given < 2:
+        raise UsageError("x_scales without w13_scale and w2_scale; rows are float8 where weights are: widen them with dequantise(), or give the weights' scales")
+    if given > 0:
+        if given < 2:
+            raise UsageError(f"{'w13' if w13_scale is None else 'w2'}_scale is absent; both weights are float8, or none: give both scales")
+        if _wants_gradients(x, w13_bias, w2_bias):
+            raise UsageError("float8 weights go forward alone, and x or a bias requires gradients; detach them, or use torch.no_grad()")
+        x = as_array(x, "x")
+        what = FeedForward(x, (w13, w2, w13_bias, w2_bias), (activation, limit, alpha), dtype, scales)
+        return what.forward(x, groups, x_scales=x_scales)[0]
     if _wants_gradients(x, w13, w2, w13_bias, w2_bias):
         from .torch.experts import feed_forward as with_gradients
 
         return with_gradients(x, groups, w13, w2, w13_bias=w13_bias, w2_bias=w2_bias, activation=activation, limit=limit, alpha=alpha)
     x = as_array(x, "x")
-    return FeedForward(x, w13, w2, w13_bias, w2_bias, (activation, limit, alpha), dtype).forward(x, groups)[0]
+    return FeedForward(x, (w13, w2, w13_bias, w2_bias), (activation, limit, alpha), dtype).forward(x, groups)[0]
 
 
 def unpermute(places, groups, row_weights=None, *, dtype=None):

@@ -7,6 +7,7 @@ if not torch.cuda.is_available():
 
 import tokenyard as ty  # noqa: E402
 import tokenyard.torch as tyt  # noqa: E402
+from experts_test import float8_weights  # noqa: E402
 from torch_experts_test import COUNTS, EXPERTS, HIDDEN, LAYOUTS, LIMITS, TOLERANCE, WIDTH, feed_forward_of, layout_of, plain, product_of, random  # noqa: E402
 
 
@@ -73,6 +74,38 @@ def test_between_dispatch_and_combine():
     gate, up = torch.einsum("epik,tk->etpi", w13, x).unbind(2)
     each = torch.einsum("ehi,eti->teh", w2, torch.nn.functional.silu(gate) * up)
     torch.testing.assert_close(y, each.gather(1, ids[..., None].expand(-1, -1, 64)).sum(1), rtol=1e-4, atol=1e-4)
+
+
+needs_hopper = pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="float8 products need a Hopper GPU")
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float8_between_dispatch_and_combine(dtype):
+    """Rows of a dispatch that quantises are the experts' as they are; without scales rows become float8 on the way, to the same numbers."""
+    hidden, width, name = 256, 128, str(dtype).removeprefix("torch.")
+    (w13, w13_scale, wide13), (w2, w2_scale, wide2) = float8_weights((4, 2, width, hidden), 1), float8_weights((4, hidden, width), 2)
+    weights = [torch.from_numpy(w).cuda().view(torch.float8_e4m3fn) for w in (w13, w2)]
+    scales = {"w13_scale": torch.from_numpy(w13_scale).cuda(), "w2_scale": torch.from_numpy(w2_scale).cuda()}
+    x, ids = torch.randn(12, hidden, generator=torch.Generator().manual_seed(3)).to(dtype).cuda(), torch.stack([torch.randperm(4)[:2] for _ in range(12)]).cuda()
+    exchange = ty.Exchange(ty.World.in_process(1)[0], ty.Placement.uniform(4, 1), hidden_size=hidden, top_k=2, max_tokens_per_rank=12, dtype=name, max_scale_bytes=hidden // 128 * 4, device="cuda")
+    received = exchange.dispatch(x, ids, layout="expert_major", sizing="exact", quantise="float32")
+    groups = ty.RowGroups.of(received, 4)
+    y = ty.feed_forward(received.rows, groups, *weights, x_scales=received.scales, dtype=name, **scales)
+    assert y.dtype == dtype
+    wide = torch.from_numpy(ty.dequantise(received.rows.view(torch.uint8).cpu().numpy(), received.scales.cpu().numpy(), "float32")).double()
+    expert = torch.arange(4).repeat_interleave(received.expert_counts.long().cpu())
+    products = torch.einsum("npik,nk->npi", torch.from_numpy(wide13).double()[expert], wide)
+    expected = torch.einsum("nhi,ni->nh", torch.from_numpy(wide2).double()[expert], torch.nn.functional.silu(products[:, 0]) * products[:, 1])
+    error = (y.double().cpu() - expected).norm() / expected.norm()
+    assert error < 4e-2, error  # the activation is rounded to 4 bits
+    gate_up = ty.grouped_gemm(received.rows, groups, weights[0].view(4, 2 * width, hidden), dtype=name, x_scales=received.scales,
+                              w_scales=scales["w13_scale"].view(4, 2, -1))
+    torch.testing.assert_close(gate_up.double().cpu(), products.flatten(1), rtol=1e-2, atol=1e-2 * float(products.abs().max()))
+    again = exchange.dispatch(x, ids, layout="expert_major", sizing="exact")
+    torch.testing.assert_close(ty.feed_forward(again.rows, ty.RowGroups.of(again, 4), *weights, **scales), y, rtol=0, atol=0)
+    with pytest.raises(ty.UsageError, match="go forward alone"):
+        ty.feed_forward(x.clone().requires_grad_(), ty.RowGroups.of_counts([12, 0, 0, 0]), *weights, **scales)
 
 
 def test_errors():

@@ -128,3 +128,30 @@ def test_gradients_come_by_themselves():
     assert ty.grouped_gemm(x.detach(), groups, w).grad_fn is None
     ty.grouped_gemm(x, groups, w).sum().backward()
     assert torch.equal(x.grad, torch.full((9, 4), 5.0))
+
+
+def float8_weights(shape, seed):
+    """([.., M, K] as uint8, scales of blocks of 128 x 128, the values in float32)"""
+    rng = np.random.default_rng(seed)
+    q = ty.quantise(rng.normal(size=(int(np.prod(shape[:-1])), shape[-1])).astype(np.float32))[0].reshape(shape)
+    scales = rng.uniform(0.5e-3, 2e-3, (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))).astype(np.float32)
+    ones = np.ones((int(np.prod(shape[:-1])), -(-shape[-1] // 128)), np.float32)
+    values = ty.dequantise(q.reshape(-1, shape[-1]), ones, "float32").reshape(shape)
+    return q, scales, values * scales.repeat(128, -2).repeat(128, -1)[..., :shape[-2], :shape[-1]]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_float8_weights_are_widened(framework):
+    groups, x = ty.RowGroups.of_counts([3, 0, 2]), make(random(5, 144), "float32", framework)
+    (w13, w13_scale, wide13), (w2, w2_scale, wide2) = float8_weights((3, 2, 128, 144), 1), float8_weights((3, 144, 128), 2)
+    given = [make(a, dtype, framework) for a, dtype in ((w13, "uint8"), (w2, "uint8"), (w13_scale, "float32"), (w2_scale, "float32"))]
+    found = ty.feed_forward(x, groups, *given[:2], w13_scale=given[2], w2_scale=given[3])
+    assert is_of(found, framework)
+    np.testing.assert_array_equal(numbers(found), numbers(ty.feed_forward(x, groups, make(wide13, "float32", framework), make(wide2, "float32", framework))))
+    for wrong, text in (({"w13_scale": given[2]}, "w2_scale is absent"), ({"x_scales": given[2]}, "x_scales without w13_scale"),
+                        ({"w13_scale": given[2], "w2_scale": given[3], "x_scales": make(np.ones((5, 2)), "float32", framework)}, "float8 rows on GPUs alone")):
+        with pytest.raises(ty.UsageError, match=text):
+            ty.feed_forward(make(np.zeros((5, 144)), "uint8", framework), groups, *given[:2], **wrong)
+    for scales, text in (({"w_scales": given[2]}, "x_scales are absent"), ({"x_scales": given[2], "w_scales": given[2]}, "x is on the CPU")):
+        with pytest.raises(ty.UsageError, match=text):
+            ty.grouped_gemm(x, groups, given[1], **scales)

@@ -56,7 +56,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w13, w2, w13_bias, w2_bias, groups, activation):
         ctx.save_for_backward(x, w13, w2, w13_bias, w2_bias)
-        y, saved = FeedForward(x, w13, w2, w13_bias, w2_bias, activation).forward(x, groups, saves=True)
+        y, saved = FeedForward(x, (w13, w2, w13_bias, w2_bias), activation).forward(x, groups, saves=True)
         ctx.groups, ctx.activation, ctx.saved = groups, activation, saved
         return y
 
@@ -67,7 +67,7 @@ class _FeedForward(torch.autograd.Function):
         d_places = by_place(dy, groups, dy.shape[1])
         gradients = [_zeros(w) for w in weights]
         views = [None if g is None else tensor(g, "gradient") for g in gradients]
-        backend(groups, rows).backward(FeedForward(x, *weights, ctx.activation), tensor(rows, "x"), ctx.saved, tensor(dy, "dy"), tensor(d_places, "dx"), views)
+        backend(groups, rows).backward(FeedForward(x, weights, ctx.activation), tensor(rows, "x"), ctx.saved, tensor(dy, "dy"), tensor(d_places, "dx"), views)
         return _to_rows(groups, d_places, x.shape), *(g if g is None else g.to(w.dtype) for g, w in zip(gradients, weights)), None, None
 
 
