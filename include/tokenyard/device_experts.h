@@ -24,8 +24,11 @@ struct DeviceRowGroups {
   ConstTensorView begins{};  // [L] or [L+1], ascending; none: expert g begins at g * capacity
   std::int64_t capacity = 0;
   ConstTensorView rows{};  // [P] or more; none: rows lie as places
+  // How many places are probably taken: few rows per expert have kernels of their own. 0: all. Results do not depend on it.
+  std::int64_t likely = 0;
 
-  // Of a dispatch on cuda. UsageError for token_major without a gather map, and for rank_slots: use DeviceExperts::gather.
+  // Of a dispatch on cuda, with as many places likely as this rank has sent rows to experts. UsageError for token_major without a gather
+  // map, and for rank_slots: use DeviceExperts::gather.
   static DeviceRowGroups of(const Received& received);
 };
 

@@ -105,8 +105,8 @@ void CountsPool::add_slab() {
 std::shared_ptr<cuda::HostCounts> CountsPool::take() {
   const std::lock_guard lock(mutex_);
   if (free_.empty()) add_slab();
-  cuda::HostCounts* const counts = free_.back();
-  free_.pop_back();
+  cuda::HostCounts* const counts = free_.front();
+  free_.pop_front();
   return {counts, [pool = shared_from_this()](cuda::HostCounts* back) {
             const std::lock_guard returning(pool->mutex_);
             pool->free_.push_back(back);

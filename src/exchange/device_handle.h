@@ -1,6 +1,7 @@
 #pragma once
 // The handle of a dispatch on a GPU: one block of device memory, and what the host knows of it.
 
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -56,7 +57,8 @@ class BlockPool : public std::enable_shared_from_this<BlockPool> {
   Blocks free_captured_;
 };
 
-// Counts that the device tells the host, in pinned memory that is used again.
+// Counts that the device tells the host, in pinned memory that is used again, what came back last at the end: a dispatch that was given up
+// before its kernels ran still tells its counts.
 class CountsPool : public std::enable_shared_from_this<CountsPool> {
  public:
   CountsPool() { add_slab(); }
@@ -67,7 +69,7 @@ class CountsPool : public std::enable_shared_from_this<CountsPool> {
 
   std::mutex mutex_;
   std::vector<PinnedBuffer> slabs_;
-  std::vector<cuda::HostCounts*> free_;
+  std::deque<cuda::HostCounts*> free_;
 };
 
 struct DeviceHandle final : HandleFacts {

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "core/usage.h"
+#include "exchange/handle_facts.h"
 #include "experts/cuda/products.h"
 #include "experts/row_block.h"
 #include "memory/cuda_error.h"
@@ -58,7 +59,8 @@ kernels::Groups groups_of(const DeviceRowGroups& groups) {
           .counts = groups.counts.as<std::int32_t>(),
           .capacity = groups.capacity,
           .places = groups.places,
-          .num_groups = static_cast<int>(num_groups)};
+          .num_groups = static_cast<int>(num_groups),
+          .likely = groups.likely};
 }
 
 const std::int32_t* rows_of(const DeviceRowGroups& groups) { return groups.rows ? groups.rows.as<std::int32_t>() : nullptr; }
@@ -150,6 +152,7 @@ void check_launch(const char* what) { cuda_check(cudaGetLastError(), what); }
 DeviceRowGroups DeviceRowGroups::of(const Received& received) {
   DeviceRowGroups groups;
   groups.counts = received.expert_counts();
+  groups.likely = std::max<std::int64_t>(1, received.handle().num_tokens() * received.handle().state()->top_k());
   const TensorView rows = received.rows();
   switch (received.handle().layout()) {
     case Layout::expert_major:

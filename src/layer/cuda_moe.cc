@@ -264,7 +264,8 @@ ConstTensorView CudaMoe::run_shared(const Forward& of) {
 
 TensorView CudaMoe::run_experts(const Forward& of, const Received& received) {
   const Phase phase(workspace().trace(), "experts", 0, stream_of(of.options.stream));
-  const DeviceRowGroups groups = DeviceRowGroups::of(received);
+  DeviceRowGroups groups = DeviceRowGroups::of(received);
+  groups.likely *= group_->exchange()->options().max_fanout;  // shards have rows of all tokens of their expert
   const bool is_saved = of.step != nullptr;
   const TensorView y = is_saved ? of.step->y : workspace().places(of.x.dtype, groups.places, of.x.shape[1]);
   if (num_local_experts_ > 0) {

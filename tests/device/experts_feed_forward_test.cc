@@ -26,11 +26,14 @@ double activated(const Activation& a, double gate, double up) {
   return g * sigmoid(a.alpha * g) * (std::clamp<double>(up, -a.limit, a.limit) + 1.0);
 }
 
-// By differences: it knows nothing of the formula that is tested.
+// By differences: it knows nothing of the formula that is tested. To the side that no clamp cuts: across one they are half of the slope.
 std::pair<double, double> activation_gradient(const Activation& a, double gate, double up) {
   constexpr double kStep = 1e-6;
-  return {(activated(a, gate + kStep, up) - activated(a, gate - kStep, up)) / (2 * kStep),
-          (activated(a, gate, up + kStep) - activated(a, gate, up - kStep)) / (2 * kStep)};
+  const bool clamps = a.kind == ActivationKind::clamped;
+  const double gate_step = clamps && gate > a.limit ? kStep : -kStep;
+  const double up_step = (clamps && std::abs(up) > a.limit) == (up > 0) ? kStep : -kStep;
+  const double here = activated(a, gate, up);
+  return {(activated(a, gate + gate_step, up) - here) / gate_step, (activated(a, gate, up + up_step) - here) / up_step};
 }
 
 struct Model {

@@ -53,13 +53,15 @@ struct ProductCase {
 
 void expect_products(const ProductCase& p, DeviceExperts& experts) {
   Uploads upload;
-  const DeviceRowGroups groups = upload(p.c.groups);
+  DeviceRowGroups groups = upload(p.c.groups);
   const std::int64_t num = p.c.experts();
   const TensorView x = upload(p.x), dy = upload(p.dy);
   const TensorView w = shaped(upload(p.w), {num, p.outputs, p.inputs});
-  for (const bool has_bias : {true, false}) {
+  constexpr std::int64_t kMany = 1 << 20;
+  for (const auto& [has_bias, likely] : {std::pair(true, kMany), {false, std::int64_t{1}}, {true, std::int64_t{0}}}) {
     Buffer y = Buffer::nan(p.dtype, p.c.groups.places, p.outputs, p.gap);
     const TensorView on_device = upload(y);
+    groups.likely = likely;
     experts.grouped_gemm(x, groups, w, has_bias ? ConstTensorView(upload(p.bias)) : ConstTensorView(), on_device, nullptr);
     fetch(on_device, y);
     expect_near(

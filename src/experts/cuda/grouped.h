@@ -19,6 +19,7 @@ struct Groups {
   std::int64_t capacity = 0;
   std::int64_t places = 0;
   int num_groups = 0;
+  std::int64_t likely = 0;  // of the places; 0: all
 };
 
 // For each group with m places: forward y[m,n] = x[m,k] w[n,k]^T + bias[n]; dgrad y[m,n] = x[m,k] w[k,n]; wgrad y[n,k] += of the

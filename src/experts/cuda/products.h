@@ -51,11 +51,10 @@ class Products {
   Scratch scratch_;
 };
 
-// Groups of few rows each, as in decoding, have kernels of their own. Of the places that there may be: how many there are only the
-// device knows.
+// Groups of few rows each, as in decoding, have kernels of their own. How many rows there are only the device knows.
 inline bool has_few_rows(const Groups& groups) {
   constexpr std::int64_t kFewRows = 64;  // by measurement, see docs/experts.md
-  return groups.places <= kFewRows * groups.num_groups;
+  return (groups.likely > 0 ? groups.likely : groups.places) <= kFewRows * groups.num_groups;
 }
 
 // None where CUTLASS is not built in, or for a type it does not serve here.
