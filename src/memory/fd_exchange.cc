@@ -123,6 +123,14 @@ std::optional<int> find_lost(const World& world) {
   return std::nullopt;
 }
 
+// `what` failed, by errno. The peer is going, or has given up because another rank is gone: that one is to be named.
+Failure unreachable(const World& world, int peer, const char* what) {
+  Failure failure = system_failure(fmt::format("{} rank {}", what, peer));
+  failure.peer = peer;
+  const auto lost = find_lost(world);
+  return lost ? lost_peer(*lost) : failure;
+}
+
 Expected<void> send_to(const World& world, int peer, const FdExchange::Endpoint& to, int fd, Deadline deadline) {
   Message message{.secret = {}, .rank = world.rank()};
   if (to.secret.size() != kSecretBytes) {
@@ -134,13 +142,7 @@ Expected<void> send_to(const World& world, int peer, const FdExchange::Endpoint&
   if (!socket) return unexpected(system_failure("cannot open a Unix socket"));
   // Connecting does not wait for the peer to accept, unless its backlog is full.
   while (connect(socket.get(), address.get(), address.length) != 0) {
-    if (errno != EAGAIN && errno != EINTR) {
-      Failure failure = system_failure(fmt::format("cannot reach the memory socket of rank {}", peer));
-      failure.peer = peer;
-      // It is going, or has given up because another rank is gone: that one is to be named.
-      const auto lost = find_lost(world);
-      return unexpected(lost ? lost_peer(*lost) : failure);
-    }
+    if (errno != EAGAIN && errno != EINTR) return unexpected(unreachable(world, peer, "cannot reach the memory socket of"));
     if (!world.alive(peer)) return unexpected(lost_peer(peer));
     if (deadline.expired()) {
       return unexpected({.kind = FailureKind::timeout, .phase = Phase::memory, .peer = peer, .detail = "it does not accept shared memory"});
@@ -149,9 +151,7 @@ Expected<void> send_to(const World& world, int peer, const FdExchange::Endpoint&
   }
   // Whoever took over the name of a rank that has gone must not get our memory.
   if (!same_user(socket.get()) || !send_message(socket.get(), message, fd)) {
-    Failure failure = system_failure(fmt::format("cannot pass memory to rank {}", peer));
-    failure.peer = peer;
-    return unexpected(std::move(failure));
+    return unexpected(unreachable(world, peer, "cannot pass memory to"));
   }
   return {};
 }
