@@ -247,7 +247,11 @@ def _of_float8(x, dtype):
     if not on_device(x):
         return None
     torch = torch_if_used()
-    return x.dtype if x.dtype in (torch.bfloat16, torch.float16) else getattr(torch, dtype or "bfloat16")
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return x.dtype
+    if dtype not in (None, "bfloat16", "float16"):
+        raise UsageError(f"dtype = {dtype!r}; what is made of float8 is bfloat16 or float16")
+    return getattr(torch, dtype or "bfloat16")
 
 
 def _scales(array, what, x):
@@ -258,6 +262,8 @@ def _scaled_product(x, groups, w, bias, scales, dtype):
     """grouped_gemm() of float8; scales: of x and of w."""
     if any(array is None for array in scales):
         raise UsageError(f"{'x' if scales[0] is None else 'w'}_scales are absent; a product of float8 numbers has scales of x and of w: give both, or none")
+    if _wants_gradients(bias):
+        raise UsageError("float8 products go forward alone, and bias requires gradients; detach it, or use torch.no_grad()")
     x = _flat(x, "x")
     if not on_device(x):
         raise UsageError("x is on the CPU; products of float8 are for CUDA tensors: widen rows and weights with dequantise()")

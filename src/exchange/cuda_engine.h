@@ -117,8 +117,9 @@ class CudaEngine final : public ExchangeEngine {
   cuda::LayoutArgs layout_args(const CudaDispatch& job) const;
   cuda::MoveArgs move_args(const CudaDispatch& job, bool last) const;
   std::byte* expert_memory(int buffer, std::int64_t bytes, cudaStream_t stream);
-  // Behind whatever still reads the buffers that the dispatch is about to fill; then who uses them goes on on this stream.
+  // Behind whatever still reads the buffers that the dispatch is about to fill.
   void enter_buffers(const CudaDispatch& job, cudaStream_t stream);
+  // Its rows are used on this stream, and no longer where it was enqueued.
   void continue_on(const CudaDispatch& job, cudaStream_t stream);
   cuda::RoutingArgs routing_args(const CudaDispatch& job) const;
   cuda::SourceArgs source_args(const CudaDispatch& job) const;

@@ -36,8 +36,7 @@ class Planner {
   void add_token(std::int64_t token, const PlanInput& input) {
     read_ids(input.topk_ids, token, ids_);
     const auto ticket = static_cast<std::uint32_t>(token + input.token_base);
-    std::uint64_t ranks_below_64 = 0;  // in a register: most worlds have no others
-    int chosen = 0;
+    std::size_t chosen = 0;
     for (int k = 0; k < plan_.top_k; ++k) {
       if (ids_[k] >= table_.num_experts) ++plan_.invalid_ids;
       if (ids_[k] < 0 || ids_[k] >= table_.num_experts) continue;
@@ -47,12 +46,11 @@ class Planner {
       for (int f = 0; f < table_.max_fanout && shards[f] != placement_internal::kNoInstance; ++f) {
         choices_[chosen++] = {shards[f], k};
         const int rank = placement_internal::instance_rank(shards[f]);
-        (rank < 64 ? ranks_below_64 : ranks_[rank / 64]) |= std::uint64_t{1} << (rank % 64);
+        ranks_[rank / 64] |= std::uint64_t{1} << (rank % 64);
       }
     }
-    ranks_[0] = ranks_below_64;
     add_entries(token);
-    add_instances(chosen);
+    for (std::size_t i = 0; i < chosen; ++i) add_instance(choices_[i]);
   }
 
  private:
@@ -75,19 +73,13 @@ class Planner {
     plan_.token_begin[token + 1] = static_cast<std::int64_t>(plan_.entries.size());
   }
 
-  void add_instances(int chosen) {
-    const protocol::ArenaShape shape = shape_;  // here, where no store can change it
-    const std::size_t top_k = plan_.top_k;
-    SendEntry* const entries = plan_.entries.data();
-    std::int32_t *const local_ids = plan_.local_ids.data(), *const counts = plan_.counts.data();
-    for (const Choice* choice = choices_.data(); choice != choices_.data() + chosen; ++choice) {
-      const int rank = placement_internal::instance_rank(choice->instance);
-      const int local = placement_internal::instance_local(choice->instance);
-      const std::size_t entry = entry_to_[rank];
-      entries[entry].k_mask |= std::uint64_t{1} << choice->k;
-      local_ids[entry * top_k + choice->k] = local;
-      ++counts[shape.instance_word(rank, local)];
-    }
+  void add_instance(Choice choice) {
+    const int rank = placement_internal::instance_rank(choice.instance);
+    const int local = placement_internal::instance_local(choice.instance);
+    const std::size_t entry = entry_to_[rank];
+    plan_.entries[entry].k_mask |= std::uint64_t{1} << choice.k;
+    plan_.local_ids[entry * plan_.top_k + choice.k] = local;
+    ++plan_.counts[shape_.instance_word(rank, local)];
   }
 
   SendPlan& plan_;

@@ -273,7 +273,6 @@ TEST_F(ExchangeStreams, SumsAreReadToTheEndBeforeTheirMemoryIsUsedAgain) {
       Gate gate;
       const cudaStream_t stream = twin.batch.stream();
       const Stream other = value_or_throw(borrow_cuda_stream());
-      const CudaEvent event = value_or_throw(make_cuda_event());
       const Received received = twin.device.dispatch(twin.batch.input(), token_major(stream));
       const RoundTrip expected = twin.expected(token_major(stream));
       const TensorView zeros(twin.batch.reserve(received.rows().num_elements() * sizeof(float)), Dtype::float32,
