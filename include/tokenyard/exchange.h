@@ -45,6 +45,7 @@ class Handle {
 // The rows of one dispatch. Unless copied out they are a lease on a receive buffer, valid until release() or destruction.
 // Metadata belongs to the handle and outlives the lease. All indices int32; -1, and weight 0, where there is no row.
 // On cuda all tensors are in device memory and valid in the order of the stream given to the dispatch.
+// That stream, and a combine's, lives until what was made on it (rows, sums, handles) is gone: an event is recorded there then.
 class Received {
  public:
   Received() = default;
