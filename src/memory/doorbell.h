@@ -15,11 +15,25 @@ struct alignas(64) Doorbell {
   std::atomic<std::uint32_t> sleepers;
 };
 
-// Called by a peer after its release stores. Costs a system call only when somebody sleeps.
+// Called by a peer after its release stores. While nobody sleeps the bell is only read, so that its line stays in every cache.
 void ring(Doorbell& doorbell);
 
-// Returns when the doorbell was rung since `seen` was read from it, or after `at_most`, or spuriously.
-void sleep_until_rung(Doorbell& doorbell, std::uint32_t seen, std::chrono::microseconds at_most);
+// Says that its thread may sleep: from then on it sees what peers stored before they rang, or they ring for it.
+class Sleeper {
+ public:
+  explicit Sleeper(Doorbell& doorbell);
+  ~Sleeper();
+  Sleeper(const Sleeper&) = delete;
+  Sleeper& operator=(const Sleeper&) = delete;
+
+  // Read before the condition is looked at.
+  std::uint32_t rings() const { return doorbell_.rings.load(std::memory_order_acquire); }
+  // Returns when the doorbell was rung since `seen` was read from it, or after `at_most`, or spuriously.
+  void sleep(std::uint32_t seen, std::chrono::microseconds at_most) const;
+
+ private:
+  Doorbell& doorbell_;
+};
 
 // One step of a busy wait that leaves the core to its sibling.
 void relax();
@@ -45,14 +59,15 @@ bool wait_on(Doorbell& doorbell, Ready&& ready, Tick&& tick, int spins = kSpins)
     if (ready()) return true;
     sched_yield();
   }
+  const Sleeper sleeper(doorbell);
   while (true) {
-    const std::uint32_t seen = doorbell.rings.load(std::memory_order_seq_cst);
+    const std::uint32_t seen = sleeper.rings();
     if (ready()) return true;
     if (std::chrono::steady_clock::now() >= next_tick) {
       if (tick()) return ready();
       next_tick = std::chrono::steady_clock::now() + kTick;
     }
-    sleep_until_rung(doorbell, seen, kTick);
+    sleeper.sleep(seen, kTick);
   }
 }
 

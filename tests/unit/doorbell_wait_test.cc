@@ -19,7 +19,7 @@ TEST(DoorbellWait, ARingEndsALongSleep) {
     ring(doorbell);
   });
   const auto begin = Clock::now();
-  sleep_until_rung(doorbell, 0, std::chrono::seconds(60));
+  Sleeper(doorbell).sleep(0, std::chrono::seconds(60));
   EXPECT_LT(Clock::now() - begin, std::chrono::seconds(30));
   ringer.join();
   EXPECT_EQ(doorbell.rings.load(), 1U);
@@ -28,17 +28,24 @@ TEST(DoorbellWait, ARingEndsALongSleep) {
 
 TEST(DoorbellWait, ARingBeforeTheSleepIsNotLost) {
   Doorbell doorbell{};
-  const std::uint32_t seen = doorbell.rings.load();
+  const Sleeper sleeper(doorbell);
+  const std::uint32_t seen = sleeper.rings();
   ring(doorbell);
   const auto begin = Clock::now();
-  sleep_until_rung(doorbell, seen, std::chrono::seconds(60));
+  sleeper.sleep(seen, std::chrono::seconds(60));
   EXPECT_LT(Clock::now() - begin, std::chrono::seconds(30));
+}
+
+TEST(DoorbellWait, ARingForNobodyChangesNothing) {
+  Doorbell doorbell{};
+  ring(doorbell);
+  EXPECT_EQ(doorbell.rings.load(), 0U);
 }
 
 TEST(DoorbellWait, ASleepEndsInTime) {
   Doorbell doorbell{};
   const auto begin = Clock::now();
-  sleep_until_rung(doorbell, 0, std::chrono::milliseconds(20));
+  Sleeper(doorbell).sleep(0, std::chrono::milliseconds(20));
   EXPECT_GE(Clock::now() - begin, std::chrono::milliseconds(5));
 }
 
@@ -117,7 +124,7 @@ TEST(DoorbellWait, RingsReachOtherMappingsOfTheSameMemory) {
     ring(rung);
   });
   const auto begin = Clock::now();
-  sleep_until_rung(slept, 0, std::chrono::seconds(60));
+  Sleeper(slept).sleep(0, std::chrono::seconds(60));
   EXPECT_LT(Clock::now() - begin, std::chrono::seconds(30));
   ringer.join();
   munmap(first, 4096);
