@@ -76,10 +76,10 @@ CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const Dispatc
   job.pads = !job.cached && has_output && made.layout == Layout::expert_padded && made.mode == Mode::latency && made.local_experts > 0 &&
              cuda::can_pad(shape_, made.top_k);
   // Those of an exact dispatch have no memory before the host knows the counts.
-  const bool is_placed_early = has_output && made.is_expert_layout() && made.mode == Mode::throughput && made.local_experts > 0 &&
+  job.moves_in_bulk = made.mode == Mode::throughput && cuda::moves_in_bulk(source_args(job));
+  const bool is_placed_early = has_output && job.moves_in_bulk && made.is_expert_layout() && made.local_experts > 0 &&
                                budget_.multiprocessors >= cuda::kFewestOwnBlocks &&
-                               (job.cached || (options.sizing == Sizing::capacity && cuda::can_place_own(shape_))) &&
-                               cuda::moves_in_bulk(source_args(job));
+                               (job.cached || (options.sizing == Sizing::capacity && cuda::can_place_own(shape_)));
   if (job.pads || is_placed_early) job.output = place_output(job, stream);
   job.places_own = is_placed_early && reinterpret_cast<std::uintptr_t>(job.output->rows) % 16 == 0;  // bulk copies need that
   return job;
@@ -140,6 +140,11 @@ cuda::SourceArgs CudaEngine::source_args(const CudaDispatch& job) const {
   return args;
 }
 
+std::int64_t CudaEngine::expert_capacity(const CudaDispatch& job) const {
+  const HandleShape& shape = job.handle->shape;
+  return shape.layout == Layout::expert_padded ? shape.expert_width : job.layout_options.expert_capacity;
+}
+
 cuda::LayoutArgs CudaEngine::layout_args(const CudaDispatch& job) const {
   const HandleShape& shape = job.handle->shape;
   return {.context = arena_->context(),
@@ -148,29 +153,49 @@ cuda::LayoutArgs CudaEngine::layout_args(const CudaDispatch& job) const {
           .mode = shape.mode,
           .gather_map = shape.gather_map,
           .alignment = job.layout_options.alignment,
-          .expert_capacity = shape.layout == Layout::expert_padded ? shape.expert_width : job.layout_options.expert_capacity,
+          .expert_capacity = expert_capacity(job),
           .drop = job.layout_options.drop,
           .local_experts = shape.local_experts,
           .output_rows = shape.output_rows,
           .map_rows = shape.map_rows,
           .table = layout_table_,
+          .landing_warps = job.moves_in_bulk ? budget_.multiprocessors * cuda::kClerks : 0,
           .last = true};
 }
 
-// `last`: no layout follows.
-cuda::MoveArgs CudaEngine::move_args(const CudaDispatch& job, bool last) const {
+cuda::PlanArgs CudaEngine::plan_args(const CudaDispatch& job) const {
+  const HandleShape& shape = job.handle->shape;
+  const bool is_exact = job.options.sizing == Sizing::exact;
+  const bool is_bounded = shape.layout == Layout::expert_major && !is_exact;
   return {.context = context(job.options.waits),
           .header = job.header,
           .buffer = job.buffer,
           .routing = routing_args(job),
-          .source = source_args(job),
           .handle = job.handle->view,
           .numbers = row_numbers_,
-          .table = last ? cuda::LayoutTable() : layout_table_,
-          .own = job.places_own ? cuda::OwnRows{.places = own_places_, .rows = job.output->rows} : cuda::OwnRows(),
-          .cached = job.cached,
-          .last = last,
-          .blocks = budget_.multiprocessors};
+          .limits = {.expert_capacity = expert_capacity(job),
+                     .max_layout_rows = is_bounded ? options_.max_expert_rows : 0,
+                     .alignment = job.layout_options.alignment,
+                     .drop = job.layout_options.drop,
+                     .expert_layout = shape.is_expert_layout()},
+          .counts = counts_,
+          .own_counts = job.places_own ? own_counts_ : nullptr,
+          // What only an exact dispatch waits for costs the device a trip to the host's memory.
+          .host = is_exact ? job.handle->counts.get() : nullptr};
+}
+
+// `last`: no layout follows.
+cuda::MoveArgs CudaEngine::move_args(const CudaDispatch& job, bool last) const {
+  cuda::MoveArgs args;
+  static_cast<cuda::PlanArgs&>(args) = plan_args(job);
+  args.source = source_args(job);
+  if (!last) args.table = layout_table_;
+  if (job.places_own) args.own = {.places = own_places_, .rows = job.output->rows};
+  args.plans = !job.cached && !job.places_own && job.handle->shape.mode == Mode::throughput;
+  args.cached = job.cached;
+  args.last = last;
+  args.blocks = budget_.multiprocessors;
+  return args;
 }
 
 void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
@@ -185,29 +210,10 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
     if (job.pads) pad = {.spread = spread_args(job), .capacity = shape.expert_width, .drop = job.layout_options.drop};
     phase("dispatch slots", stream, [&] { cuda::launch_slots(move, pad, stream); });
   } else {
-    if (!job.cached) {
-      const cuda::PlanArgs plan{
-          .context = move.context,
-          .header = job.header,
-          .buffer = job.buffer,
-          .routing = move.routing,
-          .limits = {.expert_capacity = layout.expert_capacity,
-                     .max_layout_rows =
-                         shape.layout == Layout::expert_major && job.options.sizing == Sizing::capacity ? options_.max_expert_rows : 0,
-                     .alignment = job.layout_options.alignment,
-                     .drop = job.layout_options.drop,
-                     .expert_layout = shape.is_expert_layout()},
-          .handle = job.handle->view,
-          .numbers = row_numbers_,
-          .counts = counts_,
-          .own_counts = job.places_own ? own_counts_ : nullptr,
-          // What only an exact dispatch waits for costs the device a trip to the host's memory.
-          .host = job.options.sizing == Sizing::exact ? job.handle->counts.get() : nullptr};
-      phase("dispatch plan", stream, [&] { cuda::launch_plan(plan, stream); });
-      if (job.places_own) {
-        const cuda::PlaceOwnArgs place{.layout = layout, .routing = move.routing, .counts = own_counts_, .places = own_places_};
-        phase("dispatch places", stream, [&] { cuda::launch_place_own(place, stream); });
-      }
+    if (!job.cached && job.places_own) {
+      const cuda::PlaceOwnArgs place{.layout = layout, .routing = move.routing, .counts = own_counts_, .places = own_places_};
+      phase("dispatch plan", stream, [&] { cuda::launch_plan(move, stream); });
+      phase("dispatch places", stream, [&] { cuda::launch_place_own(place, stream); });
     }
     phase("dispatch rows", stream, [&] { cuda::launch_move(move, stream); });
   }

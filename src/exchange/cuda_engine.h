@@ -46,9 +46,10 @@ struct CudaDispatch {
   std::shared_ptr<void> lease;
   int expert_buffer = 0;  // unless in place or copied out
   std::shared_ptr<void> expert_lease;
-  bool in_place = false;    // rows are used where they land
-  bool pads = false;        // the kernel that lands rows also lays them out and copies them
-  bool places_own = false;  // this rank's own rows go straight to their places
+  bool in_place = false;       // rows are used where they land
+  bool pads = false;           // the kernel that lands rows also lays them out and copies them
+  bool moves_in_bulk = false;  // rows go by bulk copies, and a layout may run beside them
+  bool places_own = false;     // this rank's own rows go straight to their places
   std::optional<OutputRows> output;
 };
 enum class Halves : std::uint8_t { together, apart };  // start and finish
@@ -114,7 +115,9 @@ class CudaEngine final : public ExchangeEngine {
   Received finish_dispatch(CudaDispatch& job, cudaStream_t stream);
   OutputRows place_output(const CudaDispatch& job, cudaStream_t stream);
   cuda::SpreadArgs spread_args(const CudaDispatch& job) const;
+  std::int64_t expert_capacity(const CudaDispatch& job) const;
   cuda::LayoutArgs layout_args(const CudaDispatch& job) const;
+  cuda::PlanArgs plan_args(const CudaDispatch& job) const;
   cuda::MoveArgs move_args(const CudaDispatch& job, bool last) const;
   std::byte* expert_memory(int buffer, std::int64_t bytes, cudaStream_t stream);
   // Behind whatever still reads the buffers that the dispatch is about to fill.

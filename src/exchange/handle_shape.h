@@ -10,7 +10,8 @@ namespace tokenyard::exchange_internal {
 inline protocol::ArenaLayout device_arena_layout(const protocol::ArenaShape& shape) {
   return protocol::arena_layout(shape, {.beacon_bytes = sizeof(protocol::DeviceBeacon),
                                         .mailbox_bytes = sizeof(protocol::DeviceMailbox),
-                                        .arrival_bytes = sizeof(std::uint64_t)});
+                                        .arrival_bytes = sizeof(std::uint64_t),
+                                        .count_bytes = sizeof(std::uint64_t)});
 }
 
 // The sizes that a handle's arrays have.

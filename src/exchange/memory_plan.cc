@@ -131,7 +131,8 @@ MemoryPlan Exchange::memory_plan(const ExchangeOptions& options, int ranks) {
   if (checked.expert_rows)
     add("expert rows, pulled", layout.expert_rows_bytes, fmt::format("receive_rows {} x row {}", rows, checked.max_row_bytes));
   add("counts", 2 * shape.ranks * layout.counts_bytes,
-      fmt::format("2 x ranks {0} x (ranks {0} + ranks {0} x max_local_experts {1}) x 4", ranks, checked.max_local_experts));
+      fmt::format("2 x ranks {0} x (ranks {0} + ranks {0} x max_local_experts {1}) x {2}", ranks, checked.max_local_experts,
+                  on_gpu ? 8 : 4));
   const std::int64_t flags = layout.total - plan.total();
   const std::string arrivals = on_gpu ? fmt::format(" + max_tokens_per_rank {} x 8", checked.max_tokens_per_rank) : "";
   add("flags and alignment", flags, fmt::format("ranks {} x ({}{}) and page rounding", ranks, layout.mailbox_bytes, arrivals));

@@ -53,6 +53,7 @@ DeviceWords::DeviceWords(const World& world, const protocol::ArenaLayout& layout
            .stop = &host().stop};
   std::vector<std::byte*> arenas;
   for (int rank = 0; rank < world.size(); ++rank) arenas.push_back(at(rank, 0));
+  std::copy_n(arenas.begin(), std::min(world.size(), protocol::kNearRanks), view_.near_arenas);
   cuda_check(cudaMemsetAsync(words_.data(), 0, words_.bytes(), side()), "clearing the words of a GPU");
   cuda_check(cudaMemcpyAsync(table, arenas.data(), table_bytes, cudaMemcpyDefault, side()), "filling the table of arenas");
   // On a stream of its own: a wait for the whole device would wait for kernels of ranks that wait for this one.

@@ -36,7 +36,7 @@ struct ArenaShape {
     const std::int64_t per_token = unfolded ? top_k * max_fanout : partials_per_token();
     return max_tokens_per_rank * per_token;
   }
-  // Per source: rows for each rank, then rows for each (rank, local expert). int32.
+  // Per source: rows for each rank, then rows for each (rank, local expert).
   constexpr TY_HOST_DEVICE std::int64_t count_words() const { return ranks * (1 + max_local_experts); }
   constexpr TY_HOST_DEVICE std::int64_t instance_word(std::int64_t rank, std::int64_t local) const {
     return ranks + rank * max_local_experts + local;
@@ -67,6 +67,7 @@ struct FlagSizes {
   std::int64_t beacon_bytes = 0;
   std::int64_t mailbox_bytes = 0;
   std::int64_t arrival_bytes = 0;  // per token of each rank
+  std::int64_t count_bytes = 4;    // of a count: int32, or a word that says of which call it is
 };
 
 // The caller has checked that no product overflows (exchange/memory_plan.cc).
@@ -79,7 +80,7 @@ constexpr ArenaLayout arena_layout(const ArenaShape& shape, const FlagSizes& fla
     return begin;
   };
   layout.mailbox_bytes = flags.mailbox_bytes;
-  layout.counts_bytes = align_up(shape.count_words() * 4, kCacheLine);
+  layout.counts_bytes = align_up(shape.count_words() * flags.count_bytes, kCacheLine);
   layout.arrivals_bytes = shape.ranks * shape.max_tokens_per_rank * flags.arrival_bytes;
   layout.records_bytes = align_up(shape.receive_rows * shape.record_bytes(), kCacheLine);
   layout.scales_bytes = align_up(shape.receive_rows * shape.scale_bytes, kCacheLine);

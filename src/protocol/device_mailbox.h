@@ -15,7 +15,7 @@ namespace tokenyard::protocol {
 // Order in which a call sets them.
 enum class Flag : std::uint8_t {
   begun,  // the writer has begun the call: its receive buffer (dispatch: offered_buffer) or staging (combine) may be written,
-          // rows it offers for pulling are ready; throughput dispatch: its counts are here
+          // rows it offers for pulling are ready
   begun_odd,
   digest,  // of the header of its call; the header itself follows
   digest_odd,
@@ -48,6 +48,16 @@ constexpr TY_HOST_DEVICE int offered_buffer(std::uint64_t word) { return static_
 constexpr TY_HOST_DEVICE std::int32_t offered_tokens(std::uint64_t word) {
   return static_cast<std::int32_t>(word >> kBufferBits & kMostFlaggedTokens);
 }
+
+// A count of a throughput dispatch, with the lower half of the call's number: it needs no flag beside it. The last count in its place is
+// of another call, and not of one 2^32 calls ago.
+constexpr TY_HOST_DEVICE std::uint64_t count_word(std::uint64_t call, std::int32_t count) {
+  return call << 32 | static_cast<std::uint32_t>(count);
+}
+constexpr TY_HOST_DEVICE bool is_count_of(std::uint64_t word, std::uint64_t call) {
+  return static_cast<std::uint32_t>(word >> 32) == static_cast<std::uint32_t>(call);
+}
+constexpr TY_HOST_DEVICE std::int32_t count_in(std::uint64_t word) { return static_cast<std::int32_t>(word & 0xffffffffU); }
 
 // One per (owner, writer), in the owner's arena.
 struct alignas(128) DeviceMailbox {

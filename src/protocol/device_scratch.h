@@ -7,7 +7,7 @@
 
 namespace tokenyard::protocol {
 
-constexpr int kPlanChunk = 128;          // tokens
+constexpr int kPlanChunk = 64;           // tokens
 constexpr int kHistogramWords = 2048;    // up to so many counts a block adds up in shared memory first
 constexpr int kLayoutChunk = 128;        // received rows, or a multiple of it
 constexpr int kMostLayoutChunks = 256;   // a block each, which sums up what all of them hold

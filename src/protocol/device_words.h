@@ -25,9 +25,12 @@ struct OwnWords {
   std::uint32_t tickets[kTickets];  // zero between kernels: the last block of a kernel resets what it used
 };
 
+constexpr int kNearRanks = 16;
+
 // What every kernel knows that waits for peers.
 struct WordsView {
-  std::byte* const* arenas = nullptr;  // [ranks] in device memory: every rank's arena as this device addresses it
+  std::byte* const* arenas = nullptr;    // [ranks] in device memory: every rank's arena as this device addresses it
+  std::byte* near_arenas[kNearRanks]{};  // the first of them: a kernel has its arguments at hand, the table is a trip to the L2 cache
   ArenaLayout layout;
   int rank = 0;
   int ranks = 1;

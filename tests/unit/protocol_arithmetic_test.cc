@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <set>
 #include <vector>
 
@@ -144,6 +145,19 @@ TEST(Digest, DiffersWhereHeadersDo) {
   }
   // 2402 headers, 2^24 digests: 0.17 pairs are alike by chance.
   EXPECT_GE(digests.size(), headers.size() - 2);
+}
+
+TEST(CountWords, SayOfWhichCallTheyAre) {
+  for (const std::uint64_t call : {std::uint64_t{1}, std::uint64_t{0xffffffff}, std::uint64_t{1} << 32, (std::uint64_t{1} << 40) + 7}) {
+    for (const std::int32_t count : {0, 1, 4096, std::numeric_limits<std::int32_t>::max()}) {
+      const std::uint64_t word = count_word(call, count);
+      EXPECT_EQ(count_in(word), count);
+      EXPECT_TRUE(is_count_of(word, call));
+      EXPECT_FALSE(is_count_of(word, call - 2)) << "the last one in its place";
+      EXPECT_FALSE(is_count_of(word, call + 2));
+    }
+  }
+  EXPECT_FALSE(is_count_of(0, 1)) << "a fresh arena";
 }
 
 }  // namespace

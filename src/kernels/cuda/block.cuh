@@ -73,17 +73,20 @@ __device__ inline bool begin_call(const Context& c, const protocol::CallHeader& 
   return wait_for_readers(c, state);
 }
 
+// Waits in this thread until `peer` has begun the call, and checks that what is about to be written is its to write.
+__device__ inline bool has_begun(const Context& c, const protocol::CallHeader& header, const Wait& wait) {
+  const bool is_combine = header.operation == protocol::Operation::combine;
+  const std::uint64_t begun = await_word(c, flag_of(c, of_call(Flag::begun, wait.call), wait.peer), protocol::flag_word(wait.call), wait);
+  return begun != 0 && (protocol::offered_buffer(begun) == protocol::kNoBuffer) == is_combine;
+}
+
 // By any block: waits until every other rank has begun the call. One block `checks` that it is the same one, and tells how long it has
 // waited; the others check that what they are about to write is theirs to write, which harms no peer that makes another call. What a
 // peer announces, it announces after it has left every earlier call. Block-uniform; false: the call has failed.
 __device__ inline bool wait_for_peers(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call, bool checks) {
-  const bool is_combine = header.operation == protocol::Operation::combine;
   bool good = true;
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
-    if (peer == c.rank) continue;
-    const Wait wait{.peer = peer, .phase = phase, .call = call, .timed = checks};
-    const std::uint64_t begun = await_word(c, flag_of(c, of_call(Flag::begun, call), peer), protocol::flag_word(call), wait);
-    good = good && begun != 0 && (protocol::offered_buffer(begun) == protocol::kNoBuffer) == is_combine;
+    if (peer != c.rank) good = has_begun(c, header, {.peer = peer, .phase = phase, .call = call, .timed = checks}) && good;
   }
   if (checks) good = check_peers(c, header, phase, call) && good;
   return __syncthreads_and(good) != 0;

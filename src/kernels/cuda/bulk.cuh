@@ -1,5 +1,6 @@
 #pragma once
-// Bulk copies between global and shared memory (sm_90): only files named *_bulk.cu include this.
+// What needs compute capability 9.0: bulk copies between global and shared memory, and kernels that begin before the one in front of them
+// has ended. Only files named *_bulk.cu include this.
 // Rows and shared buffers are 16-byte aligned and multiples of 16 bytes.
 
 #include <cstdint>
@@ -50,5 +51,10 @@ __device__ __forceinline__ void drain() { asm volatile("cp.async.bulk.wait_group
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Orders completed bulk stores before the flags that publish them.
 __device__ __forceinline__ void fence_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// For a kernel that Resident::early starts. Lets it begin, once every block of this kernel has said so or ended.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// In it: until the kernel in front of it has ended; what that did is visible then.
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace tokenyard::cuda::bulk

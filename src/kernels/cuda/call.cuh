@@ -10,7 +10,9 @@ namespace tokenyard::cuda {
 using protocol::Flag;
 using protocol::of_call;
 
-__device__ inline std::byte* arena(const Context& c, int rank) { return c.arenas[rank]; }
+__device__ inline std::byte* arena(const Context& c, int rank) {
+  return rank < protocol::kNearRanks ? c.near_arenas[rank] : c.arenas[rank];
+}
 // What `writer` writes for `owner`.
 __device__ inline protocol::DeviceMailbox& mailbox(const Context& c, int owner, int writer) {
   return *reinterpret_cast<protocol::DeviceMailbox*>(arena(c, owner) + c.layout.mailboxes + writer * c.layout.mailbox_bytes);
@@ -33,9 +35,10 @@ __device__ inline float* weights_in(const Context& c, int owner) { return reinte
 __device__ inline float* weights_back(const Context& c, int owner) {
   return reinterpret_cast<float*>(arena(c, owner) + c.layout.weights_back);
 }
-__device__ inline std::int32_t* count_row(const Context& c, int owner, int writer, std::uint64_t call) {
-  return reinterpret_cast<std::int32_t*>(arena(c, owner) + c.layout.counts +
-                                         static_cast<std::int64_t>((call % 2) * c.shape.ranks + writer) * c.layout.counts_bytes);
+// count_word()s.
+__device__ inline std::uint64_t* count_row(const Context& c, int owner, int writer, std::uint64_t call) {
+  return reinterpret_cast<std::uint64_t*>(arena(c, owner) + c.layout.counts +
+                                          static_cast<std::int64_t>((call % 2) * c.shape.ranks + writer) * c.layout.counts_bytes);
 }
 // A flag word: `source`, which sets it, has stored its token for `owner`.
 __device__ inline std::uint64_t* arrival(const Context& c, int owner, int source, std::int64_t token) {
@@ -137,11 +140,12 @@ struct Wait {
   unsigned pause_ns = 0;  // between looks
   bool timed = false;     // of all that wait for this peer in this phase, this one tells for how long
 };
-// Waits in this thread until the word is `least` or more, and returns it. 0: the call has failed.
-__device__ inline std::uint64_t await_word(const Context& c, const std::uint64_t* word, std::uint64_t least, const Wait& wait) {
+// Waits in this thread until is_there(word), and returns the word. 0: the call has failed.
+template <class IsThere>
+__device__ inline std::uint64_t await(const Context& c, const std::uint64_t* word, const Wait& wait, IsThere&& is_there) {
   const auto [peer, phase, call, pause_ns, timed] = wait;
   std::uint64_t seen;
-  const auto is_set = [&] { return (seen = ptx::load_acquire(word)) >= least; };
+  const auto is_set = [&] { return is_there(seen = ptx::load_acquire(word)); };
   if (is_set()) return seen;
   protocol::DeviceBeacon& mine = beacon(c, c.rank);
   const std::uint64_t begin = ptx::global_timer_ns();
@@ -170,6 +174,10 @@ __device__ inline std::uint64_t await_word(const Context& c, const std::uint64_t
       return 0;
     }
   }
+}
+// Until the word is `least` or more.
+__device__ inline std::uint64_t await_word(const Context& c, const std::uint64_t* word, std::uint64_t least, const Wait& wait) {
+  return await(c, word, wait, [least](std::uint64_t seen) { return seen >= least; });
 }
 __device__ inline bool wait_for_word(const Context& c, const std::uint64_t* word, std::uint64_t least, const Wait& wait) {
   return await_word(c, word, least, wait) != 0;
@@ -227,16 +235,6 @@ __device__ inline void announce(const Context& c, protocol::CallHeader header, s
     tell_call(c, header, peer);
   }
 }
-// The same, this rank itself included, and publishes what the block has done before a barrier.
-__device__ inline void announce_at_once(const Context& c, protocol::CallHeader header, std::uint32_t offer, std::uint64_t call) {
-  header.call = call;
-  for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) {
-    const int peer = (c.rank + 1 + i) % c.ranks;
-    tell_call(c, header, peer);
-    set_flag(c, of_call(Flag::begun, call), peer, call, offer);
-  }
-}
-
 // The header with this digest that `peer` has sent or is sending. What is there after a second is told in any case.
 __device__ inline protocol::CallHeader header_of(const Context& c, int peer, std::uint64_t call, std::uint32_t digest) {
   constexpr std::uint64_t kPatienceNs = 1'000'000'000;
@@ -275,12 +273,6 @@ __device__ inline bool check_peers(const Context& c, const protocol::CallHeader&
     if (peer != c.rank) good = agrees(c, header, peer, phase, call) && good;
   }
   return good;
-}
-
-// The whole block waits until every peer has begun this call, and checks that it is the same one. Block-uniform.
-__device__ inline bool wait_until_begun(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call) {
-  const bool good = check_peers(c, header, phase, call);
-  return wait_for_all(c, of_call(Flag::begun, call), phase, call, true) && __syncthreads_and(good) != 0;
 }
 
 // Until every rank has left the rejected call, one that came late may still write what it was about. By the whole block that announces

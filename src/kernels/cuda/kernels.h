@@ -78,18 +78,22 @@ struct OwnRows {
 };
 constexpr int kFewestOwnBlocks = 32;  // fewer would be busy with them for longer than with the links (docs/kernels.md)
 
+// What every kernel knows of a dispatch, and what only a plan reads.
 struct PlanArgs {
   Context context;
   protocol::CallHeader header;  // call and handle_call are filled in by the kernel
   std::int32_t buffer = 0;      // the receive buffer this rank offers
-  RoutingArgs routing;
-  LimitArgs limits;
+  RoutingArgs routing;          // not read when cached
   HandleView handle;
-  RowNumbers numbers;
-  std::int32_t* counts = nullptr;      // scratch: this rank's row of the count matrix, zero between kernels
+  RowNumbers numbers;  // throughput mode, unless cached
+  LimitArgs limits;
+  std::int32_t* counts = nullptr;      // scratch: this rank's row of the count matrix, zero between plans
   std::int32_t* own_counts = nullptr;  // scratch: for launch_place_own; null: it does not follow
   HostCounts* host = nullptr;          // pinned
 };
+
+// Warps of a block of a move that move no rows: enough to land what arrives before the last row does, on few multiprocessors, too.
+constexpr int kClerks = 8;
 
 // Rows as the caller has them; quantised on the way when asked.
 struct SourceArgs {
@@ -106,16 +110,11 @@ struct SourceArgs {
   std::int64_t scale_bytes() const { return std::int64_t{scale_columns} * scale_element; }
 };
 
-struct MoveArgs {
-  Context context;
-  protocol::CallHeader header;
-  std::int32_t buffer = 0;  // cached and latency dispatches announce it here: they have no plan
-  RoutingArgs routing;      // not read when cached
+struct MoveArgs : PlanArgs {
   SourceArgs source;
-  HandleView handle;
-  RowNumbers numbers;  // of the plan; throughput mode, unless cached
   LayoutTable table;
   OwnRows own;
+  bool plans = false;   // throughput: begins with the plan, which has had no kernel of its own
   bool cached = false;  // slots are the handle's, no records travel
   bool last = false;    // ends the call
   int blocks = 1;       // of the grid: at most what may be resident at once beside everything else on the device
@@ -135,6 +134,7 @@ struct LayoutArgs {
   std::int64_t output_rows = 0;  // of the layout's metadata arrays: N' or L * C at their bound
   std::int64_t map_rows = 0;     // of the gather map
   LayoutTable table;
+  int landing_warps = 0;  // of the move in front of this layout, which begins when they have landed everything; 0: when that has ended
   bool last = false;
 };
 
@@ -218,6 +218,7 @@ void launch_wait_reads(const Context& context, Stream stream);
 void launch_wait_weights(const Context& context, Stream stream);
 // Within a combine by push: waits until every rank's partial sums are here, so that the blocks that add them up wait for nobody.
 void launch_wait_partials(const Context& context, Stream stream);
+// Where something follows before rows move; else the move plans.
 void launch_plan(const PlanArgs& args, Stream stream);
 void launch_place_own(const PlaceOwnArgs& args, Stream stream);  // behind its plan
 // Whether these rows go by bulk copies, so that MoveArgs::own may be used.

@@ -2,6 +2,7 @@
 // What is beside the rows of a move: records, which are sent and land while rows are on their way; and how a move ends.
 
 #include "kernels/cuda/move_job.h"
+#include "kernels/cuda/plan.cuh"
 #include "kernels/cuda/received.cuh"
 
 namespace tokenyard::cuda {
@@ -79,7 +80,7 @@ __device__ inline bool wait_for_records(const Context& c) {
 
 // What a dispatch that failed leaves.
 __device__ inline void clear_handle(const MoveArgs& args) {
-  const std::int32_t tokens = args.handle.header->num_tokens;
+  const std::int32_t tokens = tokens_of(args);
   __syncthreads();
   clear_counts(args.context, args.handle, tokens, args.routing.local_experts);
   clear_sent(args.context, args.handle, tokens);
@@ -93,15 +94,16 @@ __device__ inline void finish_move(const MoveJob& job) {
   const MoveArgs& args = job.args;
   const Context& c = args.context;
   if (!is_last_block(c, kMoveEnd)) return;
-  if (threadIdx.x == 0) c.tickets[kRowsTicket] = c.tickets[kRecordsTicket] = 0;
-  const std::uint64_t call = call_number(c);
-  bool good = !block_has_failed(c);
+  const auto [call, last_pull, unsettled, failed] = state_of_call(c);
+  bool good = !failed;
   if (good) {
     set_flag_everywhere(c, Flag::rows, call);
     if (warp_index() == 0) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
     good = wait_for_all(c, Flag::rows, Phase::dispatch_rows, call, true);
   }
   if (!good && !args.cached) clear_handle(args);
+  if (threadIdx.x == 0) c.tickets[kRowsTicket] = c.tickets[kRecordsTicket] = 0;
+  if (args.plans) clear_plan(args);
   if (args.last) end_call(c, !good, call);
 }
 

@@ -25,8 +25,9 @@ inline std::int64_t most_shared_bytes() {
   return bytes - kStatic;
 }
 
-// together: all blocks are resident at once, or none is (a cooperative launch).
-enum class Resident { any, together };
+// together: all blocks are resident at once, or none is (a cooperative launch). early: they may be before the kernel in front of this one
+// has ended (a programmatic launch, compute capability 9.0).
+enum class Resident { any, together, early };
 
 class Launch {
  public:
@@ -35,10 +36,15 @@ class Launch {
     config_.blockDim = dim3(static_cast<unsigned>(threads));
     config_.dynamicSmemBytes = shared_bytes;
     config_.stream = stream;
-    attribute_.id = cudaLaunchAttributeCooperative;
-    attribute_.val.cooperative = 1;
+    if (resident == Resident::early) {
+      attribute_.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute_.val.programmaticStreamSerializationAllowed = 1;
+    } else {
+      attribute_.id = cudaLaunchAttributeCooperative;
+      attribute_.val.cooperative = 1;
+    }
     config_.attrs = &attribute_;
-    config_.numAttrs = resident == Resident::together ? 1 : 0;
+    config_.numAttrs = resident == Resident::any ? 0 : 1;
   }
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;

@@ -272,12 +272,12 @@ __device__ inline void place_rows(const LayoutArgs& args, const LayoutMemory& la
       });
 }
 
-// What no row goes to, by all threads of the grid: the defaults of Received. Rows that are placed are left alone, so that
-// blocks need not wait for each other.
-__device__ inline void fill_rest(const LayoutArgs& args, const Groups& groups) {
+// What no row goes to, by the threads of `blocks` blocks, this one being number `block`: the defaults of Received. Rows that are placed
+// are left alone, so that blocks need not wait for each other.
+__device__ inline void fill_rest(const LayoutArgs& args, const Groups& groups, unsigned block, unsigned blocks) {
   const HandleView& handle = args.handle;
-  const auto thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const auto threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  const auto thread = static_cast<std::int64_t>(block) * blockDim.x + threadIdx.x;
+  const auto threads = static_cast<std::int64_t>(blocks) * blockDim.x;
   const int experts = args.local_experts;
   if (args.layout == Layout::expert_padded) {
     const auto capacity = static_cast<std::uint32_t>(args.expert_capacity);

@@ -2,6 +2,7 @@
 // What both ways of moving rows share: how a move begins, where a token's rows go, and what is sent and lands beside them.
 
 #include "kernels/cuda/land.cuh"
+#include "kernels/cuda/plan.cuh"
 #include "kernels/cuda/routing.cuh"
 #include "kernels/cuda/source.cuh"
 
@@ -13,9 +14,13 @@ __device__ inline bool is_mover() { return warp_index() < movers_of_block(); }
 __device__ inline WarpShare mover_share() { return WarpShare::of(0, movers_of_block()); }
 __device__ inline WarpShare clerk_share() { return WarpShare::of(movers_of_block(), kClerks); }
 
-// Opens the call of a cached dispatch; behind a plan every rank is known to have begun. Block-uniform.
-__device__ inline bool begin_move(const MoveArgs& args) {
+// Plans, where that has not been done, or opens the call of a cached dispatch; behind a plan every rank is known to have begun.
+// begin_rows(): by the block, as soon as it holds nothing else up. Block-uniform.
+template <class BeginRows>
+__device__ inline bool begin_move(const MoveArgs& args, PlanMemory& memory, BeginRows&& begin_rows) {
   const Context& c = args.context;
+  if (args.plans) return plan_first(args, memory, {.first = movers_of_block() * kLanes}, begin_rows);
+  begin_rows();
   const CallState state = state_of_call(c);
   if (state.failed || !args.cached) return !state.failed;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
@@ -112,34 +117,98 @@ __device__ inline void write_records(const MoveArgs& args, std::int32_t token, c
   });
 }
 
-// The records and the scales of this warp's share of the tokens, and the slots for the handle. Not for a cached dispatch, of which only
-// scales travel.
-__device__ inline void send_beside(const MoveJob& job, const WarpShare& share) {
+// The records of this warp's share of the tokens, and their slots for the handle.
+__device__ inline void send_records(const MoveJob& job, const WarpShare& share) {
   const MoveArgs& args = job.args;
   const Context& c = args.context;
-  const std::int32_t tokens = tokens_of(args);
-  if (args.cached && job.scales.units == 0) return;
+  const std::int32_t tokens = args.routing.num_tokens;
   for (auto token = static_cast<std::int32_t>(share.index); token < tokens; token += static_cast<std::int32_t>(share.count)) {
-    TokenChoices choices;
-    if (!args.cached) choices = choices_of(args.routing, c.rank, token);
+    const TokenChoices choices = choices_of(args.routing, c.rank, token);
     std::int32_t ordinal = 0;
     for (int first = 0; first < c.ranks; first += kLanes) {
       const Targets targets = targets_of(job, token, first);
-      move_scales(job, token, targets);
-      if (args.cached) continue;
       write_records(args, token, choices, targets, ordinal);
       const int rank = first + lane_index();
       if (rank < c.ranks) args.handle.slots[static_cast<std::int64_t>(token) * c.ranks + rank] = targets.slot;
     }
   }
 }
+__device__ inline void send_scales(const MoveJob& job, const WarpShare& share) {
+  const std::int32_t tokens = tokens_of(job.args);
+  for (auto token = static_cast<std::int32_t>(share.index); token < tokens; token += static_cast<std::int32_t>(share.count)) {
+    for (int first = 0; first < job.args.context.ranks; first += kLanes) move_scales(job, token, targets_of(job, token, first));
+  }
+}
 
-// What a clerk does: everything that is not a row, while others move rows.
+// Where there is little of each token, a warp sends for several at once: each asks memory for this and then for that, and while rows
+// saturate the links an answer takes its time. Every kFew lanes have a token; lane l of them has rank l and position l of its records.
+constexpr int kFew = 8;
+__device__ inline bool has_small_records(const MoveArgs& args) { return args.context.ranks <= kFew && args.handle.top_k <= kFew; }
+
+__device__ inline void send_small_records(const MoveArgs& args, const WarpShare& share) {
+  const Context& c = args.context;
+  const RoutingArgs& routing = args.routing;
+  const int of_token = lane_index() / kFew, l = lane_index() % kFew;
+  constexpr int kTokens = kLanes / kFew;
+  for (std::int64_t first = share.index * kTokens; first < routing.num_tokens; first += share.count * kTokens) {
+    const auto token = static_cast<std::int32_t>(first) + of_token;
+    Choice choice;
+    std::byte* record = nullptr;
+    if (token < routing.num_tokens && l < routing.top_k) choice = choice_of(routing, c.rank, token, l);
+    if (token < routing.num_tokens && l < c.ranks) {
+      const std::int32_t slot = slot_of(args, token, l);
+      args.handle.slots[static_cast<std::int64_t>(token) * c.ranks + l] = slot;
+      if (slot >= 0) record = receive_records(c, l, buffer_of(c, l, args.buffer)) + slot * c.shape.record_bytes();
+    }
+    auto partial = static_cast<std::int32_t>(token * c.shape.partials_per_token());
+    for (int rank = 0; rank < c.ranks; ++rank) {
+      auto* const to = reinterpret_cast<std::int32_t*>(of_lane(record, of_token * kFew + rank));
+      if (to == nullptr) continue;
+      const bool is_own = rank == c.rank;
+      if (l == 0) *reinterpret_cast<int2*>(to) = make_int2(token, is_own ? -1 : partial);
+      if (l < routing.top_k) {
+        to[2 + l] = choice.local_at(rank, routing.table.max_fanout);
+        to[2 + routing.top_k + l] = __float_as_int(choice.weight);
+      }
+      if (!is_own) ++partial;
+    }
+  }
+}
+
+// The same for scales: every kFewUnits lanes have a token, lane l of them rank l and unit l.
+constexpr int kFewUnits = 16;
+__device__ inline bool has_small_scales(const MoveJob& job) { return job.args.context.ranks <= kFewUnits && job.scales.units <= kFewUnits; }
+
+__device__ inline void send_small_scales(const MoveJob& job, const WarpShare& share) {
+  const MoveArgs& args = job.args;
+  const Context& c = args.context;
+  const int of_token = lane_index() / kFewUnits, l = lane_index() % kFewUnits;
+  const std::int32_t tokens = tokens_of(args);
+  constexpr int kTokens = kLanes / kFewUnits;
+  for (std::int64_t first = share.index * kTokens; first < tokens; first += share.count * kTokens) {
+    const auto token = static_cast<std::int32_t>(first) + of_token;
+    const bool has_unit = token < tokens && l < job.scales.units;
+    const int4 unit = has_unit ? load_scale_unit(job, token, l) : int4{};
+    const std::int32_t slot = token < tokens && l < c.ranks ? slot_of(args, token, l) : -1;
+    std::byte* scales = nullptr;
+    if (slot >= 0) scales = receive_scales(c, l, buffer_of(c, l, args.buffer)) + slot * job.scales.row_bytes;
+    for (int rank = 0; rank < c.ranks; ++rank) {
+      std::byte* const to = of_lane(scales, of_token * kFewUnits + rank);
+      if (to != nullptr && has_unit) store_unit(to + l * job.scales.width, unit, job.scales.width);
+    }
+  }
+}
+
+// What a clerk does: everything that is not a row, while others move rows. Records first: the receiver has more to do with them.
 __device__ inline void work_beside_rows(const MoveJob& job, const WarpShare& share) {
-  send_beside(job, share);
-  if (job.args.cached) return;
-  publish_records(job.args.context, share.count);
-  if (wait_for_records(job.args.context)) land_pairs(job.args, share);
+  const MoveArgs& args = job.args;
+  if (!args.cached) {
+    has_small_records(args) ? send_small_records(args, share) : send_records(job, share);
+    publish_records(args.context, share.count);
+  }
+  if (job.scales.units != 0) has_small_scales(job) ? send_small_scales(job, share) : send_scales(job, share);
+  if (args.cached) return;
+  if (wait_for_records(args.context)) land_pairs(args, share);
 }
 
 }  // namespace tokenyard::cuda

@@ -22,11 +22,12 @@ struct MoverMemory {
   bulk::Barrier* barriers;
 };
 
+std::int64_t room_for_movers() { return most_shared_bytes() - static_cast<std::int64_t>(sizeof(PlanMemory)); }
+
 __host__ __device__ std::int64_t mover_bytes(const MoveJob& job) {
   const std::int64_t scales = job.args.source.quantise ? protocol::align_up(job.scales.row_bytes, 16) : 0;
   return kStages * job.args.source.row_bytes + scales;
 }
-
 // By lane 0.
 __device__ void prefetch(const MoveJob& job, std::int32_t token, const MoverMemory& memory, int stage) {
   const auto bytes = static_cast<std::uint32_t>(job.args.source.row_bytes);
@@ -34,7 +35,7 @@ __device__ void prefetch(const MoveJob& job, std::int32_t token, const MoverMemo
   bulk::load(memory.stages + stage * job.args.source.row_bytes, row_at(job.args.source, token), bytes, memory.barriers[stage]);
 }
 
-// The first row, which is the caller's, before anything is known of the call. It has arrived before the block ends.
+// The first row, which is the caller's, before slots are known. It has arrived before the block ends.
 __device__ void begin_rows(const MoveJob& job, std::int32_t tokens, const MoverMemory& memory) {
   if (lane_index() == 0) {
     for (int i = 0; i < kStages; ++i) memory.barriers[i].init(1);
@@ -55,7 +56,7 @@ __device__ void quantise_row(const MoveJob& job, std::int32_t token, const Mover
   if (lane_index() == 0) bulk::wait_read<kStages - 1>();
   __syncwarp();
   const int blocks = (source.hidden_size + kQuantiseBlock - 1) / kQuantiseBlock;
-  quantise_blocks(job, token, {.end = blocks}, {memory.stages + stage * source.row_bytes, memory.scales});
+  quantise_blocks(job, token, {.end = blocks}, {memory.stages + stage * job.args.source.row_bytes, memory.scales});
   bulk::fence_shared();
   __syncwarp();
 }
@@ -113,7 +114,7 @@ __device__ void move_rows(const MoveJob& job, std::int32_t tokens, const MoverMe
     } else {
       memory.barriers[stage].wait(parity);
     }
-    store_row(job, token, memory.stages + stage * args.source.row_bytes);
+    store_row(job, token, memory.stages + stage * job.args.source.row_bytes);
     if (kQuantise) store_scales(job, token, memory.scales);
     if (const std::int64_t ahead = next.next(); !kQuantise && lane_index() == 0 && ahead < tokens) {
       bulk::wait_read<kStages - 1>();  // the other stage's stores have read it; this one's may go on
@@ -129,20 +130,34 @@ __device__ void move_rows(const MoveJob& job, std::int32_t tokens, const MoverMe
   bulk::fence_all();
 }
 
+// By a clerk that has landed its share: a layout that follows needs no rows.
+__device__ void let_layout_begin(const MoveArgs& args) {
+  if (args.cached || args.table.counts == nullptr) return;
+  __syncwarp();
+  if (lane_index() != 0) return;
+  ptx::add_acquire_release(&args.context.tickets[kLandedTicket], 1U);
+  bulk::let_next_begin();
+}
+
 template <bool kQuantise>
 __global__ void __launch_bounds__((kMaxMovers + kClerks) * kLanes, 1) move_rows_bulk(const __grid_constant__ MoveJob job) {
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ bulk::Barrier barriers[kMaxMovers][kStages];
+  __shared__ PlanMemory plan;
   const std::int32_t tokens = tokens_of(job.args);
   MoverMemory memory{};
   if (is_mover()) {
     std::byte* const mine = shared + warp_index() * mover_bytes(job);
     memory = {mine, mine + kStages * job.args.source.row_bytes, barriers[warp_index()]};
-    if (!kQuantise) begin_rows(job, tokens, memory);
   }
-  const bool good = begin_move(job.args);
+  const bool good = begin_move(job.args, plan, [&] {
+    if (!kQuantise && is_mover()) begin_rows(job, tokens, memory);
+  });
   if (!is_mover()) {
-    if (good) work_beside_rows(job, clerk_share());
+    if (good) {
+      work_beside_rows(job, clerk_share());
+      let_layout_begin(job.args);
+    }
   } else if (good) {
     move_rows<kQuantise>(job, tokens, memory);
   } else if (!kQuantise) {
@@ -158,12 +173,12 @@ const Preloaded preloaded({{move_rows_bulk<false>, kAllSharedMemory}, {move_rows
 
 bool can_move_bulk(const MoveJob& job) {
   const bool aligned = job.args.source.quantise || job.row_width == 16;
-  return aligned && has_bulk_copies() && most_shared_bytes() >= mover_bytes(job);
+  return aligned && has_bulk_copies() && room_for_movers() >= mover_bytes(job);
 }
 
 void launch_move_bulk(const MoveJob& job, Stream stream) {
   const std::int64_t bytes = mover_bytes(job);
-  const std::int64_t movers = std::min<std::int64_t>(kMaxMovers, most_shared_bytes() / bytes);
+  const std::int64_t movers = std::min<std::int64_t>(kMaxMovers, room_for_movers() / bytes);
   const Launch launch(job.args.blocks, static_cast<int>(movers + kClerks) * kLanes, static_cast<std::size_t>(movers * bytes), stream,
                       Resident::together);
   launch(job.args.source.quantise ? move_rows_bulk<true> : move_rows_bulk<false>, job);

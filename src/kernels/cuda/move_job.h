@@ -33,9 +33,6 @@ inline ScaleCopy scale_copy(const SourceArgs& source) {
   return copy;
 }
 
-// Warps of a block that move no rows: enough to land what arrives before the last row does, on few multiprocessors, too.
-constexpr int kClerks = 8;
-
 struct MoveJob {
   MoveArgs args;
   ScaleCopy scales;

@@ -83,7 +83,8 @@ __device__ void move_rows(const MoveJob& job) {
 
 template <bool kQuantise>
 __global__ void __launch_bounds__(kVectorThreads, 1) move_rows_vector(const __grid_constant__ MoveJob job) {
-  if (begin_move(job.args)) {
+  __shared__ PlanMemory plan;
+  if (begin_move(job.args, plan, [] {})) {
     if (is_mover()) {
       move_rows<kQuantise>(job);
     } else {

@@ -17,7 +17,9 @@ __device__ void sum_before(const PlaceOwnArgs& args, const LayoutMemory& layout)
   const std::uint64_t call = call_number(c);
   for (int local = threadIdx.x; local < experts; local += static_cast<int>(blockDim.x)) {
     std::int32_t before = 0;
-    for (int source = 0; source < c.rank; ++source) before += count_row(c, c.rank, source, call)[c.shape.instance_word(c.rank, local)];
+    for (int source = 0; source < c.rank; ++source) {
+      before += protocol::count_in(count_row(c, c.rank, source, call)[c.shape.instance_word(c.rank, local)]);
+    }
 #pragma unroll 8
     for (unsigned chunk = 0; chunk < blockIdx.x; ++chunk) before += args.counts[std::int64_t{chunk} * experts + local];
     layout.next[local] = before;

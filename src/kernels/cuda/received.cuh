@@ -7,6 +7,12 @@
 
 namespace tokenyard::cuda {
 
+// Beside those of a move (land.cuh, plan.cuh), while which a layout runs.
+enum LayoutTicket {
+  kPlacedTicket = 40,  // blocks of the layout that are done
+  kLandedTicket,       // warps of the move that have landed their share
+};
+
 // Of this rank.
 __device__ inline std::int32_t tokens_of(const MoveArgs& args) {
   return args.cached ? args.handle.header->num_tokens : args.routing.num_tokens;

@@ -34,24 +34,21 @@ struct IdCounts {
   bool refused = false;  // an id or a weight has made the call fail
 };
 
-// shards_for (token, k) with what there is to say about its id, and its weight when that is asked for.
-__device__ inline const std::uint32_t* checked_shards(const Context& c, const RoutingArgs& routing, std::int32_t token, int k,
-                                                      IdCounts& counts) {
-  const std::int64_t expert = id_at(routing, token, k);
+// What there is to say about the id of (token, k), and about its weight when that is asked for. An exchange that has failed already says
+// no more.
+__device__ inline void check_id(const Context& c, const RoutingArgs& routing, std::int32_t token, int k, std::int64_t expert,
+                                IdCounts& counts) {
   if (expert >= routing.table.num_experts) {
     ++counts.invalid;
     if (routing.validate) {
-      fail(c, FailureKind::mismatch, Phase::dispatch_counts, c.rank, routing.table.num_experts, expert);
+      if (!has_failed(c)) fail(c, FailureKind::mismatch, Phase::dispatch_counts, c.rank, routing.table.num_experts, expert);
       counts.refused = true;
     }
   }
   if (routing.validate && !isfinite(weight_at(routing, token, k))) {
-    fail(c, FailureKind::mismatch, Phase::dispatch_counts, c.rank, kNotFinite, token);
+    if (!has_failed(c)) fail(c, FailureKind::mismatch, Phase::dispatch_counts, c.rank, kNotFinite, token);
     counts.refused = true;
   }
-  const std::uint32_t* shards = shards_for(routing, c.rank, token, expert);
-  if (shards != nullptr && shards[0] == kNoInstance) ++counts.lost;
-  return shards;
 }
 
 // Kernels add ids up in tickets, which they leave at zero.
@@ -87,6 +84,14 @@ struct Choice {
   }
 };
 
+__device__ inline Choice choice_of(const RoutingArgs& routing, int rank, std::int32_t token, int k) {
+  Choice choice;
+  choice.weight = weight_at(routing, token, k);
+  choice.shards = shards_for(routing, rank, token, id_at(routing, token, k));
+  if (choice.shards != nullptr) choice.first = choice.shards[0];
+  return choice;
+}
+
 // All positions of a token, spread over a warp: lane l has k = l and k = l + 32.
 struct TokenChoices {
   Choice of[2];
@@ -97,11 +102,7 @@ __device__ inline TokenChoices choices_of(const RoutingArgs& routing, int rank, 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int k = lane_index() + half * kLanes;
-    if (k >= routing.top_k) continue;
-    Choice& choice = choices.of[half];
-    choice.weight = weight_at(routing, token, k);
-    choice.shards = shards_for(routing, rank, token, id_at(routing, token, k));
-    if (choice.shards != nullptr) choice.first = choice.shards[0];
+    if (k < routing.top_k) choices.of[half] = choice_of(routing, rank, token, k);
   }
   return choices;
 }

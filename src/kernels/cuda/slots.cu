@@ -103,7 +103,12 @@ __device__ Token look_at(const MoveJob& job, std::int32_t index, std::uint64_t c
 // that wait for it learn why.
 __device__ bool check_ids(const MoveArgs& args, const Token& token) {
   IdCounts ids;
-  for (int k = lane_index(); k < args.routing.top_k; k += kLanes) checked_shards(args.context, args.routing, token.index, k, ids);
+  for (int k = lane_index(); k < args.routing.top_k; k += kLanes) {
+    const std::int64_t expert = id_at(args.routing, token.index, k);
+    check_id(args.context, args.routing, token.index, k, expert, ids);
+    const std::uint32_t* shards = shards_for(args.routing, args.context.rank, token.index, expert);
+    if (shards != nullptr && shards[0] == kNoInstance) ++ids.lost;
+  }
   add_id_counts(args.context, ids);
   return !ids.refused;
 }

@@ -1,0 +1,169 @@
+#pragma once
+// How many rows of which token go where: blocks count chunks of tokens, and number what goes to each rank.
+
+#include "kernels/cuda/received.cuh"
+#include "kernels/cuda/routing.cuh"
+
+namespace tokenyard::cuda {
+
+using protocol::kHistogramWords;
+
+constexpr int kMaskRanks = 64;    // up to so many ranks the masks of a tile are built in shared memory
+constexpr int kTileMasks = 1024;  // tokens x ranks of a tile
+
+enum PlanTicket {
+  kCountedTicket = 8,   // blocks that have counted
+  kPlannedTicket = 32,  // of a move that plans: 0 not yet, 1 go, 2 failed. Far from the others: every block looks at it.
+};
+
+// Of one block.
+struct PlanMemory {
+  std::uint64_t masks[kTileMasks];
+  std::int32_t counts[kHistogramWords];
+  int overflowing;  // the first rank that overflows
+  std::int64_t layout_rows;
+  std::int64_t pairs;
+};
+
+// A run of tokens whose masks are built at once, [token][rank]: whole chunks, or a part of one.
+struct Tile {
+  int first = 0;
+  int end = 0;
+  std::uint64_t* masks = nullptr;
+};
+
+__device__ inline bool has_few_counts(const Context& c) { return c.shape.count_words() <= kHistogramWords; }
+
+// Position k of a token, which is served by the instances `shards`, the first of which is known. Bits of a mask are set by many threads,
+// in halves, because atomics on 32 bits are one instruction in shared memory.
+__device__ inline void mark_position(const PlanArgs& args, const Tile& tile, std::int32_t* counts, int token, int k,
+                                     const std::uint32_t* shards, std::uint32_t first) {
+  const Context& c = args.context;
+  auto* halves = reinterpret_cast<std::uint32_t*>(tile.masks);
+  for (int shard = 0; shard < args.routing.table.max_fanout; ++shard) {
+    const std::uint32_t instance = shard == 0 ? first : shards[shard];
+    if (instance == kNoInstance) break;
+    const int rank = placement_internal::instance_rank(instance);
+    atomicOr(&halves[2 * ((token - tile.first) * c.ranks + rank) + k / kLanes], 1U << (k % kLanes));
+    atomicAdd(&counts[c.shape.instance_word(rank, placement_internal::instance_local(instance))], 1);
+  }
+}
+
+// Marks (token, rank) with the top-k positions that the rank serves, and counts rows per local expert.
+__device__ inline void mark_tile(const PlanArgs& args, const Tile& tile, std::int32_t* counts) {
+  const Context& c = args.context;
+  const RoutingArgs& routing = args.routing;
+  constexpr int kAtOnce = 2;  // ids, and then instances, on their way
+  const auto step = static_cast<int>(blockDim.x);
+  const int tokens_on = step / routing.top_k, k_on = step % routing.top_k;  // from one position of a thread to its next
+  int token = tile.first + static_cast<int>(threadIdx.x) / routing.top_k;
+  int k = static_cast<int>(threadIdx.x) % routing.top_k;
+  IdCounts ids;
+  while (token < tile.end) {
+    int tokens[kAtOnce], ks[kAtOnce];
+    std::int64_t expert[kAtOnce];
+    const std::uint32_t* shards[kAtOnce];
+    std::uint32_t first[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      tokens[j] = token;
+      ks[j] = k;
+      expert[j] = token < tile.end ? id_at(routing, token, k) : -1;
+      token += tokens_on;
+      k += k_on;
+      if (k >= routing.top_k) {
+        k -= routing.top_k;
+        ++token;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      shards[j] = shards_for(routing, c.rank, tokens[j], expert[j]);
+      first[j] = shards[j] != nullptr ? shards[j][0] : kNoInstance;
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (tokens[j] >= tile.end) break;
+      check_id(c, routing, tokens[j], ks[j], expert[j], ids);
+      if (shards[j] == nullptr) continue;
+      if (first[j] == kNoInstance) ++ids.lost;
+      mark_position(args, tile, counts, tokens[j], ks[j], shards[j], first[j]);
+    }
+  }
+  add_id_counts(c, ids);
+}
+
+// Numbers the rows for each rank within each chunk, by a warp. The running number stays in numbers.before between parts of a chunk.
+__device__ inline void number_tile(const PlanArgs& args, const Tile& tile) {
+  const Context& c = args.context;
+  const volatile std::uint64_t* masks = tile.masks;  // volatile: atomics have written them behind the L1 cache
+  const int first_chunk = tile.first / kPlanChunk;
+  const int chunks = (tile.end + kPlanChunk - 1) / kPlanChunk - first_chunk;
+  for (int unit = warp_index(); unit < chunks * c.ranks; unit += warps_of_block()) {
+    const int rank = unit % c.ranks;
+    const int chunk = first_chunk + unit / c.ranks;
+    const int chunk_end = min((chunk + 1) * kPlanChunk, args.routing.num_tokens);
+    const int end = min(tile.end, chunk_end);
+    std::int32_t& running = args.numbers.before[static_cast<std::int64_t>(chunk) * c.ranks + rank];
+    std::int32_t rows = tile.first > chunk * kPlanChunk ? running : 0;
+    for (int begin = max(tile.first, chunk * kPlanChunk); begin < end; begin += kLanes) {
+      const int token = begin + lane_index();
+      const std::uint64_t mask = token < end ? masks[(token - tile.first) * c.ranks + rank] : 0;
+      const unsigned present = __ballot_sync(kAllLanes, mask != 0);
+      if (token < end) {
+        const std::int64_t at = static_cast<std::int64_t>(token) * c.ranks + rank;
+        args.numbers.number[at] = mask != 0 ? rows + __popc(present & lanes_below()) : -1;
+        args.handle.k_masks[at] = mask;
+      }
+      rows += __popc(present);
+    }
+    __syncwarp();
+    if (lane_index() != 0) continue;
+    running = rows;
+    if (end == chunk_end && rows != 0) atomicAdd(&args.counts[rank], rows);
+  }
+}
+
+// [begin, end) of chunks.
+__device__ inline void count_chunks(const PlanArgs& args, int begin, int end, PlanMemory& memory) {
+  const Context& c = args.context;
+  const int end_token = min(end * kPlanChunk, args.routing.num_tokens);
+  const bool few_ranks = c.ranks <= kMaskRanks;
+  const int room = kTileMasks / c.ranks;
+  const int tile_tokens = !few_ranks ? kPlanChunk : room < kPlanChunk ? room : room / kPlanChunk * kPlanChunk;
+  const int words = static_cast<int>(c.shape.count_words());
+  std::int32_t* counts = has_few_counts(c) ? memory.counts : args.counts;
+  for (int i = threadIdx.x; has_few_counts(c) && i < words; i += blockDim.x) counts[i] = 0;
+  for (int first = begin * kPlanChunk; first < end_token;) {
+    // A part of a chunk ends with it.
+    const int part_end = tile_tokens < kPlanChunk ? min(end_token, (first / kPlanChunk + 1) * kPlanChunk) : end_token;
+    Tile tile{.first = first, .end = min(first + tile_tokens, part_end), .masks = memory.masks};
+    if (!few_ranks) tile.masks = args.handle.k_masks + static_cast<std::int64_t>(first) * c.ranks;
+    for (int i = threadIdx.x; i < (tile.end - tile.first) * c.ranks; i += blockDim.x) tile.masks[i] = 0;
+    __syncthreads();
+    mark_tile(args, tile, counts);
+    __syncthreads();
+    number_tile(args, tile);
+    __syncthreads();
+    first = tile.end;
+  }
+  for (int i = threadIdx.x; has_few_counts(c) && i < words; i += blockDim.x) {
+    if (counts[i] != 0) atomicAdd(&args.counts[i], counts[i]);
+  }
+  if (args.own_counts == nullptr) return;  // else a block for each chunk
+  const int experts = args.routing.local_experts;
+  for (int local = threadIdx.x; local < experts; local += blockDim.x) {
+    args.own_counts[static_cast<std::int64_t>(begin) * experts + local] = counts[c.shape.instance_word(c.rank, local)];
+  }
+}
+
+// By all blocks: this rank's announcement, by the one that has the least to count, and its counts.
+__device__ inline void count_tokens(const PlanArgs& args, PlanMemory& memory) {
+  if (blockIdx.x == gridDim.x - 1) begin_call(args.context, args.header, protocol::offer(args.buffer), state_of_call(args.context));
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  const int chunks = (args.routing.num_tokens + kPlanChunk - 1) / kPlanChunk;
+  const int each = (chunks + blocks - 1) / blocks;
+  if (block * each < chunks) count_chunks(args, block * each, min((block + 1) * each, chunks), memory);
+}
+
+}  // namespace tokenyard::cuda
