@@ -34,17 +34,24 @@ struct Tile {
 
 __device__ inline bool has_few_counts(const Context& c) { return c.shape.count_words() <= kHistogramWords; }
 
-// Position k of a token, which is served by the instances `shards`, the first of which is known. Bits of a mask are set by many threads,
-// in halves, because atomics on 32 bits are one instruction in shared memory.
-__device__ inline void mark_position(const PlanArgs& args, const Tile& tile, std::int32_t* counts, int token, int k,
-                                     const std::uint32_t* shards, std::uint32_t first) {
+// A top-k position of a token, and the instances that serve it; null: none.
+struct Position {
+  int token = 0;
+  int k = 0;
+  std::int64_t expert = -1;
+  const std::uint32_t* shards = nullptr;
+  std::uint32_t first = kNoInstance;  // of shards
+};
+
+// Bits of a mask are set by many threads, in halves, because atomics on 32 bits are one instruction in shared memory.
+__device__ inline void mark_position(const PlanArgs& args, const Tile& tile, std::int32_t* counts, const Position& at) {
   const Context& c = args.context;
   auto* halves = reinterpret_cast<std::uint32_t*>(tile.masks);
   for (int shard = 0; shard < args.routing.table.max_fanout; ++shard) {
-    const std::uint32_t instance = shard == 0 ? first : shards[shard];
+    const std::uint32_t instance = shard == 0 ? at.first : at.shards[shard];
     if (instance == kNoInstance) break;
     const int rank = placement_internal::instance_rank(instance);
-    atomicOr(&halves[2 * ((token - tile.first) * c.ranks + rank) + k / kLanes], 1U << (k % kLanes));
+    atomicOr(&halves[2 * ((at.token - tile.first) * c.ranks + rank) + at.k / kLanes], 1U << (at.k % kLanes));
     atomicAdd(&counts[c.shape.instance_word(rank, placement_internal::instance_local(instance))], 1);
   }
 }
@@ -60,15 +67,11 @@ __device__ inline void mark_tile(const PlanArgs& args, const Tile& tile, std::in
   int k = static_cast<int>(threadIdx.x) % routing.top_k;
   IdCounts ids;
   while (token < tile.end) {
-    int tokens[kAtOnce], ks[kAtOnce];
-    std::int64_t expert[kAtOnce];
-    const std::uint32_t* shards[kAtOnce];
-    std::uint32_t first[kAtOnce];
+    Position at[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      tokens[j] = token;
-      ks[j] = k;
-      expert[j] = token < tile.end ? id_at(routing, token, k) : -1;
+      at[j] = {.token = token, .k = k};
+      if (token < tile.end) at[j].expert = id_at(routing, token, k);
       token += tokens_on;
       k += k_on;
       if (k >= routing.top_k) {
@@ -78,16 +81,16 @@ __device__ inline void mark_tile(const PlanArgs& args, const Tile& tile, std::in
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      shards[j] = shards_for(routing, c.rank, tokens[j], expert[j]);
-      first[j] = shards[j] != nullptr ? shards[j][0] : kNoInstance;
+      at[j].shards = shards_for(routing, c.rank, at[j].token, at[j].expert);
+      if (at[j].shards != nullptr) at[j].first = at[j].shards[0];
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      if (tokens[j] >= tile.end) break;
-      check_id(c, routing, tokens[j], ks[j], expert[j], ids);
-      if (shards[j] == nullptr) continue;
-      if (first[j] == kNoInstance) ++ids.lost;
-      mark_position(args, tile, counts, tokens[j], ks[j], shards[j], first[j]);
+      if (at[j].token >= tile.end) break;
+      check_id(c, routing, at[j].token, at[j].k, at[j].expert, ids);
+      if (at[j].shards == nullptr) continue;
+      if (at[j].first == kNoInstance) ++ids.lost;
+      mark_position(args, tile, counts, at[j]);
     }
   }
   add_id_counts(c, ids);
