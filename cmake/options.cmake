@@ -2,6 +2,7 @@
 option(TY_MPI "MPI collectives: the collective exchange, the benchmark's baseline" OFF)
 option(TY_ONEDNN "Matrix products on CPUs, which the experts are made of (needs oneDNN)" OFF)
 set(TY_TESTS ON CACHE STRING "Tests: ON, OFF, or 'device' for those that need a GPU and what they share with the others")
+option(TY_BENCH "Benchmarks: 'tokenyard bench'" ON)
 option(TY_WERROR "Warnings are errors" OFF)
 option(TY_FUZZ "Fuzz targets with libFuzzer (needs clang); without it they run with the driver of tests/fuzz" OFF)
 option(TY_CUDA "GPUs: memory between them, and device code for every supported architecture (needs the CUDA toolkit, 12.4 or newer)" OFF)
@@ -19,7 +20,6 @@ function(ty_not_available option enables)
 endfunction()
 
 ty_not_available(TY_LIBFABRIC "the libfabric network port")
-ty_not_available(TY_BENCH "microbenchmarks of single kernels ('tokenyard bench' needs no option)")
 
 if(TY_TESTS STREQUAL "device" AND NOT TY_CUDA)
   message(FATAL_ERROR "TY_TESTS=device: tests on GPUs need -DTY_CUDA=ON; configure with --preset gpu, or with -DTY_TESTS=ON.")
