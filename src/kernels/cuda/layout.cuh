@@ -36,7 +36,7 @@ __device__ inline void search_ranges(const LayoutArgs& args) {
   }
 }
 
-// The chunk of this block. Block-uniform, with a barrier at the end; the call has failed or not.
+// The chunk of this block; of a call that has failed, nothing.
 __device__ inline void lay_out_chunk(const LayoutArgs& args, const LayoutMemory& layout, GroupsMemory& memory, int chunks) {
   const auto chunk = static_cast<int>(blockIdx.x);
   const bool failed = block_has_failed(args.context);
