@@ -75,9 +75,11 @@ CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const Dispatc
   const bool has_output = halves == Halves::together || !options.copy_out || options.out_rows;
   job.pads = !job.cached && has_output && made.layout == Layout::expert_padded && made.mode == Mode::latency && made.local_experts > 0 &&
              cuda::can_pad(shape_, made.top_k);
-  // Those of an exact dispatch have no memory before the host knows the counts.
-  job.moves_in_bulk = made.mode == Mode::throughput && cuda::moves_in_bulk(source_args(job));
-  const bool is_placed_early = has_output && job.moves_in_bulk && made.is_expert_layout() && made.local_experts > 0 &&
+  // Asked only where it matters: the answer costs calls of the CUDA runtime.
+  const bool is_sorted = made.is_expert_layout() || made.gather_map;
+  job.sorts_beside = made.mode == Mode::throughput && is_sorted && cuda::moves_in_bulk(source_args(job));
+  // Own rows of an exact dispatch have no memory before the host knows the counts.
+  const bool is_placed_early = has_output && job.sorts_beside && made.is_expert_layout() && made.local_experts > 0 &&
                                budget_.multiprocessors >= cuda::kFewestOwnBlocks &&
                                (job.cached || (options.sizing == Sizing::capacity && cuda::can_place_own(shape_)));
   if (job.pads || is_placed_early) job.output = place_output(job, stream);
@@ -159,7 +161,7 @@ cuda::LayoutArgs CudaEngine::layout_args(const CudaDispatch& job) const {
           .output_rows = shape.output_rows,
           .map_rows = shape.map_rows,
           .table = layout_table_,
-          .landing_warps = job.moves_in_bulk ? budget_.multiprocessors * cuda::kClerks : 0,
+          .landing_warps = job.sorts_beside ? budget_.multiprocessors * cuda::kClerks : 0,
           .last = true};
 }
 

@@ -46,10 +46,10 @@ struct CudaDispatch {
   std::shared_ptr<void> lease;
   int expert_buffer = 0;  // unless in place or copied out
   std::shared_ptr<void> expert_lease;
-  bool in_place = false;       // rows are used where they land
-  bool pads = false;           // the kernel that lands rows also lays them out and copies them
-  bool moves_in_bulk = false;  // rows go by bulk copies, and a layout may run beside them
-  bool places_own = false;     // this rank's own rows go straight to their places
+  bool in_place = false;      // rows are used where they land
+  bool pads = false;          // the kernel that lands rows also lays them out and copies them
+  bool sorts_beside = false;  // rows go by bulk copies, beside which they may be laid out, and own ones placed at once
+  bool places_own = false;    // this rank's own rows go straight to their places
   std::optional<OutputRows> output;
 };
 enum class Halves : std::uint8_t { together, apart };  // start and finish

@@ -64,7 +64,7 @@ struct CallState {
   std::uint64_t unsettled = 0;
   bool failed = false;
 };
-// One thread looks, for all blocks look at the same words. Block-uniform; once per kernel.
+// One thread looks, for all blocks look at the same words. Block-uniform; a barrier lies between two looks of a block.
 __device__ inline CallState state_of_call(const Context& c) {
   __shared__ CallState seen;
   if (threadIdx.x == 0) {

@@ -94,17 +94,17 @@ __device__ inline void finish_move(const MoveJob& job) {
   const MoveArgs& args = job.args;
   const Context& c = args.context;
   if (!is_last_block(c, kMoveEnd)) return;
-  const auto [call, last_pull, unsettled, failed] = state_of_call(c);
-  bool good = !failed;
+  const CallState state = state_of_call(c);
+  bool good = !state.failed;
   if (good) {
-    set_flag_everywhere(c, Flag::rows, call);
+    set_flag_everywhere(c, Flag::rows, state.call);
     if (warp_index() == 0) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.scales.row_bytes);
-    good = wait_for_all(c, Flag::rows, Phase::dispatch_rows, call, true);
+    good = wait_for_all(c, Flag::rows, Phase::dispatch_rows, state.call, true);
   }
   if (!good && !args.cached) clear_handle(args);
   if (threadIdx.x == 0) c.tickets[kRowsTicket] = c.tickets[kRecordsTicket] = 0;
   if (args.plans) clear_plan(args);
-  if (args.last) end_call(c, !good, call);
+  if (args.last) end_call(c, !good, state.call);
 }
 
 }  // namespace tokenyard::cuda

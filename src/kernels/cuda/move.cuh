@@ -162,13 +162,16 @@ __device__ inline void send_small_records(const MoveArgs& args, const WarpShare&
     }
     auto partial = static_cast<std::int32_t>(token * c.shape.partials_per_token());
     for (int rank = 0; rank < c.ranks; ++rank) {
-      auto* const to = reinterpret_cast<std::int32_t*>(of_lane(record, of_token * kFew + rank));
-      if (to == nullptr) continue;
+      const protocol::Record to{of_lane(record, of_token * kFew + rank), routing.top_k};
+      if (to.bytes == nullptr) continue;
       const bool is_own = rank == c.rank;
-      if (l == 0) *reinterpret_cast<int2*>(to) = make_int2(token, is_own ? -1 : partial);
+      if (l == 0) {
+        to.source_token() = token;
+        to.partial_slot() = is_own ? -1 : partial;
+      }
       if (l < routing.top_k) {
-        to[2 + l] = choice.local_at(rank, routing.table.max_fanout);
-        to[2 + routing.top_k + l] = __float_as_int(choice.weight);
+        to.local_ids()[l] = choice.local_at(rank, routing.table.max_fanout);
+        to.weights()[l] = choice.weight;
       }
       if (!is_own) ++partial;
     }

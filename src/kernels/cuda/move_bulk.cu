@@ -28,6 +28,7 @@ __host__ __device__ std::int64_t mover_bytes(const MoveJob& job) {
   const std::int64_t scales = job.args.source.quantise ? protocol::align_up(job.scales.row_bytes, 16) : 0;
   return kStages * job.args.source.row_bytes + scales;
 }
+
 // By lane 0.
 __device__ void prefetch(const MoveJob& job, std::int32_t token, const MoverMemory& memory, int stage) {
   const auto bytes = static_cast<std::uint32_t>(job.args.source.row_bytes);
@@ -56,7 +57,7 @@ __device__ void quantise_row(const MoveJob& job, std::int32_t token, const Mover
   if (lane_index() == 0) bulk::wait_read<kStages - 1>();
   __syncwarp();
   const int blocks = (source.hidden_size + kQuantiseBlock - 1) / kQuantiseBlock;
-  quantise_blocks(job, token, {.end = blocks}, {memory.stages + stage * job.args.source.row_bytes, memory.scales});
+  quantise_blocks(job, token, {.end = blocks}, {memory.stages + stage * source.row_bytes, memory.scales});
   bulk::fence_shared();
   __syncwarp();
 }
@@ -114,7 +115,7 @@ __device__ void move_rows(const MoveJob& job, std::int32_t tokens, const MoverMe
     } else {
       memory.barriers[stage].wait(parity);
     }
-    store_row(job, token, memory.stages + stage * job.args.source.row_bytes);
+    store_row(job, token, memory.stages + stage * args.source.row_bytes);
     if (kQuantise) store_scales(job, token, memory.scales);
     if (const std::int64_t ahead = next.next(); !kQuantise && lane_index() == 0 && ahead < tokens) {
       bulk::wait_read<kStages - 1>();  // the other stage's stores have read it; this one's may go on
@@ -132,7 +133,7 @@ __device__ void move_rows(const MoveJob& job, std::int32_t tokens, const MoverMe
 
 // By a clerk that has landed its share: a layout that follows needs no rows.
 __device__ void let_layout_begin(const MoveArgs& args) {
-  if (args.cached || args.table.counts == nullptr) return;
+  if (args.table.counts == nullptr) return;
   __syncwarp();
   if (lane_index() != 0) return;
   ptx::add_acquire_release(&args.context.tickets[kLandedTicket], 1U);
