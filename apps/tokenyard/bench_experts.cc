@@ -69,9 +69,8 @@ void print_text(const json& report) {
   Table table({"product", "groups", "us", "TFLOP/s", "bound", "of bound", "cuBLAS grouped", "cuBLAS loop"});
   for (const json& run : measured["runs"]) {
     for (const auto& [name, figure] : run["figures"].items()) {
-      table.add({fmt::format("{} {}x{}", name, run["outputs"].get<int>(), run["inputs"].get<int>()),
-                 run["skewed"].get<bool>() ? "skewed" : "even", time_cell(figure, "median_us"),
-                 fmt::format("{:.0f}", figure["teraflops"].get<double>()), time_cell(figure, "bound_us"),
+      table.add({fmt::format("{} {}x{}", name, run["outputs"].get<int>(), run["inputs"].get<int>()), run["groups"].get<std::string>(),
+                 time_cell(figure, "median_us"), fmt::format("{:.0f}", figure["teraflops"].get<double>()), time_cell(figure, "bound_us"),
                  fmt::format("{:.0f} %", 100 * figure["ratio_to_bound"].get<double>()), time_cell(figure, "cublas_grouped_us"),
                  time_cell(figure, "cublas_loop_us")});
     }
@@ -87,7 +86,7 @@ void run(Command& command) {
   const ExpertsSettings& settings = command.settings;
   json shapes = json::array();
   for (const ProductShape& shape : settings.shapes) shapes.push_back({{"outputs", shape.outputs}, {"inputs", shape.inputs}});
-  const json report = {{"format", "tokenyard-bench-experts-1"},
+  const json report = {{"format", "tokenyard-bench-experts-2"},
                        {"settings",
                         {{"groups", settings.groups},
                          {"rows", settings.rows},

@@ -24,8 +24,9 @@ struct ExpertsSettings {
   int iterations = 50;
 };
 
-// {"gpu", "ceilings", "baselines", "runs": [{"outputs", "inputs", "skewed", "figures": {"forward": {...}, "dgrad", "wgrad"}}]}; times
-// are microseconds. UsageError without device code; std::runtime_error when a result is wrong.
+// {"gpu", "ceilings", "baselines", "runs": [{"outputs", "inputs", "groups", "figures": {"forward": {...}, "dgrad", "wgrad"}}]}; groups:
+// how rows are shared out among them, "even", "routed" or "skewed"; times are microseconds. UsageError without device code;
+// std::runtime_error when a result is wrong.
 nlohmann::json measure_experts(const ExpertsSettings& settings);
 
 }  // namespace tokenyard::cli

@@ -41,11 +41,22 @@ DeviceBuffer random_buffer(std::size_t elements, Dtype dtype, unsigned seed) {
   return buffer;
 }
 
-// Even, or: one group has four times the mean, every eighth is empty, the others differ.
-std::vector<std::int32_t> counts_of(const ExpertsSettings& settings, bool skewed) {
+// How rows are shared out. even: all groups alike; routed: each row to a random group, as a balanced gate does; skewed: one group has four
+// times the mean, every eighth is empty, the others differ.
+enum class Sharing : std::uint8_t { even, routed, skewed };
+constexpr std::pair<Sharing, const char*> kSharings[] = {{Sharing::even, "even"}, {Sharing::routed, "routed"}, {Sharing::skewed, "skewed"}};
+
+std::vector<std::int32_t> counts_of(const ExpertsSettings& settings, Sharing sharing) {
   std::vector<std::int32_t> counts(static_cast<std::size_t>(settings.groups), settings.rows);
-  if (!skewed) return counts;
+  if (sharing == Sharing::even) return counts;
   const std::int64_t total = std::int64_t{settings.rows} * settings.groups;
+  if (sharing == Sharing::routed) {
+    std::fill(counts.begin(), counts.end(), 0);
+    std::mt19937 engine(7);
+    std::uniform_int_distribution<std::size_t> group(0, counts.size() - 1);
+    for (std::int64_t row = 0; row < total; ++row) ++counts[group(engine)];
+    return counts;
+  }
   const std::int64_t most = std::min<std::int64_t>(total, 4LL * settings.rows);
   std::vector<double> shares;
   for (int g = 0; g < settings.groups; ++g) shares.push_back(g == 0 || g % 8 == 3 ? 0.0 : 0.2 + static_cast<double>(g * 37 % 64) / 64);
@@ -63,8 +74,8 @@ std::vector<std::int32_t> counts_of(const ExpertsSettings& settings, bool skewed
 // A product of one shape, its tensors and what it should give.
 class Workload {
  public:
-  Workload(const ExpertsSettings& settings, ProductShape shape, bool skewed)
-      : settings_(settings), shape_(shape), counts_(counts_of(settings, skewed)), begins_(counts_.size()) {
+  Workload(const ExpertsSettings& settings, ProductShape shape, Sharing sharing)
+      : settings_(settings), shape_(shape), counts_(counts_of(settings, sharing)), begins_(counts_.size()) {
     std::exclusive_scan(counts_.begin(), counts_.end(), begins_.begin(), 0);
     places_ = std::int64_t{settings.rows} * settings.groups;
     for (unsigned set = 0; set < kSets; ++set) {
@@ -247,8 +258,8 @@ json measure_experts(const ExpertsSettings& settings) {
   cuda_check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
   json runs = json::array();
   for (const ProductShape& shape : settings.shapes) {
-    for (const bool skewed : {false, true}) {
-      const Workload workload(settings, shape, skewed);
+    for (const auto& [sharing, name] : kSharings) {
+      const Workload workload(settings, shape, sharing);
       json figures;
       for (int product = 0; product < 3; ++product) {
         workload.check(product, experts, stream.get());
@@ -265,7 +276,7 @@ json measure_experts(const ExpertsSettings& settings) {
             time_calls(settings, stream.get(), [&](int) { return cublas.grouped(sets[0], workload.pointers(), stream.get()); }));
         figures[Workload::kNames[product]] = figure;
       }
-      runs.push_back({{"outputs", shape.outputs}, {"inputs", shape.inputs}, {"skewed", skewed}, {"figures", figures}});
+      runs.push_back({{"outputs", shape.outputs}, {"inputs", shape.inputs}, {"groups", name}, {"figures", figures}});
     }
   }
   return {{"gpu", properties.name},

@@ -1,6 +1,7 @@
 #pragma once
 // Grouped products on GPUs, whose group sizes only the device knows. Trivially copyable, passed by value.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -21,6 +22,10 @@ struct Groups {
   int num_groups = 0;
   std::int64_t likely = 0;  // of the places; 0: all
 };
+// Of a group. How many there are only the device knows.
+constexpr std::int64_t likely_rows(const Groups& groups) {
+  return (groups.likely > 0 ? groups.likely : groups.places) / std::max(1, groups.num_groups);
+}
 
 // For each group with m places: forward y[m,n] = x[m,k] w[n,k]^T + bias[n]; dgrad y[m,n] = x[m,k] w[k,n]; wgrad y[n,k] += of the
 // rows: dy[m,n]^T x[m,k], where w is dy.

@@ -53,13 +53,12 @@ struct Blocking {
   using Schedule = ScheduleKind;
 };
 
-// Chosen by measurement, see docs/experts.md. Pairs share the weights' tiles; wgrad has few tiles per group, and a pair would often be
-// half empty.
-using ForwardBlocks = Blocking<Shape<_128, _192, _64>, Shape<_2, _1, _1>, Cooperative>;
-// Reading the weights is all that takes time: no pair, of which one half would find no rows, and many loads under way.
+// Chosen by measurement, see docs/experts.md. No clusters: the last rows of a group would leave half of a pair without work.
+using WideBlocks = Blocking<Shape<_128, _256, _64>, Shape<_1, _1, _1>, Cooperative>;
+// For numbers of columns that wide tiles would fill badly.
+using NarrowBlocks = Blocking<Shape<_128, _192, _64>, Shape<_1, _1, _1>, Cooperative>;
+// Reading the weights is all that takes time: many loads under way.
 using FewRowsBlocks = Blocking<Shape<_64, _128, _128>, Shape<_1, _1, _1>, PingPong>;
-using DgradBlocks = Blocking<Shape<_128, _256, _64>, Shape<_2, _1, _1>, Cooperative>;
-using WgradBlocks = Blocking<Shape<_128, _256, _64>, Shape<_1, _1, _1>, Cooperative>;
 
 template <class In, class Out, class Blocks>
 struct Kernel {
@@ -113,9 +112,10 @@ typename K::Gemm::Arguments arguments_of(const HopperArgs& args) {
     result.epilogue.thread = {{reinterpret_cast<const Out*>(args.grouped.bias), Out(0), {_0{}, _1{}, args.grouped.n}}, {}, {}};
   }
   result.hw_info.sm_count = args.num_sms;
-  // Tiles that run side by side share rows, which are more than the weights of a group.
+  // Tiles that run side by side share whichever of a group is more, its weights or its rows: that is read once, the other from the cache.
   using Order = decltype(result.scheduler.raster_order);
-  result.scheduler.raster_order = K::kAccumulates ? Order::AlongM : Order::AlongN;
+  const bool is_wide = args.grouped.n >= likely_rows(args.grouped.groups);
+  result.scheduler.raster_order = K::kAccumulates || is_wide ? Order::AlongM : Order::AlongN;
   return result;
 }
 

@@ -6,7 +6,7 @@ namespace {
 
 using namespace hopper;  // NOLINT(google-build-using-namespace): this file is a part of it
 using Rows = Operands<cutlass::bfloat16_t, RowMajor, RowMajor>;
-using Chosen = Kernel<Rows, cutlass::bfloat16_t, DgradBlocks>;
+using Chosen = Kernel<Rows, cutlass::bfloat16_t, WideBlocks>;
 const cuda::Preloaded preloaded({{cutlass::device_kernel<Chosen::Gemm::GemmKernel>}});
 
 }  // namespace

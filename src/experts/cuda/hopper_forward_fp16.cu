@@ -6,7 +6,7 @@ namespace {
 
 using namespace hopper;  // NOLINT(google-build-using-namespace): this file is a part of it
 using Rows = Operands<cutlass::half_t, RowMajor, ColumnMajor>;
-using Chosen = Kernel<Rows, cutlass::half_t, ForwardBlocks>;
+using Chosen = Kernel<Rows, cutlass::half_t, WideBlocks>;
 const cuda::Preloaded preloaded({{cutlass::device_kernel<Chosen::Gemm::GemmKernel>}});
 
 }  // namespace

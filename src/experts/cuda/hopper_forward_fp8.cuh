@@ -11,8 +11,9 @@ struct CooperativeScaled {
   using Kernel = cutlass::gemm::KernelPtrArrayTmaWarpSpecializedCooperativeFP8Blockwise;
   using Epilogue = cutlass::epilogue::PtrArrayTmaWarpSpecializedCooperative;
 };
-using ScaledBlocks = Blocking<Shape<_128, _128, _128>, Shape<_2, _1, _1>, CooperativeScaled>;
-using FewRowsScaledBlocks = Blocking<Shape<_128, _128, _128>, Shape<_1, _1, _1>, CooperativeScaled>;
+using ScaledBlocks = Blocking<Shape<_128, _128, _128>, Shape<_1, _1, _1>, CooperativeScaled>;
+// Pairs share the tiles of rows.
+using ScaledPairsBlocks = Blocking<Shape<_128, _128, _128>, Shape<_1, _2, _1>, CooperativeScaled>;
 
 template <class Out, class Blocks>
 struct Scaled {

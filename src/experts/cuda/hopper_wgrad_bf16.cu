@@ -6,7 +6,7 @@ namespace {
 
 using namespace hopper;  // NOLINT(google-build-using-namespace): this file is a part of it
 using Rows = Operands<cutlass::bfloat16_t, ColumnMajor, RowMajor>;
-using Chosen = Kernel<Rows, float, WgradBlocks>;
+using Chosen = Kernel<Rows, float, WideBlocks>;
 const cuda::Preloaded preloaded({{cutlass::device_kernel<Chosen::Gemm::GemmKernel>}});
 
 }  // namespace

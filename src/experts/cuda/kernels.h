@@ -20,8 +20,12 @@ HopperKernel forward_bf16();
 HopperKernel forward_fp16();
 HopperKernel forward_few_bf16();
 HopperKernel forward_few_fp16();
+HopperKernel forward_narrow_bf16();
+HopperKernel forward_narrow_fp16();
 HopperKernel dgrad_bf16();
 HopperKernel dgrad_fp16();
+HopperKernel dgrad_narrow_bf16();
+HopperKernel dgrad_narrow_fp16();
 HopperKernel wgrad_bf16();
 HopperKernel wgrad_fp16();
 
@@ -29,12 +33,11 @@ HopperKernel wgrad_fp16();
 struct ScaledKernel {
   std::size_t (*workspace_bytes)(const ScaledArgs&) = nullptr;
   bool (*run)(const ScaledArgs&) = nullptr;
-  std::size_t (*other_workspace_bytes)(const ScaledArgs&) = nullptr;
 };
 ScaledKernel forward_fp8_to_bf16();
-ScaledKernel forward_few_fp8_to_bf16();
-ScaledKernel forward_few_fp8_to_fp16();
 ScaledKernel forward_fp8_to_fp16();
+ScaledKernel forward_fp8_pairs_to_bf16();
+ScaledKernel forward_fp8_pairs_to_fp16();
 
 // to[p] = from[rows[p]], rows of row_bytes; padding is left as it is. Row numbers outside [0, num_rows) give zeros.
 struct PermuteArgs {

@@ -111,8 +111,7 @@ class Parts {
   int count_;
 };
 
-template <class Kernel, class Args>
-std::size_t workspace_bytes(const Kernel& kernel, const Args& args) {
+std::size_t workspace_bytes(const HopperKernel& kernel, const HopperArgs& args) {
   const std::size_t other = kernel.other_workspace_bytes == nullptr ? 0 : kernel.other_workspace_bytes(args);
   return std::max(kernel.workspace_bytes(args), other);
 }
@@ -162,7 +161,7 @@ void Products::run_scaled(ScaledArgs args, Stream stream) {
   parts.put(args.hopper.table.shapes);
   args.hopper.num_sms = num_sms_;
   args.hopper.stream = stream;
-  args.hopper.workspace_bytes = workspace_bytes(*kernel, args);
+  args.hopper.workspace_bytes = kernel->workspace_bytes(args);
   args.hopper.workspace = scratch_.take(Scratch::workspace, static_cast<std::int64_t>(args.hopper.workspace_bytes), stream);
   fill_scaled_table(args);
   check_run(kernel->run(args));

@@ -51,12 +51,6 @@ class Products {
   Scratch scratch_;
 };
 
-// Groups of few rows each, as in decoding, have kernels of their own. How many rows there are only the device knows.
-inline bool has_few_rows(const Groups& groups) {
-  constexpr std::int64_t kFewRows = 64;  // by measurement, see docs/experts.md
-  return (groups.likely > 0 ? groups.likely : groups.places) <= kFewRows * groups.num_groups;
-}
-
 // None where CUTLASS is not built in, or for a type it does not serve here.
 std::optional<HopperKernel> hopper_kernel(const GroupedArgs& args);
 std::optional<ScaledKernel> scaled_kernel(const ScaledArgs& args);

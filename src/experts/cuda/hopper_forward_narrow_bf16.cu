@@ -1,15 +1,16 @@
-#include "experts/cuda/hopper_forward_fp8.cuh"
+#include "experts/cuda/hopper.cuh"
 #include "experts/cuda/kernels.h"
 
 namespace tokenyard::experts_cuda {
 namespace {
 
 using namespace hopper;  // NOLINT(google-build-using-namespace): this file is a part of it
-using Chosen = Scaled<cutlass::bfloat16_t, FewRowsScaledBlocks>;
+using Rows = Operands<cutlass::bfloat16_t, RowMajor, ColumnMajor>;
+using Chosen = Kernel<Rows, cutlass::bfloat16_t, NarrowBlocks>;
 const cuda::Preloaded preloaded({{cutlass::device_kernel<Chosen::Gemm::GemmKernel>}});
 
 }  // namespace
 
-ScaledKernel forward_few_fp8_to_bf16() { return {.workspace_bytes = scaled_workspace_bytes<Chosen>, .run = run_scaled<Chosen>}; }
+HopperKernel forward_narrow_bf16() { return {.workspace_bytes = workspace_bytes<Chosen>, .run = run<Chosen>}; }
 
 }  // namespace tokenyard::experts_cuda

@@ -1,0 +1,16 @@
+#include "experts/cuda/hopper.cuh"
+#include "experts/cuda/kernels.h"
+
+namespace tokenyard::experts_cuda {
+namespace {
+
+using namespace hopper;  // NOLINT(google-build-using-namespace): this file is a part of it
+using Rows = Operands<cutlass::half_t, RowMajor, RowMajor>;
+using Chosen = Kernel<Rows, cutlass::half_t, NarrowBlocks>;
+const cuda::Preloaded preloaded({{cutlass::device_kernel<Chosen::Gemm::GemmKernel>}});
+
+}  // namespace
+
+HopperKernel dgrad_narrow_fp16() { return {.workspace_bytes = workspace_bytes<Chosen>, .run = run<Chosen>}; }
+
+}  // namespace tokenyard::experts_cuda
