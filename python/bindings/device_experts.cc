@@ -69,7 +69,10 @@ void backward(DeviceExperts& self, const FeedForward& what, const Tensors& rows,
 void bind_device_experts(nb::module_& m) {
   nb::class_<DeviceRowGroups>(m, "DeviceRowGroups", "Views only: the caller keeps the tables.")
       .def("__init__", make_groups, nb::arg("places"), nb::arg("counts"), nb::arg("begins").none(), nb::arg("capacity"),
-           nb::arg("rows").none());
+           nb::arg("rows").none())
+      .def_rw("likely", &DeviceRowGroups::likely);
+  m.def(
+      "likely_places", [](const Received& received) { return DeviceRowGroups::of(received).likely; }, nb::arg("received"));
   nb::class_<DeviceExperts> experts(m, "DeviceExperts");
   experts.def(
       "__init__", [](DeviceExperts* self, int device) { new (self) DeviceExperts(DeviceExpertsOptions{.device = device}); },

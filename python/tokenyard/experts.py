@@ -32,10 +32,11 @@ class RowGroups:
             return RowGroups(_core.RowGroups.of(core, num_local_experts), core.local_ids(frame.place) if is_gathered else None)
         if not is_gathered:
             capacity = received.rows.shape[1] if received.handle.layout == "expert_padded" else 0
-            return RowGroups._on_device(received.expert_counts, received.expert_offsets, capacity)
+            return RowGroups._on_device(received.expert_counts, received.expert_offsets, capacity, likely=_core.likely_places(core))
         if received.handle.layout == "rank_slots" or received.expert_rows is None:
             raise UsageError("these rows have no map from experts to rows; dispatch token_major with gather_map=True, or use RowGroups.gathered(local_ids)")
-        return RowGroups._on_device(received.expert_counts, received.expert_offsets, 0, received.expert_rows, received.local_ids)
+        return RowGroups._on_device(received.expert_counts, received.expert_offsets, 0, received.expert_rows, received.local_ids,
+                                    _core.likely_places(core))
 
     @staticmethod
     def of_counts(counts) -> "RowGroups":
@@ -71,9 +72,9 @@ class RowGroups:
         return RowGroups(_core.RowGroups.gathered(tensor(local_ids, "local_ids"), num_local_experts), local_ids)
 
     @staticmethod
-    def _on_device(counts, begins, capacity=0, rows=None, local_ids=None):
+    def _on_device(counts, begins, capacity=0, rows=None, local_ids=None, likely=0):
         table = {"counts": counts.int().clone(), "begins": None if begins is None else begins.int().clone(), "capacity": capacity,
-                 "rows": None if rows is None else rows.int().clone()}
+                 "rows": None if rows is None else rows.int().clone(), "likely": likely}
         return RowGroups(None, local_ids, {counts.device: table})
 
     def _host(self):
@@ -82,7 +83,7 @@ class RowGroups:
         return self._core
 
     def table(self, x):
-        """{counts, begins, capacity, rows} on the GPU of x."""
+        """{counts, begins, capacity, rows} on the GPU of x, and likely: how many places are probably taken, 0 for all."""
         if x.device not in self._tables:
             torch, core = torch_if_used(), self._host()
 
@@ -90,7 +91,7 @@ class RowGroups:
                 return torch.tensor(numbers, dtype=torch.int32, device=x.device)
 
             self._tables[x.device] = {"counts": there(core.counts), "begins": there(core.begins), "capacity": 0,
-                                      "rows": there(self.rows()) if self.is_gathered else None}
+                                      "rows": there(self.rows()) if self.is_gathered else None, "likely": 0}
         return self._tables[x.device]
 
     def places_of(self, x):
@@ -104,7 +105,9 @@ class RowGroups:
         """(the C++ groups for a GPU, what they look at)."""
         table = self.table(x)
         views = [None if table[name] is None else tensor(table[name], name) for name in ("counts", "begins", "rows")]
-        return _core.DeviceRowGroups(places, views[0], views[1], table["capacity"], views[2]), (table, views)
+        groups = _core.DeviceRowGroups(places, views[0], views[1], table["capacity"], views[2])
+        groups.likely = table["likely"]
+        return groups, (table, views)
 
     def _number(self, name):
         return getattr(self._core, name) if self._core is not None else next(iter(self._tables.values()))[name]
