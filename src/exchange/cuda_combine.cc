@@ -16,6 +16,31 @@ void check_summable(const char* what, const ConstTensorView& view) {
     usage_error("{} is {}; on GPUs combine adds float32, bfloat16 and float16", what, describe(view));
 }
 
+// Rows of `row_bytes`, `pitch` bytes apart.
+struct Rows {
+  const std::byte* first = nullptr;
+  std::int64_t pitch = 0;
+  std::int64_t count = 0;
+  std::int64_t row_bytes = 0;
+
+  const std::byte* end() const { return first + (count - 1) * pitch + row_bytes; }
+  bool touch(const Rows& other) const { return first != nullptr && first < other.end() && other.first < end(); }
+  bool are_aligned() const { return reinterpret_cast<std::uintptr_t>(first) % 16 == 0 && pitch % 16 == 0; }
+};
+
+// How many blocks beside those of a push fold this rank's own rows into out: as many multiprocessors as those leave free, where that
+// pays, and where partial sums can lie in out until the sum, which reads nothing else from there.
+int own_blocks_of(const cuda::CombineArgs& args, std::int64_t tokens, int multiprocessors) {
+  const bool folds = args.fold && (args.layout == Layout::expert_major || args.layout == Layout::expert_padded);
+  if (args.mode == Mode::latency || !folds || args.y == nullptr || args.out == nullptr || tokens == 0) return 0;
+  const std::int64_t bytes = args.header.row_bytes;
+  const Rows out = {args.out, args.out_pitch, tokens, bytes};
+  const bool fits = args.out_dtype == args.dtype && out.are_aligned() && !Rows{args.bias0, args.bias0_pitch, tokens, bytes}.touch(out) &&
+                    !Rows{args.bias1, args.bias1_pitch, tokens, bytes}.touch(out);
+  const int left = multiprocessors - args.blocks;
+  return args.context.ranks > 1 && fits && left >= cuda::kFewestOwnBlocks ? left : 0;
+}
+
 }  // namespace
 
 cuda::CombineArgs CudaEngine::make_combine(const ConstTensorView& y, const Handle& handle, const CombineOptions& options) const {
@@ -132,6 +157,7 @@ Combined CudaEngine::enqueue_combine(cuda::CombineArgs args, const Handle& handl
     phase("combine pull", stream, [&] { cuda::launch_combine_pull(args, stream); });
   } else {
     if (args.weighting == Weighting::at_source) phase("combine weights", stream, [&] { cuda::launch_combine_weights(args, stream); });
+    args.own_blocks = own_blocks_of(args, tokens, multiprocessors_of(device_));
     push_and_sum(args, stream);
   }
   cuda_check(cudaGetLastError(), "enqueueing a combine");

@@ -97,6 +97,8 @@ struct MissedCall {
 const MissedCall kMissedCalls[] = {
     {"Dispatch", Phase::dispatch_counts, [](Rank& rank) { rank.dispatch({.sizing = Sizing::capacity}); }},
     {"ExactDispatch", Phase::dispatch_counts, [](Rank& rank) { rank.dispatch({}); }},
+    {"DispatchWithALayoutBeside", Phase::dispatch_counts,
+     [](Rank& rank) { rank.dispatch({.sizing = Sizing::capacity, .gather_map = true}); }},
     {"LatencyDispatch", Phase::dispatch_credit,
      [](Rank& rank) { rank.dispatch({.layout = Layout::rank_slots, .sizing = Sizing::capacity, .mode = Mode::latency}); }},
     {"CachedDispatch", Phase::dispatch_credit,
@@ -435,8 +437,8 @@ void end_within(const Rank& rank) {
   end_here();
 }
 
-void within_dispatch(Rank& rank, bool is_victim) {
-  const Received received = rank.dispatch({.sizing = Sizing::capacity});
+void within_dispatch(Rank& rank, bool is_victim, const DispatchOptions& options) {
+  const Received received = rank.dispatch(options);
   if (is_victim) end_within(rank);
   rank.settle();
   rank.combine(received);
@@ -450,7 +452,10 @@ void within_combine(Rank& rank, bool is_victim) {
 }
 
 const Fault kWithin[] = {
-    {"WithinDispatch", Phase::dispatch_rows, Phase::combine_credit, within_dispatch},
+    {"WithinDispatch", Phase::dispatch_rows, Phase::combine_credit,
+     [](Rank& rank, bool is_victim) { within_dispatch(rank, is_victim, {.sizing = Sizing::capacity}); }},
+    {"WithinDispatchWithALayoutBeside", Phase::dispatch_rows, Phase::combine_credit,
+     [](Rank& rank, bool is_victim) { within_dispatch(rank, is_victim, {.layout = Layout::expert_major, .sizing = Sizing::capacity}); }},
     {"WithinCombine", Phase::combine_rows, Phase::dispatch_counts, within_combine},
 };
 

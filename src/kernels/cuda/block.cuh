@@ -27,6 +27,11 @@ struct WarpShare {
     return {.index = static_cast<std::int64_t>(warp_index() - first) * gridDim.x + blockIdx.x,
             .count = static_cast<std::int64_t>(warps) * gridDim.x};
   }
+  // Of all warps of the blocks [first, first + blocks).
+  __device__ static WarpShare among(int first, int blocks) {
+    return {.index = static_cast<std::int64_t>(warp_index()) * blocks + static_cast<int>(blockIdx.x) - first,
+            .count = static_cast<std::int64_t>(warps_of_block()) * blocks};
+  }
 };
 
 // Pieces of work, each for one warp. Warps begin with one each, and take the next as they come for it: some multiprocessors are

@@ -301,17 +301,20 @@ __device__ inline bool settle(const Context& c, const CallState& state) { return
 
 // True, in every thread, in the block of this kernel that comes here last: all others' work is visible to it, unless `ordered` is
 // false, when no more is known than that they have got here (it saves the wait for their stores). Call it once per ticket and
-// kernel, by all threads of all blocks.
-__device__ inline bool is_last_block(const Context& c, int ticket, bool ordered = true) {
+// kernel, by all threads of all `blocks`.
+__device__ inline bool is_last_block_of(std::uint32_t blocks, const Context& c, int ticket, bool ordered = true) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
     const std::uint32_t before = ordered ? ptx::add_acquire_release(&c.tickets[ticket], 1U) : atomicAdd(&c.tickets[ticket], 1U);
-    last = before == gridDim.x * gridDim.y - 1;
+    last = before == blocks - 1;
     if (last) c.tickets[ticket] = 0;
   }
   __syncthreads();
   return last;
+}
+__device__ inline bool is_last_block(const Context& c, int ticket, bool ordered = true) {
+  return is_last_block_of(gridDim.x * gridDim.y, c, ticket, ordered);
 }
 
 // Every block waits until all have come here, whose work is visible to it then. The grid is resident at once; the last block of the

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_fused_kernel(const
   if (is_last_block(c, kCombinePushed) && !block_has_failed(c)) set_flag_everywhere(c, Flag::partials, call);
   if (!block_has_failed(c)) {
     sum_tokens<kDtype, kAligned, false>(args,
-                                        [&] { return wait_for_all(c, Flag::partials, Phase::combine_rows, call, is_last_of_grid()); });
+                                        [&] { return wait_for_all(c, Flag::partials, Phase::combine_rows, call, is_last_to_wait(args)); });
   }
   if (is_last_block(c, kCombineEnd, false)) end_call(c, block_has_failed(c), call);
 }

@@ -28,13 +28,13 @@ __device__ inline CallState announce_combine(const CombineArgs& args) {
   return state;
 }
 // The last block has the least to do: it checks, and tells how long it has waited.
-__device__ inline bool is_last_of_grid() { return blockIdx.x == gridDim.x - 1; }
+__device__ inline bool is_last_to_wait(const CombineArgs& args) { return static_cast<int>(blockIdx.x) == args.blocks - 1; }
 
 // Then, before the block needs peers: they have begun the same call, and their arenas may be written. Block-uniform.
 __device__ inline bool meet_peers(const CombineArgs& args, const CallState& state) {
   if (state.failed) return false;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
-  return wait_for_peers(args.context, header, Phase::combine_credit, state.call, is_last_of_grid());
+  return wait_for_peers(args.context, header, Phase::combine_credit, state.call, is_last_to_wait(args));
 }
 __device__ inline CallState begin_combine(const CombineArgs& args) {
   CallState state = announce_combine(args);
@@ -46,7 +46,7 @@ __device__ inline CallState begin_combine(const CombineArgs& args) {
 __device__ inline CallState begin_push(const CombineArgs& args) {
   if (args.weighting != Weighting::at_source) return begin_combine(args);
   CallState state = state_of_call(args.context);
-  state.failed = state.failed || !wait_for_all(args.context, Flag::weights, Phase::combine_weights, state.call, is_last_of_grid());
+  state.failed = state.failed || !wait_for_all(args.context, Flag::weights, Phase::combine_weights, state.call, is_last_to_wait(args));
   return state;
 }
 
@@ -218,9 +218,9 @@ void visit_combined(const CombineArgs& args, Visitor&& visitor) {
 }
 
 struct CombineLaunch : Launch {
-  CombineLaunch(const CombineArgs& args, Stream stream, Resident resident)
-      : Launch(args.blocks, combine_threads(args), static_cast<std::size_t>(combine_threads(args) / kLanes * list_bytes(args)), stream,
-               resident) {}
+  CombineLaunch(const CombineArgs& args, Stream stream, Resident resident, int more_blocks = 0)
+      : Launch(args.blocks + more_blocks, combine_threads(args),
+               static_cast<std::size_t>(combine_threads(args) / kLanes * list_bytes(args)), stream, resident) {}
 };
 
 }  // namespace tokenyard::cuda

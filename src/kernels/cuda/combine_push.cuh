@@ -100,22 +100,23 @@ __device__ inline void return_weights(const CombineArgs& args, const AwayRow& ro
   for (int k = lane_index(); k < args.handle.top_k; k += kLanes) to[k] = returned_weight(args, row.i, k);
 }
 
-// By all threads of all blocks.
+// By all threads of args.blocks.
 template <Dtype kDtype, bool kAligned>
 __device__ inline void push_rows(const CombineArgs& args) {
   const Context& c = args.context;
+  const WarpShare pushers = WarpShare::among(0, args.blocks);
   if (blockIdx.x == 0 && warp_index() == 0) add_link_bytes(c, args.handle.rank_counts, args.header.row_bytes);
   const std::int64_t most = most_rows(args);
   if (c.ranks == 1 || most == 0) return;
   std::int64_t returned = 0;
   for (int source = 0; source < c.ranks; ++source) returned += source != c.rank ? args.handle.rank_counts[source] : 0;
   const int vectors = args.y != nullptr ? static_cast<int>(row_bytes(args) / kVectorBytes) : 0;
-  const RowCut cut = RowCut::of(returned, grid_warps(), vectors);
+  const RowCut cut = RowCut::of(returned, pushers.count, vectors);
   const std::int64_t pieces = most * (c.ranks - 1) * cut.segments;
-  const std::int64_t stride = grid_warps();
+  const std::int64_t stride = pushers.count;
   const WarpLists lists = WarpLists::mine(args);
   // A warp looks up its next 32 pieces at once, one per lane: most of them may be absent rows.
-  for (std::int64_t first = grid_warp(); first < pieces; first += stride * kLanes) {
+  for (std::int64_t first = pushers.index; first < pieces; first += stride * kLanes) {
     const std::int64_t piece = first + stride * lane_index();
     const AwayRow mine = piece < pieces ? find_row(args, piece, cut.segments) : AwayRow{};
     for (unsigned found = __ballot_sync(kAllLanes, mine.i >= 0); found != 0; found &= found - 1) {
@@ -127,6 +128,24 @@ __device__ inline void push_rows(const CombineArgs& args) {
       if (args.row_weights != nullptr && segment == 0) return_weights(args, row);
       if (args.y != nullptr) push_segment<kDtype, kAligned>(args, row, cut, segment, lists);
     }
+  }
+}
+
+// By all threads of args.own_blocks: the partial sums of this rank's own rows, a token for each warp. They are of out's type, and lie
+// there until the sum adds them up.
+template <Dtype kDtype, bool kAligned>
+__device__ inline void fold_own(const CombineArgs& args) {
+  const Context& c = args.context;
+  const WarpShare share = WarpShare::among(args.blocks, args.own_blocks);
+  const WarpLists lists = WarpLists::mine(args);
+  const int vectors = static_cast<int>(row_bytes(args) / kVectorBytes);
+  const std::int64_t tokens = min(static_cast<std::int64_t>(args.handle.header->num_tokens), c.shape.max_tokens_per_rank);
+#pragma unroll 1
+  for (std::int64_t token = share.index; token < tokens; token += share.count) {
+    const std::int32_t own = args.handle.slots[token * c.ranks + c.rank];
+    if (own < 0) continue;
+    const int count = list_leaves(args, own, lists);
+    fold_vectors<kDtype, kAligned>(lists, make_int2(0, count), lane_index(), vectors, args.out + token * args.out_pitch);
   }
 }
 

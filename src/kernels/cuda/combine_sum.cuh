@@ -24,10 +24,17 @@ __device__ __forceinline__ TokenRoute route_of(const CombineArgs& args, std::int
           .order = args.fold ? args.order : Order::rank_ascending};
 }
 
-// Where the partial sum of `rank` lies. Null: it is this rank's own and still to be folded.
+// Whether this rank's own partial sums are still to be folded.
+__device__ __forceinline__ bool folds_own(const CombineArgs& args) { return is_expert_layout(args) && args.own_blocks == 0; }
+
+// Where this rank's own partial sum of a token lies. Null: it is still to be folded.
+__device__ __forceinline__ const std::byte* own_partial(const CombineArgs& args, std::int64_t token, std::int64_t slot) {
+  if (folds_own(args)) return nullptr;
+  return is_expert_layout(args) ? args.out + token * args.out_pitch : y_row(args, token_row(args, slot));
+}
+// Where that of another rank lies.
 __device__ __forceinline__ const std::byte* partial_of(const CombineArgs& args, std::int64_t slot, std::int64_t staged, int rank) {
   const Context& c = args.context;
-  if (rank == c.rank) return is_expert_layout(args) ? nullptr : y_row(args, token_row(args, slot));
   return args.pull ? expert_rows(c, rank) + slot * row_bytes(args) : staging(c, c.rank) + staged * row_bytes(args);
 }
 
@@ -48,7 +55,8 @@ __device__ inline void list_terms(const CombineArgs& args, SumPiece& piece, cons
     if (slot >= 0) {
       const int place = is_ascending ? served + __popc(found & lanes_below()) : route.place_of(rank);
       const std::int64_t staged = folded_slot(c.shape, piece.token, away + __popc(others & lanes_below()));
-      lists.term(place) = {.row = partial_of(args, slot, staged, rank), .group = route.group_of(rank), .rank = rank};
+      const std::byte* const row = rank == c.rank ? own_partial(args, piece.token, slot) : partial_of(args, slot, staged, rank);
+      lists.term(place) = {.row = row, .group = route.group_of(rank), .rank = rank};
     }
     served += __popc(found);
     away += __popc(others);
@@ -66,7 +74,7 @@ __device__ inline SumPiece prepare_piece(const CombineArgs& args, const RowCut& 
   piece.end = min(vectors, (segment + 1) * cut.length);
   if (args.out == nullptr) return piece;
   list_terms(args, piece, lists);
-  if (piece.own >= 0 && is_expert_layout(args) && args.fold) piece.leaves = list_leaves(args, piece.own, lists);
+  if (piece.own >= 0 && folds_own(args) && args.fold) piece.leaves = list_leaves(args, piece.own, lists);
   return piece;
 }
 
@@ -224,7 +232,7 @@ __device__ inline void sum_piece(const CombineArgs& args, const SumPiece& piece,
     sum_unfolded<kDtype, kAligned>(args, piece, lists);
   } else if (args.groups != nullptr) {
     sum_vectors<kDtype, kAligned, Sum::grouped>(SumRow::of(args, piece.token), lists, counts, piece.begin, piece.end);
-  } else if (kPull || !is_expert_layout(args) || piece.own < 0) {
+  } else if (kPull || !folds_own(args) || piece.own < 0) {
     sum_vectors<kDtype, kAligned, Sum::pulled>(SumRow::of(args, piece.token), lists, counts, piece.begin, piece.end);
   } else {
     sum_vectors<kDtype, kAligned, Sum::folded>(SumRow::of(args, piece.token), lists, counts, piece.begin, piece.end);

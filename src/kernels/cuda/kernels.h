@@ -76,7 +76,7 @@ struct OwnRows {
   const std::int32_t* places = nullptr;  // [T][K] output rows, -1: none; of a cached dispatch the handle has them by slot
   std::byte* rows = nullptr;             // dense output on 16 bytes; null: own rows land as all others do
 };
-constexpr int kFewestOwnBlocks = 32;  // fewer would be busy with them for longer than with the links (docs/kernels.md)
+constexpr int kFewestOwnBlocks = 32;  // for this rank's own rows: fewer would be busy with them for longer than the links (docs/kernels.md)
 
 // What every kernel knows of a dispatch, and what only a plan reads.
 struct PlanArgs {
@@ -205,6 +205,7 @@ struct CombineArgs {
   Dtype out_dtype = Dtype::bfloat16;
   float* combined_weights = nullptr;  // [T][K] dense; null: not asked for
   int blocks = 1;                     // of the grid: at most what may be resident at once beside everything else on the device
+  int own_blocks = 0;                 // of a push, beside those: they wait for nobody, and fold this rank's own rows into out, for the sum
 };
 
 // ---- launches ----
