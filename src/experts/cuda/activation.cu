@@ -13,55 +13,62 @@ namespace tokenyard::experts_cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 8;
+constexpr int kBlocksPerSm = 4;  // what registers leave room for
 
-// Calls fn(place, first element of a piece) for all pieces of rows of `width` of all groups.
-template <class Fn>
-__device__ __forceinline__ void for_each_piece(const Groups& groups, int width, int per_piece, Fn&& fn) {
-  const std::int64_t pieces = (width + per_piece - 1) / per_piece;
-  std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x, first = 0;
-  for (int g = 0; g < groups.num_groups; ++g) {
-    const Span span = span_of(groups, g);
-    for (; at < first + span.count * pieces; at += static_cast<std::int64_t>(gridDim.x) * kThreads) {
-      fn(span.begin + (at - first) / pieces, (at - first) % pieces * per_piece);
-    }
-    first += span.count * pieces;
-  }
-}
-
-template <Dtype kDtype>
+template <Dtype kDtype, bool kWhole>
 __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ ActivationArgs args) {
+  constexpr int kAtOnce = 2, kStep = kWarp * kPerVector<kDtype>;
   const Gated gated = {args.activation};
-  const std::int64_t row_bytes = static_cast<std::int64_t>(args.width) * Format<kDtype>::kSize;
-  for_each_piece(args.groups, args.width, kPerVector<kDtype>, [&](std::int64_t place, std::int64_t first) {
+  const int width = args.width;
+  const std::int64_t row_bytes = static_cast<std::int64_t>(width) * Format<kDtype>::kSize;
+  for_each_place(args.groups, [&](std::int64_t place) {
     const std::byte* gate_row = args.gate_up + 2 * place * row_bytes;
-    const auto gate = load_piece<kDtype>(gate_row, first, args.width);
-    auto up = load_piece<kDtype>(gate_row + row_bytes, first, args.width);
+    for (int first = lane_index() * kPerVector<kDtype>; first < width; first += kAtOnce * kStep) {
+      int4 gate[kAtOnce], up[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kPerVector<kDtype>; ++i) up.at[i] = gated.value(gate.at[i], up.at[i]);
-    store_piece<kDtype>(args.act + place * row_bytes, first, args.width, up);
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i * kStep >= width) continue;
+        gate[i] = load_packed<kDtype, kWhole>(gate_row, first + i * kStep, width);
+        up[i] = load_packed<kDtype, kWhole>(gate_row + row_bytes, first + i * kStep, width);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i * kStep >= width) continue;
+        const auto g = Floats<kDtype>::of(gate[i]);
+        auto act = Floats<kDtype>::of(up[i]);
+#pragma unroll
+        for (int e = 0; e < kPerVector<kDtype>; ++e) act.at[e] = gated.value(g.at[e], act.at[e]);
+        store_packed<kDtype, kWhole>(args.act + place * row_bytes, first + i * kStep, width, act);
+      }
+    }
   });
 }
 
-template <Dtype kDtype>
+template <Dtype kDtype, bool kWhole>
 __global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ ActivationArgs args) {
+  constexpr int kStep = kWarp * kPerVector<kDtype>;
   const Gated gated = {args.activation};
-  const std::int64_t row_bytes = static_cast<std::int64_t>(args.width) * Format<kDtype>::kSize;
-  for_each_piece(args.groups, args.width, kPerVector<kDtype>, [&](std::int64_t place, std::int64_t first) {
+  const int width = args.width;
+  const std::int64_t row_bytes = static_cast<std::int64_t>(width) * Format<kDtype>::kSize;
+  for_each_place(args.groups, [&](std::int64_t place) {
     const std::byte* gate_row = args.gate_up + 2 * place * row_bytes;
-    const auto gate = load_piece<kDtype>(gate_row, first, args.width);
-    auto up = load_piece<kDtype>(gate_row + row_bytes, first, args.width);
-    auto d = load_piece<kDtype>(args.d_act + place * row_bytes, first, args.width);
-    Floats<kDtype> act;
-#pragma unroll
-    for (int i = 0; i < kPerVector<kDtype>; ++i) {
-      act.at[i] = gated.value(gate.at[i], up.at[i]);
-      up.at[i] = gated.differentiate(gate.at[i], up.at[i], d.at[i]);
-    }
     std::byte* d_gate_row = args.d_gate_up + 2 * place * row_bytes;
-    store_piece<kDtype>(args.act + place * row_bytes, first, args.width, act);
-    store_piece<kDtype>(d_gate_row, first, args.width, d);
-    store_piece<kDtype>(d_gate_row + row_bytes, first, args.width, up);
+    for (int first = lane_index() * kPerVector<kDtype>; first < width; first += kStep) {
+      const int4 packed[] = {load_packed<kDtype, kWhole>(gate_row, first, width),
+                             load_packed<kDtype, kWhole>(gate_row + row_bytes, first, width),
+                             load_packed<kDtype, kWhole>(args.d_act + place * row_bytes, first, width)};
+      const auto gate = Floats<kDtype>::of(packed[0]);
+      auto up = Floats<kDtype>::of(packed[1]), d = Floats<kDtype>::of(packed[2]);
+      Floats<kDtype> act;
+#pragma unroll
+      for (int e = 0; e < kPerVector<kDtype>; ++e) {
+        act.at[e] = gated.value(gate.at[e], up.at[e]);
+        up.at[e] = gated.differentiate(gate.at[e], up.at[e], d.at[e]);
+      }
+      store_packed<kDtype, kWhole>(args.act + place * row_bytes, first, width, act);
+      store_packed<kDtype, kWhole>(d_gate_row, first, width, d);
+      store_packed<kDtype, kWhole>(d_gate_row + row_bytes, first, width, up);
+    }
   });
 }
 
@@ -87,24 +94,44 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows) column_sums(const __gri
   *to = *to + total;
 }
 
-const cuda::Preloaded preloaded({{forward<Dtype::float32>},
-                                 {forward<Dtype::bfloat16>},
-                                 {forward<Dtype::float16>},
-                                 {backward<Dtype::float32>},
-                                 {backward<Dtype::bfloat16>},
-                                 {backward<Dtype::float16>},
+const cuda::Preloaded preloaded({{forward<Dtype::float32, true>},
+                                 {forward<Dtype::float32, false>},
+                                 {forward<Dtype::bfloat16, true>},
+                                 {forward<Dtype::bfloat16, false>},
+                                 {forward<Dtype::float16, true>},
+                                 {forward<Dtype::float16, false>},
+                                 {backward<Dtype::float32, true>},
+                                 {backward<Dtype::float32, false>},
+                                 {backward<Dtype::bfloat16, true>},
+                                 {backward<Dtype::bfloat16, false>},
+                                 {backward<Dtype::float16, true>},
+                                 {backward<Dtype::float16, false>},
                                  {column_sums<Dtype::float32>},
                                  {column_sums<Dtype::bfloat16>},
                                  {column_sums<Dtype::float16>}});
 
+// ... and with whether all rows are whole vectors.
+template <class Fn>
+void visit_activation(const ActivationArgs& args, Fn&& fn) {
+  visit_rows(args.dtype, [&](auto dtype) {
+    if (are_whole(cuda::kVectorBytes, args.dtype, args.width, args.gate_up, args.act, args.d_act, args.d_gate_up)) {
+      fn(dtype, std::true_type());
+    } else {
+      fn(dtype, std::false_type());
+    }
+  });
+}
+
 }  // namespace
 
 void activate(const ActivationArgs& args, int num_sms, Stream stream) {
-  visit_rows(args.dtype, [&](auto dtype) { forward<dtype.value><<<num_sms * kBlocksPerSm, kThreads, 0, stream>>>(args); });
+  visit_activation(
+      args, [&](auto dtype, auto whole) { forward<dtype.value, whole.value><<<num_sms * kBlocksPerSm, kThreads, 0, stream>>>(args); });
 }
 
 void activate_backward(const ActivationArgs& args, int num_sms, Stream stream) {
-  visit_rows(args.dtype, [&](auto dtype) { backward<dtype.value><<<num_sms * kBlocksPerSm, kThreads, 0, stream>>>(args); });
+  visit_activation(
+      args, [&](auto dtype, auto whole) { backward<dtype.value, whole.value><<<num_sms * kBlocksPerSm, kThreads, 0, stream>>>(args); });
 }
 
 void add_column_sums(const ColumnSumArgs& args, Stream stream) {

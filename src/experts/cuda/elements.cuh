@@ -54,6 +54,27 @@ __device__ __forceinline__ void store_piece(std::byte* row, std::int64_t first, 
   }
 }
 
+// The same as it lies. kWhole: rows are whole vectors, and aligned, so that no load waits for a decision.
+template <Dtype kDtype, bool kWhole>
+__device__ __forceinline__ int4 load_packed(const std::byte* row, std::int64_t first, std::int64_t columns) {
+  if constexpr (kWhole) return *reinterpret_cast<const int4*>(row + first * Format<kDtype>::kSize);
+  return load_piece<kDtype>(row, first, columns).packed();
+}
+template <Dtype kDtype, bool kWhole>
+__device__ __forceinline__ void store_packed(std::byte* row, std::int64_t first, std::int64_t columns, const Floats<kDtype>& piece) {
+  if constexpr (kWhole) {
+    *reinterpret_cast<int4*>(row + first * Format<kDtype>::kSize) = piece.packed();
+  } else {
+    store_piece<kDtype>(row, first, columns, piece);
+  }
+}
+
+// On the host: whether dense rows of `columns` are whole pieces of `bytes`, from wherever these pointers say (null: not there).
+template <class... Pointers>
+bool are_whole(int bytes, Dtype dtype, std::int64_t columns, Pointers... rows) {
+  return columns * size_of(dtype) % bytes == 0 && ((reinterpret_cast<std::uintptr_t>(rows) % bytes == 0) && ...);
+}
+
 // Calls the launcher for one of the three types of rows.
 template <class Fn>
 void visit_rows(Dtype dtype, Fn&& fn) {

@@ -12,31 +12,25 @@ namespace tokenyard::experts_cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-constexpr unsigned kAllLanes = 0xffffffffU;
 
 unsigned blocks_for(std::int64_t pieces, std::int64_t per_block) {
   constexpr std::int64_t kMostBlocks = 4096;  // enough to fill any device; more only takes turns
   return static_cast<unsigned>(std::clamp<std::int64_t>((pieces + per_block - 1) / per_block, 1, kMostBlocks));
 }
 
-__device__ __forceinline__ std::int64_t grid_warp() { return static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; }
-__device__ __forceinline__ std::int64_t grid_warps() { return static_cast<std::int64_t>(gridDim.x) * kWarps; }
-
 template <class Vector>
 __device__ __forceinline__ void copy_row(const std::byte* from, std::byte* to, std::int64_t bytes) {
   const std::int64_t count = bytes / static_cast<std::int64_t>(sizeof(Vector));
 #pragma unroll 4
-  for (std::int64_t i = threadIdx.x % kWarp; i < count; i += kWarp) {
+  for (std::int64_t i = lane_index(); i < count; i += kWarp) {
     reinterpret_cast<Vector*>(to)[i] = from == nullptr ? Vector() : reinterpret_cast<const Vector*>(from)[i];
   }
 }
 
 // A warp takes one place after the other.
 __global__ void __launch_bounds__(kThreads) permute_kernel(const __grid_constant__ PermuteArgs args, bool is_aligned) {
-  for (std::int64_t place = grid_warp(); place < args.groups.places; place += grid_warps()) {
-    if (group_of(args.groups, place) < 0) continue;
+  for_each_place(args.groups, [&](std::int64_t place) {
     const std::int64_t row = args.rows == nullptr ? place : args.rows[place];
     const std::byte* from = row < 0 || row >= args.num_rows ? nullptr : args.from + row * args.from_stride;
     std::byte* to = args.to + place * args.to_stride;
@@ -45,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const __grid_constant
     } else {
       copy_row<std::uint8_t>(from, to, args.row_bytes);
     }
-  }
+  });
 }
 
 constexpr int kGatherThreads = 1024;
