@@ -5,7 +5,7 @@
 
 namespace tokenyard::experts_cuda {
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0F / (1.0F + __expf(-x)); }
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0F, 1.0F + __expf(-x)); }
 
 // The clamps keep a NaN, as those of the CPU do.
 struct Gated {
