@@ -73,7 +73,7 @@ CudaDispatch CudaEngine::make_dispatch(const DispatchInput& input, const Dispatc
   const HandleShape& made = job.handle->shape;
   // Memory that only `finish` makes is not there yet when the first half runs.
   const bool has_output = halves == Halves::together || !options.copy_out || options.out_rows;
-  job.pads = !job.cached && has_output && made.layout == Layout::expert_padded && made.mode == Mode::latency && made.local_experts > 0 &&
+  job.pads = !job.cached && has_output && made.is_expert_layout() && made.mode == Mode::latency && made.local_experts > 0 &&
              cuda::can_pad(shape_, made.top_k);
   // Asked only where it matters: the answer costs calls of the CUDA runtime.
   const bool is_sorted = made.is_expert_layout() || made.gather_map;
@@ -209,7 +209,13 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
   if (!job.cached) job.handle->counts->call = 0;
   if (latency) {
     cuda::PadArgs pad;
-    if (job.pads) pad = {.spread = spread_args(job), .capacity = shape.expert_width, .drop = job.layout_options.drop};
+    if (job.pads) {
+      pad = {.asked = true,
+             .spread = spread_args(job),
+             .capacity = expert_capacity(job),
+             .alignment = job.layout_options.alignment,
+             .drop = job.layout_options.drop};
+    }
     phase("dispatch slots", stream, [&] { cuda::launch_slots(move, pad, stream); });
   } else {
     if (!job.cached && job.places_own) {

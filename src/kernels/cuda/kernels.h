@@ -164,14 +164,16 @@ struct SpreadArgs {
   int blocks = 1;
 };
 
-// expert_padded in latency mode, laid out and copied by the kernel that lands the rows.
+// Expert layouts in latency mode, laid out and copied by the kernel that lands the rows.
 struct PadArgs {
+  bool asked = false;  // else it is another layout, or left to launch_layout and launch_spread
   SpreadArgs spread;
-  std::int64_t capacity = 0;  // C; 0: another layout, or left to launch_layout and launch_spread
+  std::int64_t capacity = 0;   // expert_padded: C; expert_major: 0 or a limit
+  std::int32_t alignment = 1;  // expert_major
   bool drop = false;
 };
 constexpr std::int64_t kMostPadRanks = 64;
-constexpr std::int64_t kMostPadPairs = 32768;  // every block looks at all of them
+constexpr std::int64_t kMostPadPairs = 65536;  // every block looks at all that were sent
 inline bool can_pad(const protocol::ArenaShape& shape, int top_k) {
   return shape.ranks <= kMostPadRanks && shape.ranks * shape.max_tokens_per_rank * top_k <= kMostPadPairs;
 }

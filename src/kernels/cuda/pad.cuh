@@ -1,6 +1,8 @@
 #pragma once
-// expert_padded by the kernel that landed the rows: a block for each local expert finds the rows that are its, in order, and copies
-// them. Groups begin at multiples of the capacity, so that no block needs to know another's rows.
+// Expert layouts by the kernel that landed the rows: a block for each local expert finds the rows that are its, in order, and copies
+// them. Groups begin at multiples of the capacity, or, in expert_major, behind those before, whose rows were counted as they landed.
+
+#include <limits>
 
 #include "kernels/cuda/spread_parts.cuh"
 
@@ -14,31 +16,71 @@ constexpr int kPadRound = kPadThreads * kPadUnroll;
 // A pad as the kernel gets it.
 struct PadJob {
   SpreadJob spread;
-  std::int32_t capacity = 0;
+  std::int32_t capacity = 0;  // the most rows of a group
+  std::int32_t alignment = 1;
+  bool asked = false;
   bool drop = false;
 
   __device__ const HandleView& handle() const { return spread.args.handle; }
   __device__ const Context& context() const { return spread.args.context; }
-  __device__ int pairs() const { return static_cast<int>(received_capacity(context(), Mode::latency)) * handle().top_k; }
+  __device__ bool is_packed() const { return spread.args.layout == Layout::expert_major; }
+  __device__ std::int32_t packed_size(std::int32_t count) const {
+    return static_cast<std::int32_t>(protocol::align_up(min(count, capacity), alignment));
+  }
 };
 inline PadJob pad_job(const PadArgs& args) {
-  return {.spread = spread_job(args.spread), .capacity = static_cast<std::int32_t>(args.capacity), .drop = args.drop};
+  if (!args.asked) return {};
+  constexpr std::int64_t kNoLimit = std::numeric_limits<std::int32_t>::max();
+  return {.spread = spread_job(args.spread),
+          .capacity = static_cast<std::int32_t>(args.capacity != 0 ? args.capacity : kNoLimit),
+          .alignment = args.alignment,
+          .asked = true,
+          .drop = args.drop};
 }
 
-struct PadMemory {
-  std::int32_t warp_counts[kPadWarps];
-  std::int32_t source_counts[kMostPadRanks];
-  std::uint16_t pairs[kPadRound];  // found in this round
+// The output rows of a group, padding included.
+struct PadGroup {
+  std::int32_t begin;
+  std::int32_t end;
 };
 
-// Finds the pairs of `local` among those from `first` on, as many as a round has, in order. Returns how many. Ends with a barrier.
+struct PadMemory {
+  PadGroup group;
+  std::int32_t all;  // output rows of all groups
+  std::int32_t warp_counts[kPadWarps];
+  std::int32_t sent_begins[kMostPadRanks + 1];  // [R+1]: of each source, among all pairs that were sent
+  std::int32_t source_counts[kMostPadRanks];    // of the group
+  std::uint16_t pairs[kPadRound];               // found in this round
+};
+
+// sent_of(source): how many tokens it sends. A barrier must follow.
+template <class SentOf>
+__device__ inline void count_sent(const PadJob& job, PadMemory& memory, SentOf&& sent_of) {
+  if (threadIdx.x != 0) return;
+  memory.sent_begins[0] = 0;
+  for (int source = 0; source < job.context().ranks; ++source) {
+    memory.sent_begins[source + 1] = memory.sent_begins[source] + sent_of(source) * job.handle().top_k;
+  }
+}
+
+// The pair that is number `at` of those that were sent; -1: there are not so many. `source`: of an earlier one, and then of this one.
+__device__ __forceinline__ int sent_pair(const PadJob& job, const PadMemory& memory, int at, int& source) {
+  while (source < job.context().ranks && at >= memory.sent_begins[source + 1]) ++source;
+  if (source == job.context().ranks) return -1;
+  return source * static_cast<int>(job.context().shape.max_tokens_per_rank) * job.handle().top_k + at - memory.sent_begins[source];
+}
+
+// Finds the pairs of `local` among those sent from number `first` on, as many as a round has, in order. Returns how many. Ends with a
+// barrier.
 __device__ inline int find_pairs(const PadJob& job, int local, int first, PadMemory& memory) {
-  const int pairs = job.pairs();
   const int begin = first + warp_index() * kPadUnroll * kLanes + lane_index();
+  int pairs[kPadUnroll], source = 0;
   std::int32_t ids[kPadUnroll];
   unsigned found[kPadUnroll];
 #pragma unroll
-  for (int j = 0; j < kPadUnroll; ++j) ids[j] = begin + j * kLanes < pairs ? job.handle().local_ids[begin + j * kLanes] : -1;
+  for (int j = 0; j < kPadUnroll; ++j) pairs[j] = sent_pair(job, memory, begin + j * kLanes, source);
+#pragma unroll
+  for (int j = 0; j < kPadUnroll; ++j) ids[j] = pairs[j] >= 0 ? job.handle().local_ids[pairs[j]] : -1;
   int of_warp = 0;
 #pragma unroll
   for (int j = 0; j < kPadUnroll; ++j) {
@@ -54,7 +96,7 @@ __device__ inline int find_pairs(const PadJob& job, int local, int first, PadMem
   }
 #pragma unroll
   for (int j = 0; j < kPadUnroll; ++j) {
-    if (ids[j] == local) memory.pairs[before + __popc(found[j] & lanes_below())] = static_cast<std::uint16_t>(begin + j * kLanes);
+    if (ids[j] == local) memory.pairs[before + __popc(found[j] & lanes_below())] = static_cast<std::uint16_t>(pairs[j]);
     before += __popc(found[j]);
   }
   __syncthreads();
@@ -87,14 +129,22 @@ __device__ inline void copy_found(const PadJob& job, int kept, std::int32_t to, 
   }
 }
 
+// Output rows [begin, end) that have no row, by `blocks` blocks, this one being number `block`.
+__device__ inline void leave_empty(const PadJob& job, std::int32_t begin, std::int32_t end, int block, int blocks) {
+  for (std::int32_t row = begin + block * kPadThreads + static_cast<int>(threadIdx.x); row < end; row += blocks * kPadThreads) {
+    clear_output(job.handle(), row);
+  }
+  if (!job.spread.args.zero_padding) return;
+  for (std::int32_t row = begin + block * kPadWarps + warp_index(); row < end; row += blocks * kPadWarps) zero_row(job.spread, row);
+}
+
 // What the handle says of a group of `count` rows of which `kept` have their place, and the rest of its places. Begins with a barrier.
 __device__ inline void close_group(const PadJob& job, int local, int count, int kept, const PadMemory& memory) {
   const HandleView& handle = job.handle();
   const int ranks = job.context().ranks;
-  const std::int32_t begin = local * job.capacity;
-  const std::int32_t end = begin + job.capacity;
+  const PadGroup group = memory.group;
   __syncthreads();
-  for (int source = threadIdx.x; source < ranks; source += kPadThreads) {
+  for (int source = threadIdx.x; source < ranks && !job.is_packed(); source += kPadThreads) {
     int before = 0;
     for (int other = 0; other < source; ++other) before += memory.source_counts[other];
     std::int32_t* const range = handle.ranges + 2 * (local * ranks + source);
@@ -104,25 +154,40 @@ __device__ inline void close_group(const PadJob& job, int local, int count, int 
   if (threadIdx.x == 0) {
     handle.expert_counts[local] = kept;
     handle.dropped[local] = count - kept;
-    handle.expert_offsets[local] = begin;
-    handle.expert_offsets[local + 1] = end;  // the next one's begin
+    handle.expert_offsets[local] = group.begin;
+    handle.expert_offsets[local + 1] = group.end;  // the next one's begin
   }
-  for (std::int32_t row = begin + kept + static_cast<int>(threadIdx.x); row < end; row += kPadThreads) clear_output(handle, row);
-  if (!job.spread.args.zero_padding) return;
-  for (std::int32_t row = begin + kept + warp_index(); row < end; row += kPadWarps) zero_row(job.spread, row);
+  leave_empty(job, group.begin + kept, group.end, 0, 1);
+}
+
+// Into memory.group and memory.all. Begins and ends with a barrier. Whoever closes a group writes its count again, without what was
+// dropped, which makes no difference here.
+__device__ inline void find_group(const PadJob& job, int local, int local_experts, PadMemory& memory) {
+  __syncthreads();  // the group before is closed
+  if (threadIdx.x == 0) {
+    memory.group = job.is_packed() ? PadGroup{} : PadGroup{local * job.capacity, (local + 1) * job.capacity};
+    memory.all = 0;
+  }
+  __syncthreads();
+  for (int other = threadIdx.x; other < local_experts && job.is_packed(); other += kPadThreads) {
+    const std::int32_t size = job.packed_size(job.handle().expert_counts[other]);
+    if (other < local) atomicAdd(&memory.group.begin, size);
+    if (other <= local) atomicAdd(&memory.group.end, size);
+    atomicAdd(&memory.all, size);
+  }
+  __syncthreads();
 }
 
 // The group of one local expert. More rows than its capacity, unless they may be dropped, fail the call: this rank alone knows, and
 // tells the others.
 __device__ inline void pad_expert(const PadJob& job, int local, PadMemory& memory) {
   const Context& c = job.context();
-  __syncthreads();  // the group before is closed
   for (int source = threadIdx.x; source < c.ranks; source += kPadThreads) memory.source_counts[source] = 0;
   int count = 0;
-  for (int first = 0; first < job.pairs(); first += kPadRound) {
+  for (int first = 0; first < memory.sent_begins[c.ranks]; first += kPadRound) {
     const int found = find_pairs(job, local, first, memory);
     const int kept = max(0, min(found, job.capacity - count));
-    const std::int32_t to = local * job.capacity + count;
+    const std::int32_t to = memory.group.begin + count;
     place_found(job, found, kept, to, memory);
     copy_found(job, kept, to, memory);
     count += found;
@@ -130,6 +195,21 @@ __device__ inline void pad_expert(const PadJob& job, int local, PadMemory& memor
   close_group(job, local, count, min(count, job.capacity), memory);
   if (count > job.capacity && !job.drop && threadIdx.x == 0) {
     fail(c, FailureKind::overflow, Phase::dispatch_rows, c.rank, job.capacity, count);
+  }
+}
+
+// By all blocks of the grid.
+__device__ inline void pad_experts(const PadJob& job, int local_experts, PadMemory& memory) {
+  const Context& c = job.context();
+  const auto most = static_cast<std::int32_t>(job.spread.args.output_rows);
+  for (int local = static_cast<int>(blockIdx.x); local < local_experts; local += static_cast<int>(gridDim.x)) {
+    find_group(job, local, local_experts, memory);
+    if (memory.all > most) {  // all blocks see the same, and none places anything
+      if (local == 0 && threadIdx.x == 0) fail(c, FailureKind::overflow, Phase::dispatch_rows, c.rank, most, memory.all);
+      return;
+    }
+    pad_expert(job, local, memory);
+    if (job.is_packed()) leave_empty(job, memory.all, most, local, local_experts);
   }
 }
 

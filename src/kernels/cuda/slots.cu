@@ -35,7 +35,7 @@ struct SlotsMemory {
 struct SlotsJob {
   MoveJob move;
   PadJob pad;
-  __device__ bool pads() const { return pad.capacity != 0; }
+  __device__ bool pads() const { return pad.asked; }
 };
 struct alignas(16) SlotsStage {  // where rows are quantised
   std::byte elements[kPieceBytes];
@@ -301,18 +301,18 @@ __device__ bool send_tokens(const MoveJob& job, const protocol::CallHeader& head
 }
 
 // A (token, k) of a source: of what it does not send, no more than that it is absent.
-__device__ void land_pair(const MoveArgs& args, int source, std::int64_t row, int k, const std::byte* record, bool pads) {
+__device__ void land_pair(const SlotsJob& job, int source, std::int64_t row, int k, const std::byte* record) {
+  const MoveArgs& args = job.move.args;
   const HandleView& handle = args.handle;
   ReceivedPair pair;
   if (record != nullptr) pair = read_pair(record, k, handle.top_k);
   write_pair(handle, row, k, source, pair);
   count_pair(args, row, k, pair);
   const bool has_expert = pair.local_id >= 0 && pair.local_id < args.routing.local_experts;
-  if (pads) {  // the others are found, counted and placed by the block of their expert
-    if (!has_expert) handle.output_row[row * handle.top_k + k] = -1;
-  } else if (has_expert && args.table.counts == nullptr) {
-    atomicAdd(&handle.expert_counts[pair.local_id], 1);
-  }
+  // A pad finds and places the others by the block of their expert, and counts them, unless where groups begin depends on it.
+  if (job.pads() && !has_expert) handle.output_row[row * handle.top_k + k] = -1;
+  const bool counts = job.pads() ? job.pad.is_packed() : args.table.counts == nullptr;
+  if (counts && has_expert) atomicAdd(&handle.expert_counts[pair.local_id], 1);
   if (k != 0) return;
   if (pair.source_token >= 0) atomicAdd(&handle.rank_counts[source], 1);
   if (handle.present != nullptr) handle.present[row] = pair.source_token >= 0 ? 1 : 0;
@@ -341,7 +341,7 @@ __device__ void land_slots(const SlotsJob& job, std::uint64_t call, const SlotsM
     const Wait wait{.peer = source, .phase = Phase::dispatch_rows, .call = call, .timed = is_last};
     if (is_sent && !wait_for_word(c, word, protocol::flag_word(call), wait)) return;
     if (args.cached) continue;
-    land_pair(args, source, row, static_cast<int>(at % top_k), is_sent ? records + row * record_bytes : nullptr, job.pads());
+    land_pair(job, source, row, static_cast<int>(at % top_k), is_sent ? records + row * record_bytes : nullptr);
   }
 }
 
@@ -365,15 +365,19 @@ __device__ bool begin_slots(const MoveArgs& args, const protocol::CallHeader& he
 }
 
 // By one warp.
-__device__ void fill_header(const MoveArgs& args, std::uint64_t call, bool pads) {
+__device__ void fill_header(const SlotsJob& job, std::uint64_t call) {
+  const MoveArgs& args = job.move.args;
   const Context& c = args.context;
   HandleView::Header header{.call = call, .num_tokens = args.routing.num_tokens};
   if (lane_index() == 0) take_id_counts(c, header);
   std::int32_t rows = 0, padded = 0;
   for (int rank = lane_index(); rank < c.ranks; rank += kLanes) rows += args.handle.rank_counts[rank];
-  for (int local = lane_index(); pads && local < args.routing.local_experts; local += kLanes) padded += args.handle.expert_counts[local];
+  for (int local = lane_index(); job.pads() && local < args.routing.local_experts; local += kLanes) {
+    const std::int32_t count = args.handle.expert_counts[local];
+    padded += job.pad.is_packed() ? job.pad.packed_size(count) : count;
+  }
   header.num_rows = header.layout_rows = __reduce_add_sync(kAllLanes, rows);
-  if (pads) header.layout_rows = __reduce_add_sync(kAllLanes, padded);
+  if (job.pads()) header.layout_rows = __reduce_add_sync(kAllLanes, padded);
   if (lane_index() == 0) *args.handle.header = header;
 }
 
@@ -395,7 +399,7 @@ __device__ void finish_slots(const SlotsJob& job, std::uint64_t call) {
   const Context& c = args.context;
   if (threadIdx.x == 0) c.tickets[kLandedTicket] = 0;
   if (warp_index() == 1) add_link_bytes(c, args.handle.sent_counts, args.source.row_bytes + job.move.scales.row_bytes);
-  if (warp_index() == 2 && !args.cached) fill_header(args, call, job.pads());
+  if (warp_index() == 2 && !args.cached) fill_header(job, call);
   const bool failed = block_has_failed(c);
   if (failed && !args.cached) clear_handle(args);
   if (threadIdx.x == 0 && !args.cached) reset_id_counts(c);
@@ -419,7 +423,8 @@ __global__ void __launch_bounds__(kSlotThreads, 1) dispatch_slots(const __grid_c
   if (job.pads()) {
     wait_for_blocks(c, kLandedTicket);
     if (!block_has_failed(c)) {
-      for (int local = blockIdx.x; local < args.routing.local_experts; local += gridDim.x) pad_expert(job.pad, local, pad_memory);
+      count_sent(job.pad, pad_memory, [&](int source) { return peer_of(args, memory, source, state.call).tokens; });
+      pad_experts(job.pad, args.routing.local_experts, pad_memory);
     }
   }
   if (is_last_block(c, kEndTicket)) finish_slots(job, state.call);
@@ -436,7 +441,7 @@ void launch_slots(const MoveArgs& args, const PadArgs& pad, Stream stream) {
   // A block for each token and one that announces, for each group to pad, or as many as share what may arrive.
   const protocol::ArenaShape& shape = args.context.shape;
   const std::int64_t pairs = shape.ranks * shape.max_tokens_per_rank * args.handle.top_k;
-  const std::int64_t groups = pad.capacity != 0 ? args.routing.local_experts : 0;
+  const std::int64_t groups = pad.asked ? args.routing.local_experts : 0;
   const std::int64_t useful = std::max<std::int64_t>({args.routing.num_tokens + 1, (pairs + kSlotThreads - 1) / kSlotThreads, groups});
   const Launch launch(static_cast<int>(std::min<std::int64_t>(args.blocks, useful)), kSlotThreads, shared, stream, Resident::together);
   launch(args.source.quantise ? dispatch_slots<true> : dispatch_slots<false>, job);
