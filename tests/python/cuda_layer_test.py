@@ -136,6 +136,8 @@ def test_the_answer_of_one_process(ep, tp, expert_tp, dtype):
         for seed, mode in enumerate(["throughput", "latency", "throughput"]):
             x.copy_(rows(world.rank, dtype, seed))
             assert layer(x, out, mode=mode, logits=logits) is out
+            torch.cuda.current_stream().synchronize()
+            layer.group.check()  # else what a failed step has left alone would be looked at
             expected, expected_logits = by_hand(rows(world.rank, dtype, seed), full_weights(dtype))
             close(out, expected, DTYPES[dtype])
             close(logits, expected_logits, 1e-5)
