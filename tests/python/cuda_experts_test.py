@@ -70,7 +70,9 @@ def test_between_dispatch_and_combine():
     ids = torch.stack([torch.randperm(4)[:2] for _ in range(12)]).cuda()
     exchange = ty.Exchange(ty.World.in_process(1)[0], ty.Placement.uniform(4, 1), hidden_size=64, top_k=2, max_tokens_per_rank=12, dtype="float32", device="cuda")
     received = exchange.dispatch(x, ids, layout="expert_major", sizing="capacity")
-    y = exchange.combine(ty.feed_forward(received.rows, ty.RowGroups.of(received, 4), w13, w2), received.handle)
+    groups = ty.RowGroups.of(received, 4)
+    assert groups.table(received.rows)["likely"] == 12 * 2  # what this rank sent, whatever there is room for
+    y = exchange.combine(ty.feed_forward(received.rows, groups, w13, w2), received.handle)
     gate, up = torch.einsum("epik,tk->etpi", w13, x).unbind(2)
     each = torch.einsum("ehi,eti->teh", w2, torch.nn.functional.silu(gate) * up)
     torch.testing.assert_close(y, each.gather(1, ids[..., None].expand(-1, -1, 64)).sum(1), rtol=1e-4, atol=1e-4)
