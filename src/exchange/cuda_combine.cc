@@ -28,15 +28,15 @@ struct Rows {
   bool are_aligned() const { return reinterpret_cast<std::uintptr_t>(first) % 16 == 0 && pitch % 16 == 0; }
 };
 
-// How many blocks beside those of a push fold this rank's own rows into out: as many multiprocessors as those leave free, where that
-// pays, and where partial sums can lie in out until the sum, which reads nothing else from there.
-int own_blocks_of(const cuda::CombineArgs& args, std::int64_t tokens, int multiprocessors) {
-  const bool folds = args.fold && (args.layout == Layout::expert_major || args.layout == Layout::expert_padded);
-  if (args.mode == Mode::latency || !folds || args.y == nullptr || args.out == nullptr || tokens == 0) return 0;
-  const std::int64_t bytes = args.header.row_bytes;
-  const Rows out = {args.out, args.out_pitch, tokens, bytes};
-  const bool fits = args.out_dtype == args.dtype && out.are_aligned() && !Rows{args.bias0, args.bias0_pitch, tokens, bytes}.touch(out) &&
-                    !Rows{args.bias1, args.bias1_pitch, tokens, bytes}.touch(out);
+// How many blocks beside those of a push fold this rank's own rows into out: as many multiprocessors as those leave free, unless they
+// are few (measured with 68 of 132 alone), and where partial sums can lie in out until the sum, which reads nothing else from there.
+int own_blocks_of(const cuda::CombineArgs& args, const DeviceHandle& handle, int multiprocessors) {
+  const bool folds = args.fold && handle.is_expert_layout() && args.y != nullptr && args.out != nullptr;
+  if (args.mode == Mode::latency || !folds || handle.tokens == 0) return 0;
+  const auto rows = [&](const std::byte* first, std::int64_t pitch) { return Rows{first, pitch, handle.tokens, args.header.row_bytes}; };
+  const Rows out = rows(args.out, args.out_pitch);
+  const bool fits = args.out_dtype == args.dtype && out.are_aligned() && !rows(args.bias0, args.bias0_pitch).touch(out) &&
+                    !rows(args.bias1, args.bias1_pitch).touch(out);
   const int left = multiprocessors - args.blocks;
   return args.context.ranks > 1 && fits && left >= cuda::kFewestOwnBlocks ? left : 0;
 }
@@ -157,7 +157,7 @@ Combined CudaEngine::enqueue_combine(cuda::CombineArgs args, const Handle& handl
     phase("combine pull", stream, [&] { cuda::launch_combine_pull(args, stream); });
   } else {
     if (args.weighting == Weighting::at_source) phase("combine weights", stream, [&] { cuda::launch_combine_weights(args, stream); });
-    args.own_blocks = own_blocks_of(args, tokens, multiprocessors_of(device_));
+    args.own_blocks = own_blocks_of(args, state, multiprocessors_of(device_));
     push_and_sum(args, stream);
   }
   cuda_check(cudaGetLastError(), "enqueueing a combine");

@@ -17,7 +17,7 @@ constexpr int kBlocksPerSm = 4;  // what registers leave room for
 
 template <Dtype kDtype, bool kWhole>
 __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ ActivationArgs args) {
-  constexpr int kAtOnce = 2, kStep = kWarp * kPerVector<kDtype>;
+  constexpr int kAtOnce = 2, kStep = kLanes * kPerVector<kDtype>;
   const Gated gated = {args.activation};
   const int width = args.width;
   const std::int64_t row_bytes = static_cast<std::int64_t>(width) * Format<kDtype>::kSize;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Acti
 
 template <Dtype kDtype, bool kWhole>
 __global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ ActivationArgs args) {
-  constexpr int kStep = kWarp * kPerVector<kDtype>;
+  constexpr int kStep = kLanes * kPerVector<kDtype>;
   const Gated gated = {args.activation};
   const int width = args.width;
   const std::int64_t row_bytes = static_cast<std::int64_t>(width) * Format<kDtype>::kSize;
@@ -110,16 +110,9 @@ const cuda::Preloaded preloaded({{forward<Dtype::float32, true>},
                                  {column_sums<Dtype::bfloat16>},
                                  {column_sums<Dtype::float16>}});
 
-// ... and with whether all rows are whole vectors.
 template <class Fn>
 void visit_activation(const ActivationArgs& args, Fn&& fn) {
-  visit_rows(args.dtype, [&](auto dtype) {
-    if (are_whole(cuda::kVectorBytes, args.dtype, args.width, args.gate_up, args.act, args.d_act, args.d_gate_up)) {
-      fn(dtype, std::true_type());
-    } else {
-      fn(dtype, std::false_type());
-    }
-  });
+  visit_rows(args.dtype, are_whole(cuda::kVectorBytes, args.dtype, args.width, args.gate_up, args.act, args.d_act, args.d_gate_up), fn);
 }
 
 }  // namespace

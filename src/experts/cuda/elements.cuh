@@ -82,5 +82,16 @@ void visit_rows(Dtype dtype, Fn&& fn) {
   if (dtype == Dtype::bfloat16) fn(std::integral_constant<Dtype, Dtype::bfloat16>());
   if (dtype == Dtype::float16) fn(std::integral_constant<Dtype, Dtype::float16>());
 }
+// ... and with whether all rows are whole vectors.
+template <class Fn>
+void visit_rows(Dtype dtype, bool whole, Fn&& fn) {
+  visit_rows(dtype, [&](auto of) {
+    if (whole) {
+      fn(of, std::true_type());
+    } else {
+      fn(of, std::false_type());
+    }
+  });
+}
 
 }  // namespace tokenyard::experts_cuda

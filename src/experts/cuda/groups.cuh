@@ -2,6 +2,7 @@
 // Where the places of each group are, as device code reads it.
 
 #include "experts/cuda/grouped.h"
+#include "kernels/cuda/warp.cuh"
 
 namespace tokenyard::experts_cuda {
 
@@ -22,28 +23,23 @@ __device__ __forceinline__ Span span_of(const Groups& groups, int group) {
   return {begin, count < 0 ? 0 : count < room ? count : room};
 }
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffU;
+using cuda::kAllLanes;
+using cuda::kLanes;
+using cuda::lane_index;
 
-__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
-__device__ __forceinline__ std::int64_t grid_warp() { return (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp; }
-__device__ __forceinline__ std::int64_t grid_warps() { return static_cast<std::int64_t>(gridDim.x) * blockDim.x / kWarp; }
+// Neighbours are in one block, unlike those of cuda::grid_warp: they take rows that lie side by side.
+__device__ __forceinline__ std::int64_t grid_warp() { return (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes; }
+__device__ __forceinline__ std::int64_t grid_warps() { return static_cast<std::int64_t>(gridDim.x) * blockDim.x / kLanes; }
 
 // Calls fn(place) for all places of all groups, each by one warp. By all warps of the grid; groups are looked at 32 at a time.
 template <class Fn>
 __device__ __forceinline__ void for_each_place(const Groups& groups, Fn&& fn) {
   std::int64_t number = grid_warp(), before = 0;  // of the places in groups, and of those in earlier groups
-  for (int first = 0; first < groups.num_groups; first += kWarp) {
+  for (int first = 0; first < groups.num_groups; first += kLanes) {
     const int group = first + lane_index();
     const Span span = group < groups.num_groups ? span_of(groups, group) : Span{};
-    std::int64_t end = span.count;
-#pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const std::int64_t sum = __shfl_up_sync(kAllLanes, end, distance);
-      if (lane_index() >= distance) end += sum;
-    }
-    end += before;
-    before = __shfl_sync(kAllLanes, end, kWarp - 1);
+    const std::int64_t end = before + cuda::inclusive_sum(span.count);
+    before = __shfl_sync(kAllLanes, end, kLanes - 1);
     const std::int64_t shift = span.begin + span.count - end;  // from number to place
     for (; number < before; number += grid_warps()) {
       const int lane = __ffs(static_cast<int>(__ballot_sync(kAllLanes, number < end))) - 1;

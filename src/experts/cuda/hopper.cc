@@ -1,6 +1,7 @@
 #include <utility>
 
 #include "experts/cuda/products.h"
+#include "protocol/arena.h"
 
 namespace tokenyard::experts_cuda {
 namespace {
@@ -15,12 +16,11 @@ HopperKernel by_rows(const Groups& groups, HopperKernel few, HopperKernel many) 
   return few;
 }
 
-constexpr int padded(int columns, int tile) { return (columns + tile - 1) / tile * tile; }
 // Where wide tiles would compute a tenth more columns, which is what they are better by.
-constexpr bool is_narrow(int columns) { return 10 * padded(columns, 256) >= 11 * padded(columns, 192); }
+constexpr bool is_narrow(int columns) { return 10 * protocol::align_up(columns, 256) >= 11 * protocol::align_up(columns, 192); }
 static_assert(is_narrow(384) && is_narrow(192) && !is_narrow(768) && !is_narrow(2048));
 // Pairs of tiles along the columns of float8 products.
-constexpr bool fills_pairs(int columns) { return padded(columns, 256) == padded(columns, 128); }
+constexpr bool fills_pairs(int columns) { return protocol::align_up(columns, 256) == protocol::align_up(columns, 128); }
 
 }  // namespace
 

@@ -12,7 +12,7 @@ namespace tokenyard::experts_cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kWarps = kThreads / kLanes;
 
 unsigned blocks_for(std::int64_t pieces, std::int64_t per_block) {
   constexpr std::int64_t kMostBlocks = 4096;  // enough to fill any device; more only takes turns
@@ -23,7 +23,7 @@ template <class Vector>
 __device__ __forceinline__ void copy_row(const std::byte* from, std::byte* to, std::int64_t bytes) {
   const std::int64_t count = bytes / static_cast<std::int64_t>(sizeof(Vector));
 #pragma unroll 4
-  for (std::int64_t i = lane_index(); i < count; i += kWarp) {
+  for (std::int64_t i = lane_index(); i < count; i += kLanes) {
     reinterpret_cast<Vector*>(to)[i] = from == nullptr ? Vector() : reinterpret_cast<const Vector*>(from)[i];
   }
 }
@@ -46,20 +46,15 @@ constexpr int kGatherThreads = 1024;
 
 // The sum of the threads before this one, and of all. By all threads of a block.
 __device__ __forceinline__ int sum_before(int value, int* total) {
-  __shared__ int of_warps[kGatherThreads / kWarp];
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  int inclusive = value;
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const int before = __shfl_up_sync(kAllLanes, inclusive, distance);
-    if (lane >= distance) inclusive += before;
-  }
+  __shared__ int of_warps[kGatherThreads / kLanes];
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
+  const int inclusive = cuda::inclusive_sum(value);
   __syncthreads();  // the last sums have been read
-  if (lane == kWarp - 1) of_warps[warp] = inclusive;
+  if (lane == kLanes - 1) of_warps[warp] = inclusive;
   __syncthreads();
   int before = inclusive - value;
   *total = 0;
-  for (int w = 0; w < kGatherThreads / kWarp; ++w) {
+  for (int w = 0; w < kGatherThreads / kLanes; ++w) {
     if (w < warp) before += of_warps[w];
     *total += of_warps[w];
   }

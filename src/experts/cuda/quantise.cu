@@ -13,9 +13,9 @@ namespace tokenyard::experts_cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 4;   // what registers leave room for
-constexpr int kAtOnce = 4;        // blocks of 128, whose loads are under way together
-constexpr int kHalf = kWarp / 2;  // lanes that have a block of 128 elements
+constexpr int kBlocksPerSm = 4;    // what registers leave room for
+constexpr int kAtOnce = 4;         // pairs of blocks of 128, whose loads are under way together
+constexpr int kHalf = kLanes / 2;  // lanes that have a block of 128 elements
 constexpr int kPerLane = kQuantiseBlock / kHalf;
 
 struct Eight {
@@ -154,14 +154,8 @@ const cuda::Preloaded preloaded({{quantise_kernel<Dtype::bfloat16, true>},
 // Calls the launcher for one of the two types that rows of float8 products come from.
 template <class Fn>
 void visit_halves(Dtype dtype, bool whole, Fn&& fn) {
-  visit_rows(dtype, [&](auto of) {
-    if constexpr (of.value != Dtype::float32) {
-      if (whole) {
-        fn(of, std::true_type());
-      } else {
-        fn(of, std::false_type());
-      }
-    }
+  visit_rows(dtype, whole, [&](auto of, auto is_whole) {
+    if constexpr (of.value != Dtype::float32) fn(of, is_whole);
   });
 }
 

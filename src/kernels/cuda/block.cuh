@@ -2,16 +2,9 @@
 // What the kernels of a dispatch share: failures seen alike by a whole block, how a call begins without a plan, prefix sums.
 
 #include "kernels/cuda/call.cuh"
+#include "kernels/cuda/warp.cuh"
 
 namespace tokenyard::cuda {
-
-constexpr int kLanes = 32;
-constexpr unsigned kAllLanes = 0xffffffffU;
-
-__device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kLanes; }
-__device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kLanes; }
-__device__ inline int warps_of_block() { return static_cast<int>(blockDim.x) / kLanes; }
-__device__ inline unsigned lanes_below() { return (1U << lane_index()) - 1; }
 
 // Neighbours run on different multiprocessors: a few pieces of work spread over all of them.
 __device__ __forceinline__ std::int64_t grid_warp() { return static_cast<std::int64_t>(warp_index()) * gridDim.x + blockIdx.x; }
@@ -110,17 +103,6 @@ __device__ inline void add_link_bytes(const Context& c, const std::int32_t* sent
   for (int rank = lane_index(); rank < c.ranks; rank += kLanes) {
     c.link_bytes[rank] += static_cast<std::uint64_t>(sent_counts[rank] * bytes_per_row);
   }
-}
-
-// Sum over the lanes before this one, and this one.
-template <class Number>
-__device__ inline Number inclusive_sum(Number value) {
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    const Number before = __shfl_up_sync(kAllLanes, value, distance);
-    if (lane_index() >= distance) value += before;
-  }
-  return value;
 }
 
 // column[step * i] for i < count becomes the sum of what lay before it; returns the sum of all. By one warp.

@@ -1,6 +1,6 @@
 #pragma once
 // The work of a sum, by all warps of a grid: the partial sums of every token of this rank are added up in the order that
-// the call asks for, whether they lie in this rank's staging or in the peers' expert rows.
+// the call asks for, whether they lie in this rank's staging, in the peers' expert rows or, its own, in out.
 
 #include "kernels/cuda/combine_parts.cuh"
 

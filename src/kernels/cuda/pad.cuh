@@ -48,10 +48,10 @@ struct PadGroup {
 
 struct PadMemory {
   PadGroup group;    // packed
-  std::int32_t all;  // output rows of all groups
+  std::int32_t all;  // packed: output rows of all groups
   std::int32_t warp_counts[kPadWarps];
   std::int32_t sent_begins[kMostPadRanks + 1];  // [R+1]: of each source, among all pairs that were sent
-  std::int32_t source_counts[kMostPadRanks];    // of the group
+  std::int32_t source_counts[kMostPadRanks];    // of the group; padded
   std::uint16_t pairs[kPadRound];               // found in this round
 };
 
@@ -119,7 +119,7 @@ __device__ inline void place_found(const PadJob<kPads>& job, int found, int kept
     const int pair = memory.pairs[i];
     const int row = pair / handle.top_k;
     const int source = row / max_tokens;
-    atomicAdd(&memory.source_counts[source], 1);
+    if constexpr (kPads == Pads::padded) atomicAdd(&memory.source_counts[source], 1);
     handle.output_row[pair] = i < kept ? to + i : -1;
     if (i >= kept) continue;
     handle.out_weights[to + i] = handle.weights[pair];
