@@ -282,10 +282,12 @@ TEST_F(DeviceFailures, OverflowByOneIsStickyEverywhereUntilCleared) {
 }
 
 // In latency mode only the rank that receives too many rows knows it; the others learn of it in the next call at the latest.
-TEST_F(DeviceFailures, OverflowOfAPaddedGroupInLatencyMode) {
+void expect_overflow_in_latency_mode(Layout layout, std::int64_t expert_capacity, std::int64_t max_expert_rows) {
   run_ranks(3, [&](World& world) {
     Batch batch(world);
-    Exchange exchange(world, batch.options());
+    ExchangeOptions options = batch.options();
+    options.max_expert_rows = max_expert_rows;
+    Exchange exchange(world, options);
     const std::vector<Replica> on_the_last{{.shard_ranks = {2}}};
     exchange.add(Placement::custom(3, std::vector<std::vector<Replica>>(batch.shape().experts, on_the_last)));
     const auto dispatch = [&](std::int64_t tokens) {
@@ -293,17 +295,18 @@ TEST_F(DeviceFailures, OverflowOfAPaddedGroupInLatencyMode) {
       for (std::int64_t token = 0; token < tokens; ++token) {
         for (int k = 0; k < batch.shape().top_k; ++k) batch.set_id(token, k, 2 * k);
       }
-      const Received received = exchange.dispatch(batch.input(), {.layout = Layout::expert_padded,
+      const Received received = exchange.dispatch(batch.input(), {.layout = layout,
                                                                   .sizing = Sizing::capacity,
                                                                   .mode = Mode::latency,
-                                                                  .expert_capacity = 30,
+                                                                  .expert_capacity = expert_capacity,
                                                                   .stream = batch.stream()});
       Bytes copy;
       const std::int32_t rows = *batch.fetch(received.num_rows_device(), copy).as<std::int32_t>();
       exchange.check();
       return rows;
     };
-    EXPECT_EQ(dispatch(10), world.rank() == 2 ? 30 * batch.shape().top_k : 0);
+    const int top_k = batch.shape().top_k;
+    EXPECT_EQ(dispatch(10), world.rank() == 2 ? 30 * top_k : 0);
     const std::int64_t tokens = world.rank() == 0 ? 11 : 10;
     const Failure failure = failure_of([&] {
       dispatch(tokens);
@@ -311,9 +314,18 @@ TEST_F(DeviceFailures, OverflowOfAPaddedGroupInLatencyMode) {
     });
     expect_failure(failure, FailureKind::overflow, world.rank(), 2, Phase::dispatch_rows);
     if (world.rank() != 2) return;
-    EXPECT_EQ(failure.expected, 30) << failure.message();
-    EXPECT_EQ(failure.seen, 31) << failure.message();
+    const int counted = expert_capacity > 0 ? 1 : top_k;  // rows of an expert, or of all
+    EXPECT_EQ(failure.expected, 30 * counted) << failure.message();
+    EXPECT_EQ(failure.seen, 31 * counted) << failure.message();
   });
+}
+
+TEST_F(DeviceFailures, OverflowOfAPaddedGroupInLatencyMode) { expect_overflow_in_latency_mode(Layout::expert_padded, 30, 0); }
+
+TEST_F(DeviceFailures, OverflowOfAGroupOfExpertMajorInLatencyMode) { expect_overflow_in_latency_mode(Layout::expert_major, 30, 0); }
+
+TEST_F(DeviceFailures, MoreRowsThanExpertMajorHasRoomForInLatencyMode) {
+  expect_overflow_in_latency_mode(Layout::expert_major, 0, 30 * BatchShape().top_k);
 }
 
 // A call of rank 0, and what the others do instead: both are named on every rank.
