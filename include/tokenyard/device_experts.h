@@ -69,6 +69,9 @@ class DeviceExperts {
   void grouped_gemm_scaled(const Scaled& x, const DeviceRowGroups& groups, const Scaled& w, const ConstTensorView& bias,
                            const TensorView& y, void* stream);
 
+  // Zeros into the rows [P,M] of padding, of any dtype; the others stay as they are.
+  void clear_padding(const DeviceRowGroups& groups, const TensorView& rows, void* stream);
+
   // Groups with `rows`, as all of these.
   void permute(const ConstTensorView& rows, const DeviceRowGroups& groups, const TensorView& out, void* stream);
   // Bit for bit what the CPU gives.

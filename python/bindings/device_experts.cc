@@ -42,6 +42,12 @@ void bind_products(nb::class_<DeviceExperts>& experts) {
           },
           nb::arg("dy_x"), nb::arg("groups"), nb::arg("dw"), nb::arg("stream"))
       .def(
+          "clear_padding",
+          [](DeviceExperts& self, const DeviceRowGroups& groups, const Tensor& rows, std::uintptr_t stream) {
+            self.clear_padding(groups, rows.writable(), as_stream(stream));
+          },
+          nb::arg("groups"), nb::arg("rows"), nb::arg("stream"))
+      .def(
           "unpermute",
           [](DeviceExperts& self, const Tensors& in, const DeviceRowGroups& groups, const Tensor& out, std::uintptr_t stream) {
             self.unpermute(fold_input(*in.at(0), *in.at(1), in.at(2)), groups, out.writable(), as_stream(stream));

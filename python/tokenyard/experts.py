@@ -170,6 +170,9 @@ class Gpu:
             Gpu._experts[key] = _core.DeviceExperts(x.device.index)
         self._core = Gpu._experts[key]
 
+    def clear_padding(self, rows):
+        self._core.clear_padding(self._groups, rows, self._stream)
+
     def product(self, x, w, bias, y):
         self._core.grouped_gemm([x, w, bias], self._groups, y, self._stream)
 
@@ -205,7 +208,12 @@ def backend(groups, x):
 def by_place(like, groups, columns, dtype=None, of=None):
     """Memory [places, columns] where `like` [N,..] is; padding is zero. of: its type on a GPU, unless that of `like`."""
     shape = (groups.places_of(like), columns)
-    out = like.new_empty(shape, dtype=of) if on_device(like) else Frame.of(like).empty(shape, dtype or tensor(like, "x").dtype)
+    if on_device(like):
+        out = like.new_empty(shape, dtype=of)
+        if groups.has_padding():
+            Gpu(groups, like).clear_padding(tensor(out, "y"))
+        return out
+    out = Frame.of(like).empty(shape, dtype or tensor(like, "x").dtype)
     if groups.has_padding():
         out[...] = 0
     return out

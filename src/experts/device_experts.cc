@@ -484,6 +484,16 @@ void DeviceExperts::experts_backward(const Backward& call, const DeviceRowGroups
   check_launch("launch of experts_backward");
 }
 
+void DeviceExperts::clear_padding(const DeviceRowGroups& groups, const TensorView& rows, void* stream) {
+  if (rows.ndim != 2 || rows.shape[0] != groups.places || !rows.rows_contiguous()) {
+    usage_error("rows are {}; expected [{},M] with contiguous rows", describe(rows), groups.places);
+  }
+  const CudaDeviceScope scope(state_->device);
+  const int bytes = size_of(rows.dtype);
+  kernels::clear_padding({groups_of(groups), data_of(rows), stride_of(rows) * bytes, rows.shape[1] * bytes}, stream_of(stream));
+  check_launch("launch of clear_padding");
+}
+
 void DeviceExperts::permute(const ConstTensorView& rows, const DeviceRowGroups& groups, const TensorView& out, void* stream) {
   if (!groups.rows) usage_error("groups have no rows; permute is for layouts that are gathered");
   const bool fits = rows.ndim == 2 && out.ndim == 2 && out.shape[0] == groups.places && out.shape[1] == rows.shape[1];

@@ -37,6 +37,7 @@ void DeviceExperts::grouped_gemm_scaled(const Scaled& /*x*/, const DeviceRowGrou
                                         const ConstTensorView& /*bias*/, const TensorView& /*y*/, void* /*stream*/) {
   refuse();
 }
+void DeviceExperts::clear_padding(const DeviceRowGroups& /*groups*/, const TensorView& /*rows*/, void* /*stream*/) { refuse(); }
 void DeviceExperts::permute(const ConstTensorView& /*rows*/, const DeviceRowGroups& /*groups*/, const TensorView& /*out*/,
                             void* /*stream*/) {
   refuse();

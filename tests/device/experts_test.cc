@@ -222,6 +222,36 @@ TEST_F(DeviceExpertsTest, ScaledProductsAreTheirDefinitions) {
   }
 }
 
+TEST_F(DeviceExpertsTest, OnlyPaddingIsCleared) {
+  struct Layout {
+    std::vector<std::int32_t> counts, begins;  // begins empty: capacity
+    std::int64_t capacity, places;
+  };
+  const Layout layouts[] = {{{3, 0, 2, 0, 4}, {1, 5, 5, 9, 10}, 0, 17}, {{0, 4, 1}, {}, 4, 12}, {{0, 0}, {0, 0}, 0, 5}, {{6}, {0}, 0, 6}};
+  for (const Layout& layout : layouts) {
+    std::vector<bool> is_padding(static_cast<std::size_t>(layout.places), true);
+    for (std::size_t g = 0; g < layout.counts.size(); ++g) {
+      const std::int64_t begin = layout.begins.empty() ? static_cast<std::int64_t>(g) * layout.capacity : layout.begins[g];
+      for (std::int64_t i = 0; i < layout.counts[g]; ++i) is_padding[static_cast<std::size_t>(begin + i)] = false;
+    }
+    for (const auto& [dtype, columns] : {std::pair{Dtype::bfloat16, 16}, {Dtype::bfloat16, 7}, {Dtype::float32, 300}}) {
+      Uploads upload;
+      DeviceRowGroups groups = {
+          .places = layout.places, .counts = upload.numbers(layout.counts, Dtype::int32), .capacity = layout.capacity};
+      if (!layout.begins.empty()) groups.begins = upload.numbers(layout.begins, Dtype::int32);
+      Buffer host = Buffer::filled(dtype, layout.places, columns, 7.0F);
+      const TensorView rows = upload(host);
+      DeviceExperts({.device = 0}).clear_padding(groups, rows, nullptr);
+      fetch(rows, host);
+      for (std::int64_t place = 0; place < layout.places; ++place) {
+        for (std::int64_t c = 0; c < columns; ++c) {
+          ASSERT_EQ(host.at(place, c), is_padding[static_cast<std::size_t>(place)] ? 0.0 : 7.0) << place << ", " << c;
+        }
+      }
+    }
+  }
+}
+
 TEST_F(DeviceExpertsTest, WrongArgumentsAreNamed) {
   Uploads upload;
   DeviceExperts experts({.device = 0});
@@ -242,6 +272,7 @@ TEST_F(DeviceExpertsTest, WrongArgumentsAreNamed) {
   wrong.counts = {counts.data, Dtype::int64, {2}};
   expect_usage_error([&] { experts.grouped_gemm(x, wrong, w, {}, y, nullptr); }, {"counts is [2] int64", "int32"});
   expect_usage_error([&] { experts.permute(x, groups, y, nullptr); }, {"groups have no rows"});
+  expect_usage_error([&] { experts.clear_padding(groups, w, nullptr); }, {"rows are [2, 16, 8] bfloat16", "[4,M]"});
   expect_usage_error([&] { experts.grouped_gemm_scaled({x, x}, groups, {w, w}, {}, y, nullptr); }, {"x is [4, 8] bfloat16", "float8_e4m3"});
   expect_usage_error([] { DeviceExperts({.device = 0, .sm_margin = 1 << 20}); }, {"sm_margin = 1048576"});
   expect_usage_error([] { DeviceExperts({.device = 4096}); }, {"device = 4096"});

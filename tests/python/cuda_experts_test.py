@@ -27,13 +27,14 @@ def same(ours, theirs, dtype):
 
 
 def compare(compute, reference, layout, dtype, born, inputs):
-    """Values and gradients of compute(groups, *inputs) and of plain(reference); rows of padding are not compared, and NaN in the gradient."""
+    """Values and gradients of compute(groups, *inputs) and of plain(reference); rows of padding are zero, and NaN in the gradient."""
     groups, _, rows, experts = layout_of(layout)
     gpu_groups = on_gpu(layout) if born == "on_gpu" else groups
     is_row = torch.tensor(rows) >= 0
     gpu_inputs = [None if t is None else t.detach().cuda().requires_grad_() for t in inputs]
     ours, theirs = compute(gpu_groups, *gpu_inputs), plain(inputs[0], rows, experts, reference)
     same(ours[:len(is_row)][is_row.cuda()], theirs[is_row], dtype)
+    assert not ours[:len(is_row)][~is_row.cuda()].any() and not ours[len(is_row):].any()
     upstream = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     upstream[~is_row] = float("nan")
     padded = torch.full(ours.shape, float("nan"), dtype=dtype)

@@ -52,6 +52,15 @@ struct PermuteArgs {
 };
 void permute(const PermuteArgs& args, Stream stream);
 
+// Zeros into rows of padding.
+struct PaddingArgs {
+  Groups groups;
+  std::byte* rows = nullptr;
+  std::int64_t stride = 0;  // bytes
+  std::int64_t row_bytes = 0;
+};
+void clear_padding(const PaddingArgs& args, Stream stream);
+
 // Groups from the local experts of each row: counts, begins (ascending, without padding), and the row of each place.
 struct GatherArgs {
   const std::int32_t* local_ids = nullptr;  // [num_ids]

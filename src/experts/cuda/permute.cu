@@ -42,6 +42,19 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const __grid_constant
   });
 }
 
+// A warp takes one place after the other.
+__global__ void __launch_bounds__(kThreads) clear_padding_kernel(const __grid_constant__ PaddingArgs args, bool is_aligned) {
+  for (std::int64_t place = grid_warp(); place < args.groups.places; place += grid_warps()) {
+    if (args.groups.num_groups > 0 && group_of(args.groups, place) >= 0) continue;
+    std::byte* row = args.rows + place * args.stride;
+    if (is_aligned) {
+      copy_row<int4>(nullptr, row, args.row_bytes);
+    } else {
+      copy_row<std::uint8_t>(nullptr, row, args.row_bytes);
+    }
+  }
+}
+
 constexpr int kGatherThreads = 1024;
 
 // The sum of the threads before this one, and of all. By all threads of a block.
@@ -172,6 +185,7 @@ __global__ void __launch_bounds__(kThreads) unfold_kernel(const __grid_constant_
 }
 
 const cuda::Preloaded preloaded({{permute_kernel},
+                                 {clear_padding_kernel},
                                  {count_kernel},
                                  {gather_kernel},
                                  {clear_places},
@@ -190,6 +204,12 @@ void permute(const PermuteArgs& args, Stream stream) {
   const auto bits = reinterpret_cast<std::uintptr_t>(args.from) | reinterpret_cast<std::uintptr_t>(args.to) |
                     static_cast<std::uintptr_t>(args.from_stride | args.to_stride | args.row_bytes);
   permute_kernel<<<blocks_for(args.groups.places, kWarps), kThreads, 0, stream>>>(args, bits % sizeof(int4) == 0);
+}
+
+void clear_padding(const PaddingArgs& args, Stream stream) {
+  if (args.groups.places == 0) return;
+  const auto bits = reinterpret_cast<std::uintptr_t>(args.rows) | static_cast<std::uintptr_t>(args.stride | args.row_bytes);
+  clear_padding_kernel<<<blocks_for(args.groups.places, kWarps), kThreads, 0, stream>>>(args, bits % sizeof(int4) == 0);
 }
 
 void gather_groups(const GatherArgs& args, Stream stream) {
