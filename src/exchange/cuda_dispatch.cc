@@ -1,4 +1,4 @@
-// The dispatch of the CUDA engine: plan, places, move, layout, spread; or in latency mode slots, and then layout and spread unless it pads.
+// The dispatch of the CUDA engine: move, layout, spread; or in latency mode slots, and then layout and spread unless it pads.
 
 #include <algorithm>
 #include <chrono>
@@ -147,22 +147,34 @@ std::int64_t CudaEngine::expert_capacity(const CudaDispatch& job) const {
   return shape.layout == Layout::expert_padded ? shape.expert_width : job.layout_options.expert_capacity;
 }
 
-cuda::LayoutArgs CudaEngine::layout_args(const CudaDispatch& job) const {
+cuda::GroupArgs CudaEngine::group_args(const CudaDispatch& job) const {
   const HandleShape& shape = job.handle->shape;
-  return {.context = arena_->context(),
-          .handle = job.handle->view,
-          .layout = shape.layout,
-          .mode = shape.mode,
-          .gather_map = shape.gather_map,
+  return {.layout = shape.layout,
           .alignment = job.layout_options.alignment,
           .expert_capacity = expert_capacity(job),
           .drop = job.layout_options.drop,
           .local_experts = shape.local_experts,
-          .output_rows = shape.output_rows,
-          .map_rows = shape.map_rows,
-          .table = layout_table_,
-          .landing_warps = job.sorts_beside ? budget_.multiprocessors * cuda::kClerks : 0,
-          .last = true};
+          .output_rows = shape.output_rows};
+}
+
+cuda::LayoutArgs CudaEngine::layout_args(const CudaDispatch& job) const {
+  const HandleShape& shape = job.handle->shape;
+  cuda::LayoutArgs args;
+  static_cast<cuda::GroupArgs&>(args) = group_args(job);
+  args.context = arena_->context();
+  args.handle = job.handle->view;
+  args.mode = shape.mode;
+  args.gather_map = shape.gather_map;
+  args.map_rows = shape.map_rows;
+  args.table = layout_table_;
+  args.landing_warps = job.sorts_beside ? budget_.multiprocessors * cuda::kClerks : 0;
+  args.last = true;
+  return args;
+}
+
+cuda::OwnRows CudaEngine::own_rows(const CudaDispatch& job) const {
+  if (!job.places_own) return {};
+  return {.rows = job.output->rows, .groups = group_args(job), .counts = own_counts_, .places = own_places_};
 }
 
 cuda::PlanArgs CudaEngine::plan_args(const CudaDispatch& job) const {
@@ -181,9 +193,9 @@ cuda::PlanArgs CudaEngine::plan_args(const CudaDispatch& job) const {
                      .drop = job.layout_options.drop,
                      .expert_layout = shape.is_expert_layout()},
           .counts = counts_,
-          .own_counts = job.places_own ? own_counts_ : nullptr,
           // What only an exact dispatch waits for costs the device a trip to the host's memory.
-          .host = is_exact ? job.handle->counts.get() : nullptr};
+          .host = is_exact ? job.handle->counts.get() : nullptr,
+          .own = own_rows(job)};
 }
 
 // `last`: no layout follows.
@@ -192,8 +204,6 @@ cuda::MoveArgs CudaEngine::move_args(const CudaDispatch& job, bool last) const {
   static_cast<cuda::PlanArgs&>(args) = plan_args(job);
   args.source = source_args(job);
   if (!last) args.table = layout_table_;
-  if (job.places_own) args.own = {.places = own_places_, .rows = job.output->rows};
-  args.plans = !job.cached && !job.places_own && job.handle->shape.mode == Mode::throughput;
   args.cached = job.cached;
   args.last = last;
   args.blocks = budget_.multiprocessors;
@@ -218,11 +228,6 @@ void CudaEngine::enqueue_dispatch(CudaDispatch& job, cudaStream_t stream) {
     }
     phase("dispatch slots", stream, [&] { cuda::launch_slots(move, pad, stream); });
   } else {
-    if (!job.cached && job.places_own) {
-      const cuda::PlaceOwnArgs place{.layout = layout, .routing = move.routing, .counts = own_counts_, .places = own_places_};
-      phase("dispatch plan", stream, [&] { cuda::launch_plan(move, stream); });
-      phase("dispatch places", stream, [&] { cuda::launch_place_own(place, stream); });
-    }
     phase("dispatch rows", stream, [&] { cuda::launch_move(move, stream); });
   }
   if (lays_out) phase("dispatch layout", stream, [&] { cuda::launch_layout(layout, stream); });

@@ -116,6 +116,8 @@ class CudaEngine final : public ExchangeEngine {
   OutputRows place_output(const CudaDispatch& job, cudaStream_t stream);
   cuda::SpreadArgs spread_args(const CudaDispatch& job) const;
   std::int64_t expert_capacity(const CudaDispatch& job) const;
+  cuda::GroupArgs group_args(const CudaDispatch& job) const;
+  cuda::OwnRows own_rows(const CudaDispatch& job) const;
   cuda::LayoutArgs layout_args(const CudaDispatch& job) const;
   cuda::PlanArgs plan_args(const CudaDispatch& job) const;
   cuda::MoveArgs move_args(const CudaDispatch& job, bool last) const;

@@ -34,7 +34,7 @@ struct DeviceScratch {
   std::int64_t before = 0;         // [ceil(M / kPlanChunk)][R]: rows of earlier chunks
   std::int64_t base = 0;           // [R]: rows of lower ranks
   std::int64_t counts = 0;         // [count_words()]
-  std::int64_t own_counts = 0;     // [ceil(M / kPlanChunk)][L]: how often this rank's tokens ask for its own experts
+  std::int64_t own_counts = 0;     // [ceil(M / kPlanChunk)][L]: how often tokens of a block ask for each local expert
   std::int64_t own_places = 0;     // [M][K]: where this rank's rows go among those of its own experts
   std::int64_t layout_counts = 0;  // [ceil(receive_rows / layout_chunk_rows())][L + 1]
   std::int64_t layout_sums = 0;    // [layout_blocks()][layout_words(L + 1, 1)] with more than kMostSharedColumns

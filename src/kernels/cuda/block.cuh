@@ -10,6 +10,22 @@ namespace tokenyard::cuda {
 __device__ __forceinline__ std::int64_t grid_warp() { return static_cast<std::int64_t>(warp_index()) * gridDim.x + blockIdx.x; }
 __device__ __forceinline__ std::int64_t grid_warps() { return static_cast<std::int64_t>(warps_of_block()) * gridDim.x; }
 
+// Threads of a block from one on, whole warps, which do something while those before it do something else.
+struct Crew {
+  int first = 0;
+  __device__ int index() const { return static_cast<int>(threadIdx.x) - first; }
+  __device__ int count() const { return static_cast<int>(blockDim.x) - first; }
+  __device__ int warp() const { return index() / kLanes; }
+  __device__ int warps() const { return count() / kLanes; }
+  __device__ void sync() const {
+    if (first == 0) {
+      __syncthreads();
+    } else {
+      ptx::sync_crew(count());
+    }
+  }
+};
+
 // The part that one warp has in work which many share.
 struct WarpShare {
   std::int64_t index = 0;  // among the warps that share
@@ -83,6 +99,7 @@ __device__ inline bool has_begun(const Context& c, const protocol::CallHeader& h
 // peer announces, it announces after it has left every earlier call. Block-uniform; false: the call has failed.
 __device__ inline bool wait_for_peers(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call, bool checks) {
   bool good = true;
+#pragma unroll 1
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
     if (peer != c.rank) good = has_begun(c, header, {.peer = peer, .phase = phase, .call = call, .timed = checks}) && good;
   }
@@ -100,6 +117,7 @@ __device__ inline int buffer_of(const Context& c, int rank, int own_buffer) {
 // What this rank has sent; by one warp.
 __device__ inline void add_link_bytes(const Context& c, const std::int32_t* sent_counts, std::int64_t bytes_per_row) {
   if (c.link_bytes == nullptr) return;
+#pragma unroll 1
   for (int rank = lane_index(); rank < c.ranks; rank += kLanes) {
     c.link_bytes[rank] += static_cast<std::uint64_t>(sent_counts[rank] * bytes_per_row);
   }

@@ -12,8 +12,9 @@ constexpr int kMaskRanks = 64;    // up to so many ranks the masks of a tile are
 constexpr int kTileMasks = 1024;  // tokens x ranks of a tile
 
 enum PlanTicket {
-  kCountedTicket = 8,   // blocks that have counted
-  kPlannedTicket = 32,  // of a move that plans: 0 not yet, 1 go, 2 failed. Far from the others: every block looks at it.
+  kCountedTicket = 8,     // blocks that have counted
+  kPlannedTicket = 32,    // 0 not yet, 1 go, 2 failed. Far from the others: every block looks at it.
+  kOwnPlacedTicket = 48,  // blocks that have found the places of their own rows: every mover looks at it
 };
 
 // Of one block.
@@ -23,6 +24,12 @@ struct PlanMemory {
   int overflowing;  // the first rank that overflows
   std::int64_t layout_rows;
   std::int64_t pairs;
+
+  // [kPlaceWords], when the plan is over.
+  __device__ std::int32_t* words() {
+    static_assert(sizeof masks + sizeof counts == kPlaceWords * sizeof(std::int32_t));
+    return reinterpret_cast<std::int32_t*>(masks);
+  }
 };
 
 // A run of tokens whose masks are built at once, [token][rank]: whole chunks, or a part of one.
@@ -153,20 +160,31 @@ __device__ inline void count_chunks(const PlanArgs& args, int begin, int end, Pl
   for (int i = threadIdx.x; has_few_counts(c) && i < words; i += blockDim.x) {
     if (counts[i] != 0) atomicAdd(&args.counts[i], counts[i]);
   }
-  if (args.own_counts == nullptr) return;  // else a block for each chunk
+  if (args.own.rows == nullptr) return;
   const int experts = args.routing.local_experts;
   for (int local = threadIdx.x; local < experts; local += blockDim.x) {
-    args.own_counts[static_cast<std::int64_t>(begin) * experts + local] = counts[c.shape.instance_word(c.rank, local)];
+    args.own.counts[static_cast<std::int64_t>(blockIdx.x) * experts + local] = counts[c.shape.instance_word(c.rank, local)];
   }
 }
+
+// The chunks of tokens that each block counts.
+struct CountShares {
+  int chunks = 0;  // of all
+  int each = 0;
+
+  __device__ explicit CountShares(const PlanArgs& args) : chunks((args.routing.num_tokens + kPlanChunk - 1) / kPlanChunk) {
+    each = (chunks + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+  }
+  __device__ int begin() const { return min(static_cast<int>(blockIdx.x) * each, chunks); }
+  __device__ int end() const { return min(begin() + each, chunks); }
+  __device__ int blocks() const { return chunks == 0 ? 0 : (chunks + each - 1) / each; }  // that have some
+};
 
 // By all blocks: this rank's announcement, by the one that has the least to count, and its counts.
 __device__ inline void count_tokens(const PlanArgs& args, PlanMemory& memory) {
   if (blockIdx.x == gridDim.x - 1) begin_call(args.context, args.header, protocol::offer(args.buffer), state_of_call(args.context));
-  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  const int chunks = (args.routing.num_tokens + kPlanChunk - 1) / kPlanChunk;
-  const int each = (chunks + blocks - 1) / blocks;
-  if (block * each < chunks) count_chunks(args, block * each, min((block + 1) * each, chunks), memory);
+  const CountShares share(args);
+  if (share.begin() < share.end()) count_chunks(args, share.begin(), share.end(), memory);
 }
 
 }  // namespace tokenyard::cuda

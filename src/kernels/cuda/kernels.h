@@ -71,10 +71,22 @@ struct LayoutTable {
   std::int32_t* sums = nullptr;  // of blocks with more than protocol::kMostSharedColumns
 };
 
+// How the rows of local experts lie in the output of a layout.
+struct GroupArgs {
+  Layout layout = Layout::token_major;
+  std::int32_t alignment = 1;
+  std::int64_t expert_capacity = 0;  // expert_padded: C; expert_major: 0 or a limit
+  bool drop = false;
+  std::int32_t local_experts = 0;
+  std::int64_t output_rows = 0;  // of the layout's metadata arrays: N' or L * C at their bound
+};
+
 // Where this rank's own rows go at once, of expert layouts in throughput mode: to each of their places, not to where others' land.
 struct OwnRows {
-  const std::int32_t* places = nullptr;  // [T][K] output rows, -1: none; of a cached dispatch the handle has them by slot
-  std::byte* rows = nullptr;             // dense output on 16 bytes; null: own rows land as all others do
+  std::byte* rows = nullptr;       // dense output on 16 bytes; null: own rows land as all others do
+  GroupArgs groups;                // unless cached, with the next two: the move finds the places, as its layout will
+  std::int32_t* counts = nullptr;  // scratch: [blocks that count tokens][L] how often a block's tokens ask for each local expert
+  std::int32_t* places = nullptr;  // scratch: [T][K] output rows, -1: none; of a cached dispatch the handle has them by slot
 };
 constexpr int kFewestOwnBlocks = 32;  // for this rank's own rows: fewer would be busy with them for longer than the links (docs/kernels.md)
 
@@ -87,13 +99,19 @@ struct PlanArgs {
   HandleView handle;
   RowNumbers numbers;  // throughput mode, unless cached
   LimitArgs limits;
-  std::int32_t* counts = nullptr;      // scratch: this rank's row of the count matrix, zero between plans
-  std::int32_t* own_counts = nullptr;  // scratch: for launch_place_own; null: it does not follow
-  HostCounts* host = nullptr;          // pinned
+  std::int32_t* counts = nullptr;  // scratch: this rank's row of the count matrix, zero between plans
+  HostCounts* host = nullptr;      // pinned
+  OwnRows own;
 };
 
 // Warps of a block of a move that move no rows: enough to land what arrives before the last row does, on few multiprocessors, too.
 constexpr int kClerks = 8;
+
+// Whether clerks can find the places of own rows: they count them in the shared memory of a plan, which is over then.
+constexpr int kPlaceWords = 4096;
+inline bool can_place_own(const protocol::ArenaShape& shape) {
+  return shape.count_words() <= protocol::kHistogramWords && protocol::layout_words(shape.max_local_experts + 1, kClerks) <= kPlaceWords;
+}
 
 // Rows as the caller has them; quantised on the way when asked.
 struct SourceArgs {
@@ -113,39 +131,22 @@ struct SourceArgs {
 struct MoveArgs : PlanArgs {
   SourceArgs source;
   LayoutTable table;
-  OwnRows own;
-  bool plans = false;   // throughput: begins with the plan, which has had no kernel of its own
   bool cached = false;  // slots are the handle's, no records travel
   bool last = false;    // ends the call
   int blocks = 1;       // of the grid: at most what may be resident at once beside everything else on the device
 };
 
 // From received rows to the rows and metadata of a layout: what Received shows beyond the handle's own arrays.
-struct LayoutArgs {
+struct LayoutArgs : GroupArgs {
   Context context;
   HandleView handle;
-  Layout layout = Layout::token_major;
   Mode mode = Mode::throughput;
   bool gather_map = false;
-  std::int32_t alignment = 1;
-  std::int64_t expert_capacity = 0;  // expert_padded: C; expert_major: 0 or a limit
-  bool drop = false;
-  std::int32_t local_experts = 0;
-  std::int64_t output_rows = 0;  // of the layout's metadata arrays: N' or L * C at their bound
-  std::int64_t map_rows = 0;     // of the gather map
+  std::int64_t map_rows = 0;  // of the gather map
   LayoutTable table;
   int landing_warps = 0;  // of the move in front of this layout, which begins when they have landed everything; 0: when that has ended
   bool last = false;
 };
-
-// Finds the places of this rank's own rows before they move: as the layout will, from the plan's counts.
-struct PlaceOwnArgs {
-  LayoutArgs layout;
-  RoutingArgs routing;
-  const std::int32_t* counts = nullptr;  // PlanArgs::own_counts
-  std::int32_t* places = nullptr;        // OwnRows::places
-};
-inline bool can_place_own(const protocol::ArenaShape& shape) { return shape.count_words() <= protocol::kHistogramWords; }
 
 // Copies rows and scales from where they landed to their places in the output (handle.output_row; identity without it).
 struct SpreadArgs {
@@ -221,13 +222,10 @@ void launch_wait_reads(const Context& context, Stream stream);
 void launch_wait_weights(const Context& context, Stream stream);
 // Within a combine by push: waits until every rank's partial sums are here, so that the blocks that add them up wait for nobody.
 void launch_wait_partials(const Context& context, Stream stream);
-// Where something follows before rows move; else the move plans.
-void launch_plan(const PlanArgs& args, Stream stream);
-void launch_place_own(const PlaceOwnArgs& args, Stream stream);  // behind its plan
 // Whether these rows go by bulk copies, so that MoveArgs::own may be used.
 bool moves_in_bulk(const SourceArgs& source);
-// Throughput: every row once to each of its ranks, into its slot, which the handle learns; then waits for every source, and turns its
-// records into the handle's received rows [0, receive_rows).
+// Throughput: plans, unless cached; every row once to each of its ranks, into its slot, which the handle learns; then waits for every
+// source, and turns its records into the handle's received rows [0, receive_rows).
 void launch_move(const MoveArgs& args, Stream stream);
 // Latency mode: moves, waits and lands in slots that need no plan; then pads, where asked.
 void launch_slots(const MoveArgs& args, const PadArgs& pad, Stream stream);

@@ -103,7 +103,7 @@ __device__ inline void finish_move(const MoveJob& job) {
   }
   if (!good && !args.cached) clear_handle(args);
   if (threadIdx.x == 0) c.tickets[kRowsTicket] = c.tickets[kRecordsTicket] = 0;
-  if (args.plans) clear_plan(args);
+  if (!args.cached) clear_plan(args);
   if (args.last) end_call(c, !good, state.call);
 }
 

@@ -12,8 +12,8 @@ struct Chunk {
   std::int32_t end = 0;
 };
 
-__device__ inline int layout_columns(const LayoutArgs& args) { return args.local_experts + 1; }
-__device__ inline bool is_expert_layout(const LayoutArgs& args) {
+__device__ inline int layout_columns(const GroupArgs& args) { return args.local_experts + 1; }
+__device__ inline bool is_expert_layout(const GroupArgs& args) {
   return args.layout == Layout::expert_major || args.layout == Layout::expert_padded;
 }
 // token_major where received rows have gaps.
@@ -77,21 +77,21 @@ __device__ inline void sum_chunks(const LayoutArgs& args, const LayoutMemory& la
   }
 }
 
-// Inclusive sum over the block; `sums` holds one number per warp. Begins and ends with a barrier.
-__device__ inline std::int64_t block_inclusive_sum(std::int64_t value, std::int64_t* sums) {
+// Inclusive sum over the crew; `sums` holds one number per warp. Begins and ends with a barrier.
+__device__ inline std::int64_t crew_inclusive_sum(std::int64_t value, std::int64_t* sums, const Crew& crew) {
   const std::int64_t inclusive = inclusive_sum(value);
-  __syncthreads();
-  if (lane_index() == kLanes - 1) sums[warp_index()] = inclusive;
-  __syncthreads();
+  crew.sync();
+  if (lane_index() == kLanes - 1) sums[crew.warp()] = inclusive;
+  crew.sync();
   std::int64_t before = 0;
-  for (int warp = 0; warp < warp_index(); ++warp) before += sums[warp];
+  for (int warp = 0; warp < crew.warp(); ++warp) before += sums[warp];
   return before + inclusive;
 }
 
-__device__ inline std::int64_t kept_of(const LayoutArgs& args, std::int64_t count) {
+__device__ inline std::int64_t kept_of(const GroupArgs& args, std::int64_t count) {
   return args.expert_capacity != 0 && count > args.expert_capacity ? args.expert_capacity : count;
 }
-__device__ inline std::int64_t group_size(const LayoutArgs& args, std::int64_t kept) {
+__device__ inline std::int64_t group_size(const GroupArgs& args, std::int64_t kept) {
   if (args.layout == Layout::expert_padded) return args.expert_capacity;
   return args.layout == Layout::expert_major ? protocol::align_up(kept, args.alignment) : kept;
 }
@@ -112,33 +112,39 @@ __device__ inline bool groups_fit(const LayoutArgs& args, const Groups& groups, 
   return false;
 }
 
+// From true counts in groups.kept to where groups begin, by the crew. Ends with a barrier.
+__device__ inline void sum_groups(const GroupArgs& args, const Groups& groups, GroupsMemory& memory, const Crew& crew) {
+  const int experts = args.local_experts;
+  if (crew.index() == 0) {
+    memory.rows = memory.kept = 0;
+    memory.overflowing = experts;
+  }
+  crew.sync();
+  for (int first = 0; first < experts; first += crew.count()) {
+    const int local = first + crew.index();
+    const std::int64_t count = local < experts ? groups.kept[local] : 0;
+    const std::int64_t kept = kept_of(args, count);
+    const std::int64_t size = local < experts ? group_size(args, kept) : 0;
+    const std::int64_t rows_before = memory.rows, kept_before = memory.kept;
+    const std::int64_t end = rows_before + crew_inclusive_sum(size, memory.sums, crew);
+    const std::int64_t kept_end = kept_before + crew_inclusive_sum(kept, memory.sums, crew);
+    if (local < experts) groups.begins[local] = static_cast<std::int32_t>(end - size);
+    if (kept < count && !args.drop) atomicMin(&memory.overflowing, local);
+    crew.sync();
+    if (crew.index() == crew.count() - 1) {
+      memory.rows = end;
+      memory.kept = kept_end;
+    }
+    crew.sync();
+  }
+}
+
 // From true counts in groups.kept to groups, by the block; all of them empty when they do not fit. Ends with a barrier.
 // `writes`: this block also fills what the handle says of experts.
 __device__ inline bool make_groups(const LayoutArgs& args, const Groups& groups, GroupsMemory& memory, bool writes) {
   const HandleView& handle = args.handle;
   const int experts = args.local_experts;
-  if (threadIdx.x == 0) {
-    memory.rows = memory.kept = 0;
-    memory.overflowing = experts;
-  }
-  __syncthreads();
-  for (int first = 0; first < experts; first += static_cast<int>(blockDim.x)) {
-    const int local = first + static_cast<int>(threadIdx.x);
-    const std::int64_t count = local < experts ? groups.kept[local] : 0;
-    const std::int64_t kept = kept_of(args, count);
-    const std::int64_t size = local < experts ? group_size(args, kept) : 0;
-    const std::int64_t rows_before = memory.rows, kept_before = memory.kept;
-    const std::int64_t end = rows_before + block_inclusive_sum(size, memory.sums);
-    const std::int64_t kept_end = kept_before + block_inclusive_sum(kept, memory.sums);
-    if (local < experts) groups.begins[local] = static_cast<std::int32_t>(end - size);
-    if (kept < count && !args.drop) atomicMin(&memory.overflowing, local);
-    __syncthreads();
-    if (threadIdx.x == blockDim.x - 1) {
-      memory.rows = end;
-      memory.kept = kept_end;
-    }
-    __syncthreads();
-  }
+  sum_groups(args, groups, memory, {});
   const bool fit = groups_fit(args, groups, memory, writes);
   __syncthreads();
   for (int local = threadIdx.x; local < experts; local += static_cast<int>(blockDim.x)) {
@@ -217,13 +223,13 @@ __device__ inline void place_pair(const LayoutArgs& args, const Groups& groups, 
   }
 }
 
-// From what each warp has of a column in this round to where its first one goes. By the block.
-__device__ inline void scan_warps(const LayoutArgs& args, const LayoutMemory& layout) {
+// From what each warp has of a column in this round to where its first one goes. By the crew.
+__device__ inline void scan_warps(const GroupArgs& args, const LayoutMemory& layout, const Crew& crew) {
   const int columns = layout_columns(args);
-  for (int column = threadIdx.x; column < args.local_experts; column += static_cast<int>(blockDim.x)) {
+  for (int column = crew.index(); column < args.local_experts; column += crew.count()) {
     std::int32_t next = layout.next[column];
 #pragma unroll 8
-    for (int warp = 0; warp < warps_of_block(); ++warp) {
+    for (int warp = 0; warp < crew.warps(); ++warp) {
       std::int32_t& count = layout.warp_counts[warp * columns + column];
       const std::int32_t begin = next;
       next += count;
@@ -233,27 +239,32 @@ __device__ inline void scan_warps(const LayoutArgs& args, const LayoutMemory& la
   }
 }
 
-// Finds for each pair of [begin, end) its number in its group, by the block: a pair for each thread in their order, and as many again.
+struct Pairs {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+};
+
+// Finds for each pair its number in its group, by the crew: a pair for each thread in their order, and as many again.
 // local_of(pair) is its local expert or -1; put(pair, local, number) takes the answer.
 template <class LocalOf, class Put>
-__device__ inline void place_pairs(const LayoutArgs& args, const LayoutMemory& layout, std::int64_t begin, std::int64_t end,
-                                   LocalOf&& local_of, Put&& put) {
-  std::int32_t* const of_warp = layout.warp_counts + warp_index() * layout_columns(args);
-  const auto threads = static_cast<std::int64_t>(blockDim.x);
-  for (; begin < end; begin += threads) {
-    const std::int64_t pair = begin + threadIdx.x;
+__device__ inline void place_pairs(const GroupArgs& args, const LayoutMemory& layout, Pairs pairs, const Crew& crew, LocalOf&& local_of,
+                                   Put&& put) {
+  std::int32_t* const of_warp = layout.warp_counts + crew.warp() * layout_columns(args);
+  const std::int64_t threads = crew.count(), end = pairs.end;
+  for (std::int64_t begin = pairs.begin; begin < end; begin += threads) {
+    const std::int64_t pair = begin + crew.index();
     const std::int32_t local = pair < end ? local_of(pair) : -1;
     const unsigned alike = __match_any_sync(kAllLanes, local);
     const int before = __popc(alike & lanes_below());
     if (local >= 0 && before == 0) of_warp[local] = __popc(alike);
-    __syncthreads();
-    scan_warps(args, layout);
-    __syncthreads();
+    crew.sync();
+    scan_warps(args, layout, crew);
+    crew.sync();
     if (pair < end) put(pair, local, local >= 0 ? of_warp[local] + before : 0);
     if (begin + threads >= end) break;
-    __syncthreads();
-    for (int i = threadIdx.x; i < layout_columns(args) * warps_of_block(); i += static_cast<int>(threads)) layout.warp_counts[i] = 0;
-    __syncthreads();
+    crew.sync();
+    for (int i = crew.index(); i < layout_columns(args) * crew.warps(); i += crew.count()) layout.warp_counts[i] = 0;
+    crew.sync();
   }
 }
 
@@ -265,7 +276,7 @@ __device__ inline void place_rows(const LayoutArgs& args, const LayoutMemory& la
   if (!is_expert_layout(args) && !args.gather_map && !compacts) return;
   const std::int64_t top_k = args.handle.top_k;
   place_pairs(
-      args, layout, chunk.begin * top_k, chunk.end * top_k, [&](std::int64_t pair) { return local_id_at(args, pair); },
+      args, layout, {chunk.begin * top_k, chunk.end * top_k}, {}, [&](std::int64_t pair) { return local_id_at(args, pair); },
       [&](std::int64_t pair, std::int32_t local, std::int32_t number) {
         place_pair(args, layout.groups, pair, local, number);
         if (compacts) compact_pair(args.handle, pair);

@@ -10,19 +10,20 @@ namespace tokenyard::cuda {
 
 // A block has two kinds of warps: movers move rows, and behind them clerks see to what is beside the rows.
 __device__ inline int movers_of_block() { return warps_of_block() - kClerks; }
+__device__ inline Crew clerks() { return {.first = movers_of_block() * kLanes}; }
 __device__ inline bool is_mover() { return warp_index() < movers_of_block(); }
 __device__ inline WarpShare mover_share() { return WarpShare::of(0, movers_of_block()); }
 __device__ inline WarpShare clerk_share() { return WarpShare::of(movers_of_block(), kClerks); }
 
-// Plans, where that has not been done, or opens the call of a cached dispatch; behind a plan every rank is known to have begun.
+// Plans, or opens the call of a cached dispatch; behind a plan every rank is known to have begun.
 // begin_rows(): by the block, as soon as it holds nothing else up. Block-uniform.
 template <class BeginRows>
 __device__ inline bool begin_move(const MoveArgs& args, PlanMemory& memory, BeginRows&& begin_rows) {
   const Context& c = args.context;
-  if (args.plans) return plan_first(args, memory, {.first = movers_of_block() * kLanes}, begin_rows);
+  if (!args.cached) return plan(args, memory, clerks(), begin_rows);
   begin_rows();
   const CallState state = state_of_call(c);
-  if (state.failed || !args.cached) return !state.failed;
+  if (state.failed) return false;
   const protocol::CallHeader header = complete_header(args.header, args.handle);
   if (blockIdx.x == 0 && !begin_call(c, header, protocol::offer(args.buffer), state)) return false;
   return wait_for_peers(c, header, Phase::dispatch_credit, state.call, blockIdx.x == gridDim.x - 1);

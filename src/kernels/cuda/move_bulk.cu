@@ -9,6 +9,7 @@
 #include "kernels/cuda/bulk.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/move.cuh"
+#include "kernels/cuda/place_own.cuh"
 
 namespace tokenyard::cuda {
 namespace {
@@ -77,20 +78,27 @@ __device__ void store_own_row(const MoveArgs& args, std::int32_t token, std::int
   }
 }
 
-// By the warp; lane 0 issues one store per rank.
-__device__ void store_row(const MoveJob& job, std::int32_t token, const std::byte* row) {
+// By the warp; lane 0 issues one store per rank, and those to own places behind them. `placed`: these are known.
+template <bool kPlacesOwn>
+__device__ void store_row(const MoveJob& job, std::int32_t token, const std::byte* row, bool& placed) {
   const Context& c = job.args.context;
   const auto bytes = static_cast<std::uint32_t>(job.args.source.row_bytes);
+  std::int32_t own_slot = -1;
   for (int first = 0; first < c.ranks; first += kLanes) {
-    const Targets targets = targets_of(job, token, first);
+    Targets targets = targets_of(job, token, first);
+    if (const int own = c.rank - first; kPlacesOwn && own >= 0 && own < kLanes) {
+      own_slot = __shfl_sync(kAllLanes, targets.slot, own);
+      targets.present &= ~(1U << own);
+    }
     for_each_lane(targets.present, start_lane(c, token, first), [&](int lane) {
-      if (job.args.own.rows != nullptr && first + lane == c.rank) {
-        store_own_row(job.args, token, __shfl_sync(kAllLanes, targets.slot, lane), row, bytes);
-        return;
-      }
       std::byte* to = of_lane(targets.row, lane);
       if (lane_index() == 0) bulk::store(to, row, bytes);
     });
+  }
+  if (kPlacesOwn && own_slot >= 0) {
+    if (!placed) wait_for_own_places(job.args);
+    placed = true;
+    store_own_row(job.args, token, own_slot, row, bytes);
   }
   if (lane_index() == 0) bulk::commit();
 }
@@ -102,10 +110,11 @@ __device__ void store_scales(const MoveJob& job, std::int32_t token, const std::
   }
 }
 
-template <bool kQuantise>
+template <bool kQuantise, bool kPlacesOwn>
 __device__ void move_rows(const MoveJob& job, std::int32_t tokens, const MoverMemory& memory) {
   const MoveArgs& args = job.args;
   Pieces next(&args.context.tickets[kRowsTicket], mover_share());
+  bool placed = args.cached;
   int stage = 0;
   std::uint32_t parity = 0;
   for (; next.current() < tokens; next.advance()) {
@@ -115,7 +124,7 @@ __device__ void move_rows(const MoveJob& job, std::int32_t tokens, const MoverMe
     } else {
       memory.barriers[stage].wait(parity);
     }
-    store_row(job, token, memory.stages + stage * args.source.row_bytes);
+    store_row<kPlacesOwn>(job, token, memory.stages + stage * args.source.row_bytes, placed);
     if (kQuantise) store_scales(job, token, memory.scales);
     if (const std::int64_t ahead = next.next(); !kQuantise && lane_index() == 0 && ahead < tokens) {
       bulk::wait_read<kStages - 1>();  // the other stage's stores have read it; this one's may go on
@@ -140,11 +149,13 @@ __device__ void let_layout_begin(const MoveArgs& args) {
   bulk::let_next_begin();
 }
 
-template <bool kQuantise>
+// kPlacesOwn: with MoveArgs::own. It has a kernel of its own, beside which the other is faster.
+template <bool kQuantise, bool kPlacesOwn>
 __global__ void __launch_bounds__((kMaxMovers + kClerks) * kLanes, 1) move_rows_bulk(const __grid_constant__ MoveJob job) {
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ bulk::Barrier barriers[kMaxMovers][kStages];
   __shared__ PlanMemory plan;
+  [[maybe_unused]] __shared__ GroupsMemory groups;
   const std::int32_t tokens = tokens_of(job.args);
   MoverMemory memory{};
   if (is_mover()) {
@@ -156,11 +167,14 @@ __global__ void __launch_bounds__((kMaxMovers + kClerks) * kLanes, 1) move_rows_
   });
   if (!is_mover()) {
     if (good) {
+      if constexpr (kPlacesOwn) {
+        if (!job.args.cached) place_own(job.args, plan, groups, clerks());
+      }
       work_beside_rows(job, clerk_share());
       let_layout_begin(job.args);
     }
   } else if (good) {
-    move_rows<kQuantise>(job, tokens, memory);
+    move_rows<kQuantise, kPlacesOwn>(job, tokens, memory);
   } else if (!kQuantise) {
     abandon_rows(tokens, memory);
   }
@@ -168,7 +182,10 @@ __global__ void __launch_bounds__((kMaxMovers + kClerks) * kLanes, 1) move_rows_
   finish_move(job);
 }
 
-const Preloaded preloaded({{move_rows_bulk<false>, kAllSharedMemory}, {move_rows_bulk<true>, kAllSharedMemory}});
+const Preloaded preloaded({{move_rows_bulk<false, false>, kAllSharedMemory},
+                           {move_rows_bulk<false, true>, kAllSharedMemory},
+                           {move_rows_bulk<true, false>, kAllSharedMemory},
+                           {move_rows_bulk<true, true>, kAllSharedMemory}});
 
 }  // namespace
 
@@ -182,7 +199,11 @@ void launch_move_bulk(const MoveJob& job, Stream stream) {
   const std::int64_t movers = std::min<std::int64_t>(kMaxMovers, room_for_movers() / bytes);
   const Launch launch(job.args.blocks, static_cast<int>(movers + kClerks) * kLanes, static_cast<std::size_t>(movers * bytes), stream,
                       Resident::together);
-  launch(job.args.source.quantise ? move_rows_bulk<true> : move_rows_bulk<false>, job);
+  if (job.args.own.rows != nullptr) {
+    launch(job.args.source.quantise ? move_rows_bulk<true, true> : move_rows_bulk<false, true>, job);
+  } else {
+    launch(job.args.source.quantise ? move_rows_bulk<true, false> : move_rows_bulk<false, false>, job);
+  }
 }
 
 }  // namespace tokenyard::cuda

@@ -1,5 +1,5 @@
 #pragma once
-// Who gets what, and where: the last block that has counted exchanges counts with all ranks. A kernel of its own, or how a move begins.
+// Who gets what, and where: the last block that has counted exchanges counts with all ranks. It is how a move begins.
 
 #include "kernels/cuda/count.cuh"
 #include "protocol/overflow.h"
@@ -8,13 +8,6 @@ namespace tokenyard::cuda {
 
 using protocol::ExpertTally;
 using protocol::Overflow;
-
-// Threads of a block from one on, which do something while those before it do something else.
-struct Crew {
-  int first = 0;
-  __device__ int index() const { return static_cast<int>(threadIdx.x) - first; }
-  __device__ int count() const { return static_cast<int>(blockDim.x) - first; }
-};
 
 // Counts are exchanged by threads from the middle of the block on: its first warps have something else to do meanwhile.
 __device__ inline int count_thread() { return static_cast<int>((threadIdx.x + blockDim.x / 2) % blockDim.x); }
@@ -219,14 +212,14 @@ __device__ inline void clear_plan(const PlanArgs& args) {
   for (int word = threadIdx.x; word < args.context.shape.count_words(); word += blockDim.x) args.counts[word] = 0;
   if (threadIdx.x != 0) return;
   reset_id_counts(args.context);
-  args.context.tickets[kPlannedTicket] = 0;
+  args.context.tickets[kPlannedTicket] = args.context.tickets[kOwnPlacedTicket] = 0;
 }
 
-// A plan as the beginning of a larger kernel whose blocks are all resident: every block goes on as soon as slots are known. In the block
-// that made it the crew tells the handle, which others know when this rank's records are published. meanwhile(): what else may begin
-// once a block has counted. Block-uniform; false: the call has failed.
+// By a kernel whose blocks are all resident: every block goes on as soon as slots are known. In the block that made the plan the crew
+// tells the handle, which others know when this rank's records are published. meanwhile(): what else may begin once a block has counted.
+// Block-uniform; false: the call has failed.
 template <class Meanwhile>
-__device__ inline bool plan_first(const PlanArgs& args, PlanMemory& memory, const Crew& crew, Meanwhile&& meanwhile) {
+__device__ inline bool plan(const PlanArgs& args, PlanMemory& memory, const Crew& crew, Meanwhile&& meanwhile) {
   const Context& c = args.context;
   count_tokens(args, memory);
   if (is_last_block(c, kCountedTicket)) {

@@ -28,6 +28,8 @@ __device__ __forceinline__ std::uint32_t load_acquire_local(const std::uint32_t*
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
 }
+// Of so many threads of a block, whole warps; not the barrier of __syncthreads().
+__device__ __forceinline__ void sync_crew(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 __device__ __forceinline__ std::uint64_t load_relaxed(const std::uint64_t* word) {
   std::uint64_t value;
   asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word));
