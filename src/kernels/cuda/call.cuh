@@ -77,8 +77,11 @@ __device__ inline CallState state_of_call(const Context& c) {
   return seen;
 }
 
+// A kernel begins with instructions that are in no cache, so there are to be few: failures and waits are not inlined, loops over ranks
+// not unrolled (docs/kernels.md).
+
 // The first failure of a call is the one that is told.
-__device__ inline void record_failure(const Context& c, protocol::ErrorRecord record) {
+__device__ __noinline__ inline void record_failure(const Context& c, protocol::ErrorRecord record) {
   const bool sticky = record.kind != static_cast<std::uint32_t>(FailureKind::aborted);
   record.call = call_number(c);
   if (atomicExch(reinterpret_cast<unsigned long long*>(&c.state->dead_call), record.call) == record.call) return;
@@ -93,7 +96,8 @@ __device__ inline void record_failure(const Context& c, protocol::ErrorRecord re
   *const_cast<volatile std::uint32_t*>(&to.set) = 1;
 }
 
-__device__ inline void fail(const Context& c, FailureKind kind, Phase phase, int peer, std::int64_t expected, std::int64_t seen) {
+__device__ __noinline__ inline void fail(const Context& c, FailureKind kind, Phase phase, int peer, std::int64_t expected,
+                                         std::int64_t seen) {
   protocol::ErrorRecord record;
   record.kind = static_cast<std::uint32_t>(kind);
   record.phase = static_cast<std::uint32_t>(phase);
@@ -107,7 +111,7 @@ __device__ inline void fail(const Context& c, FailureKind kind, Phase phase, int
   fail(c, kind, phase, peer, static_cast<std::int64_t>(call_number(c)), seen);
 }
 
-// Why `peer` may never set a flag: it rejected the call, ended, or this rank has failed already.
+// Why `peer` may never set a flag: it rejected the call, ended, is late, or this rank has failed already.
 struct Trouble {
   bool any = false;
   bool is_told = false;  // by another thread
@@ -140,40 +144,48 @@ struct Wait {
   unsigned pause_ns = 0;  // between looks
   bool timed = false;     // of all that wait for this peer in this phase, this one tells for how long
 };
-// Waits in this thread until is_there(word), and returns the word. 0: the call has failed.
+// By a wait that has lasted for a while: tells the host of it, and looks for what may end it.
+__device__ __noinline__ inline Trouble look_for_trouble(const Context& c, const Wait& wait, std::uint64_t begin) {
+  protocol::DeviceBeacon& mine = beacon(c, c.rank);
+  mine.call = wait.call;
+  mine.phase = static_cast<std::uint32_t>(wait.phase);
+  mine.waiting_on = static_cast<std::uint32_t>(wait.peer) + 1;
+  const Trouble trouble = trouble_with(c, wait.peer, wait.phase, wait.call);
+  if (trouble.any || ptx::global_timer_ns() - begin <= c.timeout_ns) return trouble;
+  return {.any = true, .kind = FailureKind::timeout, .phase = wait.phase, .peer = wait.peer};
+}
+
+// The part of await() behind its first look.
 template <class IsThere>
-__device__ inline std::uint64_t await(const Context& c, const std::uint64_t* word, const Wait& wait, IsThere&& is_there) {
-  const auto [peer, phase, call, pause_ns, timed] = wait;
+__device__ __noinline__ inline std::uint64_t await_longer(const Context& c, const std::uint64_t* word, const Wait& wait, IsThere is_there) {
   std::uint64_t seen;
   const auto is_set = [&] { return is_there(seen = ptx::load_acquire(word)); };
-  if (is_set()) return seen;
-  protocol::DeviceBeacon& mine = beacon(c, c.rank);
   const std::uint64_t begin = ptx::global_timer_ns();
   constexpr int kLookEvery = 256;  // waits are short: look for trouble now and then
   while (true) {
     for (int i = 0; i < kLookEvery; ++i) {
       if (is_set()) {
         // Here and not behind the loop: there a thread may meet those of its warp that wait longer.
-        if (timed && c.waits != nullptr && peer != c.rank) atomicAdd(&c.waits[peer], ptx::global_timer_ns() - begin);
-        mine.waiting_on = 0;
+        if (wait.timed && c.waits != nullptr && wait.peer != c.rank) atomicAdd(&c.waits[wait.peer], ptx::global_timer_ns() - begin);
+        beacon(c, c.rank).waiting_on = 0;
         return seen;
       }
-      if (pause_ns != 0) __nanosleep(pause_ns);
+      if (wait.pause_ns != 0) __nanosleep(wait.pause_ns);
     }
     const std::uint64_t last = protocol::flag_call(seen);
-    mine.call = call;
-    mine.phase = static_cast<std::uint32_t>(phase);
-    mine.waiting_on = static_cast<std::uint32_t>(peer) + 1;
-    if (const Trouble trouble = trouble_with(c, peer, phase, call); trouble.any) {
+    if (const Trouble trouble = look_for_trouble(c, wait, begin); trouble.any) {
       if (is_set()) return has_failed(c) ? 0 : seen;  // it did so before it came into trouble
       if (!trouble.is_told) fail(c, trouble.kind, trouble.phase, trouble.peer, static_cast<std::int64_t>(last));
       return 0;
     }
-    if (ptx::global_timer_ns() - begin > c.timeout_ns) {
-      fail(c, FailureKind::timeout, phase, peer, static_cast<std::int64_t>(last));
-      return 0;
-    }
   }
+}
+
+// Waits in this thread until is_there(word), and returns the word. 0: the call has failed.
+template <class IsThere>
+__device__ inline std::uint64_t await(const Context& c, const std::uint64_t* word, const Wait& wait, IsThere is_there) {
+  const std::uint64_t seen = ptx::load_acquire(word);
+  return is_there(seen) ? seen : await_longer(c, word, wait, is_there);
 }
 // Until the word is `least` or more.
 __device__ inline std::uint64_t await_word(const Context& c, const std::uint64_t* word, std::uint64_t least, const Wait& wait) {
@@ -199,6 +211,7 @@ __device__ inline bool wait_for_own_begin(const Context& c, std::uint64_t call) 
 // barrier, behind which all threads see what the flags publish. timed: of the blocks that wait for it, this one tells for how long.
 __device__ inline bool wait_for_all(const Context& c, Flag flag, Phase phase, std::uint64_t call, bool timed) {
   bool arrived = true;
+#pragma unroll 1
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
     arrived = wait_for_flag(c, flag, {.peer = peer, .phase = phase, .call = call, .timed = timed}) && arrived;
   }
@@ -216,6 +229,7 @@ __device__ inline void set_flag_relaxed(const Context& c, Flag flag, int peer, s
 }
 // By the threads of one block, after a barrier behind the work to publish.
 __device__ inline void set_flag_everywhere(const Context& c, Flag flag, std::uint64_t call) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < c.ranks; i += blockDim.x) set_flag(c, flag, (c.rank + 1 + i) % c.ranks, call);
 }
 __device__ inline void set_flag_everywhere(const Context& c, Flag flag) { set_flag_everywhere(c, flag, call_number(c)); }
@@ -229,6 +243,7 @@ __device__ inline void tell_call(const Context& c, const protocol::CallHeader& h
 // earlier kernels did is done, and of this one nothing is published.
 __device__ inline void announce(const Context& c, protocol::CallHeader header, std::uint32_t offer, std::uint64_t call) {
   header.call = call;
+#pragma unroll 1
   for (int i = threadIdx.x; i < c.ranks - 1; i += blockDim.x) {
     const int peer = (c.rank + 1 + i) % c.ranks;
     set_flag_relaxed(c, of_call(Flag::begun, call), peer, call, offer);
@@ -236,7 +251,7 @@ __device__ inline void announce(const Context& c, protocol::CallHeader header, s
   }
 }
 // The header with this digest that `peer` has sent or is sending. What is there after a second is told in any case.
-__device__ inline protocol::CallHeader header_of(const Context& c, int peer, std::uint64_t call, std::uint32_t digest) {
+__device__ __noinline__ inline protocol::CallHeader header_of(const Context& c, int peer, std::uint64_t call, std::uint32_t digest) {
   constexpr std::uint64_t kPatienceNs = 1'000'000'000;
   const volatile auto& box = reinterpret_cast<const volatile std::uint64_t(&)[sizeof(protocol::CallHeader) / 8]>(
       mailbox(c, c.rank, peer).headers[call % protocol::kRing]);
@@ -269,6 +284,7 @@ __device__ inline bool agrees(const Context& c, protocol::CallHeader header, int
 // Do all ranks make the same call? By the threads of a block from the last one on: the first ones may have other peers to wait for.
 __device__ inline bool check_peers(const Context& c, const protocol::CallHeader& header, Phase phase, std::uint64_t call) {
   bool good = true;
+#pragma unroll 1
   for (int peer = static_cast<int>(blockDim.x - 1 - threadIdx.x); peer < c.ranks; peer += static_cast<int>(blockDim.x)) {
     if (peer != c.rank) good = agrees(c, header, peer, phase, call) && good;
   }
@@ -281,6 +297,7 @@ __device__ inline bool leave_aborted(const Context& c, const CallState& state) {
   if (state.failed) return false;
   if (state.unsettled == 0) return true;
   bool good = true;
+#pragma unroll 1
   for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x) {
     good = wait_for_flag(c, Flag::left, {.peer = peer, .phase = Phase::dispatch_credit, .call = state.unsettled, .timed = true}) && good;
   }
@@ -292,6 +309,7 @@ __device__ inline bool leave_aborted(const Context& c, const CallState& state) {
 // Until peers have read this rank's expert rows (pull): behind the call they may be written again. By a whole block. Block-uniform.
 __device__ inline bool wait_for_readers(const Context& c, const CallState& state) {
   bool good = true;
+#pragma unroll 1
   for (int peer = threadIdx.x; state.last_pull != 0 && peer < c.ranks; peer += blockDim.x) {
     good = wait_for_flag(c, Flag::reads, {.peer = peer, .phase = Phase::combine_read, .call = state.last_pull, .timed = true}) && good;
   }
@@ -334,6 +352,7 @@ __device__ inline void end_call(const Context& c, bool failed, std::uint64_t cal
   if (failed) {
     set_flag_everywhere(c, Flag::left, call);
     if (c.state->failed != 0) {
+#pragma unroll 1
       for (int peer = threadIdx.x; peer < c.ranks; peer += blockDim.x)
         ptx::store_release(&mailbox(c, peer, c.rank).failed, c.state->failed);
     }

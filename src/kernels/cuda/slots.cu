@@ -73,10 +73,12 @@ __device__ bool begin_slots(const MoveArgs& args, const protocol::CallHeader& he
   const HandleView& handle = args.handle;
   const std::uint32_t offer = protocol::offer(args.buffer, tokens_of(args));
   if (!begin_call(c, header, offer, state)) return false;
+#pragma unroll 1
   for (int rank = threadIdx.x; !args.cached && rank <= args.context.ranks; rank += kSlotThreads) {
     handle.source_begin[rank] = static_cast<std::int32_t>(rank * args.context.shape.max_tokens_per_rank);
     if (rank < args.context.ranks) handle.rank_counts[rank] = handle.sent_counts[rank] = 0;
   }
+#pragma unroll 1
   for (int local = threadIdx.x; !args.cached && local < args.routing.local_experts; local += kSlotThreads) {
     handle.expert_counts[local] = 0;
     handle.dropped[local] = 0;
@@ -94,7 +96,9 @@ __device__ void fill_header(const SlotsJob<kPads>& job, std::uint64_t call) {
   HandleView::Header header{.call = call, .num_tokens = args.routing.num_tokens};
   if (lane_index() == 0) take_id_counts(c, header);
   std::int32_t rows = 0, padded = 0;
+#pragma unroll 1
   for (int rank = lane_index(); rank < c.ranks; rank += kLanes) rows += args.handle.rank_counts[rank];
+#pragma unroll 1
   for (int local = lane_index(); kPads != Pads::none && local < args.routing.local_experts; local += kLanes) {
     const std::int32_t count = args.handle.expert_counts[local];
     padded += kPads == Pads::packed ? job.pad.packed_size(count) : count;
@@ -112,6 +116,7 @@ __device__ void clear_handle(const MoveArgs& args) {
   clear_counts(c, handle, args.routing.num_tokens, args.routing.local_experts);
   clear_sent(c, handle, args.routing.num_tokens);
   clear_received(handle, capacity);
+#pragma unroll 1
   for (std::int64_t i = threadIdx.x; handle.present != nullptr && i < capacity; i += kSlotThreads) handle.present[i] = 0;
   __syncthreads();
 }

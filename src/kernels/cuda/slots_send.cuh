@@ -55,6 +55,7 @@ __device__ inline Peer peer_of(const MoveArgs& args, const SlotsMemory& memory, 
 __device__ inline bool meet_peers(const MoveArgs& args, const protocol::CallHeader& header, SlotsMemory& memory, std::uint64_t call) {
   const Context& c = args.context;
   bool good = true;
+#pragma unroll 1
   for (int peer = static_cast<int>(threadIdx.x + kLanes) % kSlotThreads; peer < c.ranks; peer += kSlotThreads) {  // the last warp first
     std::uint64_t begun = 0;
     if (peer != c.rank) {
@@ -90,6 +91,7 @@ __device__ inline Token look_at(const MoveJob& job, std::int32_t index, std::uin
 // that wait for it learn why.
 __device__ inline bool check_ids(const MoveArgs& args, const Token& token) {
   IdCounts ids;
+#pragma unroll 1
   for (int k = lane_index(); k < args.routing.top_k; k += kLanes) {
     const std::int64_t expert = id_at(args.routing, token.index, k);
     check_id(args.context, args.routing, token.index, k, expert, ids);
@@ -107,13 +109,16 @@ __device__ inline bool find_destinations(const MoveArgs& args, const Token& toke
   const int groups = (c.ranks + kLanes - 1) / kLanes;
   const std::int64_t first = static_cast<std::int64_t>(token.index) * c.ranks;
   __syncthreads();
+#pragma unroll 1
   for (int group = threadIdx.x; group < groups; group += kSlotThreads) memory.present[group] = 0;
   __syncthreads();
   if (args.cached) {
+#pragma unroll 1
     for (int rank = threadIdx.x; rank < c.ranks; rank += kSlotThreads) {
       if (args.handle.slots[first + rank] >= 0) atomicOr(&memory.present[rank / kLanes], 1U << (rank % kLanes));
     }
   }
+#pragma unroll 1
   for (int rank = warp_index(); !args.cached && rank < c.ranks; rank += warps_of_block()) {
     const std::uint64_t k_mask = k_mask_of(local_ids_at(args.routing, token.choices, rank));
     if (lane_index() != 0) continue;
@@ -150,10 +155,12 @@ __device__ inline void store_scales(const MoveJob& job, const Token& token, cons
   const ScaleCopy& scales = job.scales;
   const std::int64_t slot = c.rank * c.shape.max_tokens_per_rank + token.index;
   if (scales.units == 0) return;
+#pragma unroll 1
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     if (!goes_to(memory, rank)) continue;
     const Peer peer = peer_of(job.args, memory, rank, token.call);
     std::byte* to = peer.arena + c.layout.scales + peer.buffer * c.layout.scales_bytes + slot * scales.row_bytes;
+#pragma unroll 1
     for (int unit = lane_index(); unit < scales.units; unit += kLanes) {
       const int4 value = unit < kLanes ? token.scales : load_scale_unit(job, token.index, unit);
       store_unit(to + static_cast<std::int64_t>(unit) * scales.width, value, scales.width);
@@ -169,11 +176,13 @@ __device__ inline void store_staged_scales(const MoveJob& job, const Token& toke
   const int blocks = min(kPieceBlocks, (source.hidden_size + kQuantiseBlock - 1) / kQuantiseBlock - first_block);
   const int words = quantised_scale_bytes(source.format, blocks) / 4;
   const std::int64_t slot = c.rank * c.shape.max_tokens_per_rank + token.index;
+#pragma unroll 1
   for (int rank = warp_index(); rank < c.ranks; rank += warps_of_block()) {
     if (!goes_to(memory, rank)) continue;
     const Peer peer = peer_of(job.args, memory, rank, token.call);
     std::byte* to = peer.arena + c.layout.scales + peer.buffer * c.layout.scales_bytes + slot * job.scales.row_bytes;
     to += quantised_scale_bytes(source.format, first_block);
+#pragma unroll 1
     for (int word = lane_index(); word < words; word += kLanes) {
       reinterpret_cast<std::uint32_t*>(to)[word] = reinterpret_cast<const std::uint32_t*>(stage.scales)[word];
     }
@@ -206,6 +215,7 @@ __device__ inline std::int32_t remote_ordinal(const SlotsMemory& memory, int own
 __device__ inline void store_records(const MoveArgs& args, const Token& token, const SlotsMemory& memory) {
   const Context& c = args.context;
   const std::int64_t slot = c.rank * c.shape.max_tokens_per_rank + token.index;
+#pragma unroll 1
   for (int rank = warps_of_block() - 1 - warp_index(); rank < c.ranks; rank += warps_of_block()) {
     RecordHead head;
     if (goes_to(memory, rank)) {
@@ -222,6 +232,7 @@ __device__ inline void store_records(const MoveArgs& args, const Token& token, c
 // The block has stored all of a token: every rank is told.
 __device__ inline void flag_token(const Context& c, const Token& token) {
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < c.ranks; i += kSlotThreads) {
     const int rank = (c.rank + 1 + i) % c.ranks;
     ptx::store_release(arrival(c, rank, c.rank, token.index), protocol::flag_word(token.call));
@@ -232,6 +243,7 @@ __device__ inline void flag_token(const Context& c, const Token& token) {
 __device__ inline void count_token(const MoveArgs& args, const Token& token, const SlotsMemory& memory) {
   const Context& c = args.context;
   if (warp_index() != warps_of_block() - 1 || !wait_for_own_begin(c, token.call)) return;
+#pragma unroll 1
   for (int rank = lane_index(); rank < c.ranks; rank += kLanes) {
     if (goes_to(memory, rank)) atomicAdd(&args.handle.sent_counts[rank], 1);
   }

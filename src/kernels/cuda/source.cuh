@@ -40,10 +40,13 @@ __device__ inline void load_words(std::uint32_t (&to)[kBytes / 4], const std::by
   }
 }
 
-__device__ inline int4 load_16(const std::byte* from, int width) {
+__device__ __noinline__ inline int4 load_unaligned(const std::byte* from, int width) {
   std::uint32_t words[4];
   load_words<16>(words, from, width);
   return make_int4(words[0], words[1], words[2], words[3]);
+}
+__device__ inline int4 load_16(const std::byte* from, int width) {
+  return width == 16 ? ptx::load_streaming(from) : load_unaligned(from, width);
 }
 
 // One access of `width` bytes, 1 to 16; what is narrower lies in x.

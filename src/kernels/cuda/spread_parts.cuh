@@ -58,11 +58,7 @@ constexpr int kSpreadUnroll = 7;  // loads under way in each lane
 constexpr int kSpreadBytes = kSpreadUnroll * kLanes * 16;
 __device__ inline int spread_pieces(const SpreadArgs& args) { return static_cast<int>((args.row_bytes + kSpreadBytes - 1) / kSpreadBytes); }
 
-__device__ inline void store_16(std::byte* to, int4 v, int width) {
-  if (width == 16) {
-    ptx::store_streaming(to, v);
-    return;
-  }
+__device__ __noinline__ inline void store_unaligned(std::byte* to, int4 v, int width) {
   const std::uint32_t words[4] = {static_cast<std::uint32_t>(v.x), static_cast<std::uint32_t>(v.y), static_cast<std::uint32_t>(v.z),
                                   static_cast<std::uint32_t>(v.w)};
 #pragma unroll
@@ -72,6 +68,13 @@ __device__ inline void store_16(std::byte* to, int4 v, int width) {
     } else {
       reinterpret_cast<std::uint8_t*>(to)[i] = static_cast<std::uint8_t>(words[i / 4] >> (i % 4 * 8));
     }
+  }
+}
+__device__ inline void store_16(std::byte* to, int4 v, int width) {
+  if (width == 16) {
+    ptx::store_streaming(to, v);
+  } else {
+    store_unaligned(to, v, width);
   }
 }
 
