@@ -205,13 +205,13 @@ def backend(groups, x):
     return (Gpu if on_device(x) else Cpu)(groups, x)
 
 
-def by_place(like, groups, columns, dtype=None, of=None):
-    """Memory [places, columns] where `like` [N,..] is; padding is zero. of: its type on a GPU, unless that of `like`."""
+def by_place(compute, like, groups, columns, dtype=None, of=None):
+    """Memory [places, columns] where `like` [N,..] is; padding is zero. compute: the backend; of: the type on a GPU, unless that of `like`."""
     shape = (groups.places_of(like), columns)
     if on_device(like):
         out = like.new_empty(shape, dtype=of)
         if groups.has_padding():
-            Gpu(groups, like).clear_padding(tensor(out, "y"))
+            compute.clear_padding(tensor(out, "y"))
         return out
     out = Frame.of(like).empty(shape, dtype or tensor(like, "x").dtype)
     if groups.has_padding():
@@ -248,8 +248,9 @@ def product(x, groups, w, bias, dtype=None):
     w, bias = _beside(w, "w", x), None if bias is None else _beside(bias, "bias", x)
     if len(w.shape) != 3:
         raise UsageError(f"w has the shape {list(w.shape)}; expected [L,M,K]")
-    y = by_place(x, groups, w.shape[1], dtype)
-    backend(groups, x).product(tensor(x, "x", dtype), tensor(w, "w", dtype), None if bias is None else tensor(bias, "bias", dtype), tensor(y, "y", dtype))
+    compute = backend(groups, x)
+    y = by_place(compute, x, groups, w.shape[1], dtype)
+    compute.product(tensor(x, "x", dtype), tensor(w, "w", dtype), None if bias is None else tensor(bias, "bias", dtype), tensor(y, "y", dtype))
     return y
 
 
@@ -279,9 +280,10 @@ def _scaled_product(x, groups, w, bias, scales, dtype):
     if not on_device(x):
         raise UsageError("x is on the CPU; products of float8 are for CUDA tensors: widen rows and weights with dequantise()")
     w, bias = _beside(w, "w", x), None if bias is None else tensor(_beside(bias, "bias", x), "bias")
-    y = by_place(x, groups, w.shape[1], of=_of_float8(x, dtype))
+    compute = backend(groups, x)
+    y = by_place(compute, x, groups, w.shape[1], of=_of_float8(x, dtype))
     values = [tensor(array, what, "float8_e4m3") for array, what in ((x, "x"), (w, "w"))]
-    backend(groups, x).scaled_product((values[0], _scales(scales[0], "x_scales", x)), (values[1], _scales(scales[1], "w_scales", x)), bias, tensor(y, "y"))
+    compute.scaled_product((values[0], _scales(scales[0], "x_scales", x)), (values[1], _scales(scales[1], "w_scales", x)), bias, tensor(y, "y"))
     return y
 
 
@@ -320,13 +322,14 @@ class FeedForward:
     def forward(self, x, groups, saves=False, x_scales=None):
         """(y, what backward needs)."""
         x = _flat(x, "x")
+        compute = backend(groups, x)
         if not self._is_float8:
-            y = by_place(x, groups, x.shape[1], self._dtype)
-            return y, backend(groups, x).forward(self, tensor(x, "x", self._dtype), tensor(y, "y", self._dtype), saves)
-        y = by_place(x, groups, x.shape[1], self._dtype, of=_of_float8(x, self._dtype))
+            y = by_place(compute, x, groups, x.shape[1], self._dtype)
+            return y, compute.forward(self, tensor(x, "x", self._dtype), tensor(y, "y", self._dtype), saves)
+        y = by_place(compute, x, groups, x.shape[1], self._dtype, of=_of_float8(x, self._dtype))
         rows = tensor(x, "x", self._dtype if x_scales is None else "float8_e4m3")
         kept = None if on_device(x) else self._dtype
-        return y, backend(groups, x).forward(self, rows, tensor(y, "y", kept), saves, _scales(x_scales, "x_scales", x))
+        return y, compute.forward(self, rows, tensor(y, "y", kept), saves, _scales(x_scales, "x_scales", x))
 
 
 def feed_forward(x, groups, w13, w2, *, w13_bias=None, w2_bias=None, w13_scale=None, w2_scale=None, x_scales=None, activation="silu", limit=7.0,

@@ -153,8 +153,7 @@ cuda::GroupArgs CudaEngine::group_args(const CudaDispatch& job) const {
           .alignment = job.layout_options.alignment,
           .expert_capacity = expert_capacity(job),
           .drop = job.layout_options.drop,
-          .local_experts = shape.local_experts,
-          .output_rows = shape.output_rows};
+          .local_experts = shape.local_experts};
 }
 
 cuda::LayoutArgs CudaEngine::layout_args(const CudaDispatch& job) const {
@@ -165,6 +164,7 @@ cuda::LayoutArgs CudaEngine::layout_args(const CudaDispatch& job) const {
   args.handle = job.handle->view;
   args.mode = shape.mode;
   args.gather_map = shape.gather_map;
+  args.output_rows = shape.output_rows;
   args.map_rows = shape.map_rows;
   args.table = layout_table_;
   args.landing_warps = job.sorts_beside ? budget_.multiprocessors * cuda::kClerks : 0;

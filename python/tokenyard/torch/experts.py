@@ -43,7 +43,7 @@ class _GroupedGemm(torch.autograd.Function):
         compute = backend(groups, rows)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            d_places = by_place(dy, groups, w.shape[2])
+            d_places = by_place(compute, dy, groups, w.shape[2])
             compute.dgrad(tensor(dy, "dy"), tensor(w, "w"), tensor(d_places, "dx"))
             dx = _to_rows(groups, d_places, x.shape)
         if ctx.needs_input_grad[1]:
@@ -64,10 +64,11 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, dy):
         x, *weights = ctx.saved_tensors
         groups, dy, rows = ctx.groups, dy.contiguous(), x.reshape(-1, x.shape[-1])
-        d_places = by_place(dy, groups, dy.shape[1])
+        compute = backend(groups, rows)
+        d_places = by_place(compute, dy, groups, dy.shape[1])
         gradients = [_zeros(w) for w in weights]
         views = [None if g is None else tensor(g, "gradient") for g in gradients]
-        backend(groups, rows).backward(FeedForward(x, weights, ctx.activation), tensor(rows, "x"), ctx.saved, tensor(dy, "dy"), tensor(d_places, "dx"), views)
+        compute.backward(FeedForward(x, weights, ctx.activation), tensor(rows, "x"), ctx.saved, tensor(dy, "dy"), tensor(d_places, "dx"), views)
         return _to_rows(groups, d_places, x.shape), *(g if g is None else g.to(w.dtype) for g, w in zip(gradients, weights)), None, None
 
 

@@ -78,7 +78,6 @@ struct GroupArgs {
   std::int64_t expert_capacity = 0;  // expert_padded: C; expert_major: 0 or a limit
   bool drop = false;
   std::int32_t local_experts = 0;
-  std::int64_t output_rows = 0;  // of the layout's metadata arrays: N' or L * C at their bound
 };
 
 // Where this rank's own rows go at once, of expert layouts in throughput mode: to each of their places, not to where others' land.
@@ -142,7 +141,8 @@ struct LayoutArgs : GroupArgs {
   HandleView handle;
   Mode mode = Mode::throughput;
   bool gather_map = false;
-  std::int64_t map_rows = 0;  // of the gather map
+  std::int64_t output_rows = 0;  // of the layout's metadata arrays: N' or L * C at their bound
+  std::int64_t map_rows = 0;     // of the gather map
   LayoutTable table;
   int landing_warps = 0;  // of the move in front of this layout, which begins when they have landed everything; 0: when that has ended
   bool last = false;

@@ -149,7 +149,7 @@ __device__ void let_layout_begin(const MoveArgs& args) {
   bulk::let_next_begin();
 }
 
-// kPlacesOwn: with MoveArgs::own. It has a kernel of its own, beside which the other is faster.
+// kPlacesOwn: with MoveArgs::own. A kernel of its own, so that the other has fewer instructions.
 template <bool kQuantise, bool kPlacesOwn>
 __global__ void __launch_bounds__((kMaxMovers + kClerks) * kLanes, 1) move_rows_bulk(const __grid_constant__ MoveJob job) {
   extern __shared__ __align__(128) std::byte shared[];

@@ -7,7 +7,8 @@
 
 namespace tokenyard::cuda {
 
-// True counts of all ranks, and what lies in front of this block's rows: those of lower ranks and of the blocks before.
+// True counts of all ranks, and what lies in front of this block's rows: those of lower ranks and of the blocks before. The sums of the
+// plan are in another block's shared memory.
 __device__ inline void sum_before(const MoveArgs& args, const LayoutMemory& layout, const Crew& crew) {
   const Context& c = args.context;
   const int experts = args.routing.local_experts;
@@ -46,9 +47,7 @@ __device__ inline void place_own(const MoveArgs& args, PlanMemory& plan, GroupsM
       groups, layout, pairs, crew,
       [&](std::int64_t pair) {
         const auto token = static_cast<std::int32_t>(pair / routing.top_k);
-        Choice choice;
-        choice.shards = shards_for(routing, args.context.rank, token, id_at(routing, token, static_cast<int>(pair % routing.top_k)));
-        if (choice.shards != nullptr) choice.first = choice.shards[0];
+        const Choice choice = choice_of(routing, args.context.rank, token, static_cast<int>(pair % routing.top_k));
         return choice.local_at(args.context.rank, routing.table.max_fanout);
       },
       [&](std::int64_t pair, std::int32_t local, std::int32_t number) {
